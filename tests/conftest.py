@@ -1,0 +1,65 @@
+"""Fixtures that all test files share. Tests write only below tmp_path."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+def pytest_collection_modifyitems(items):
+    """Skip the tests marked gpu where there is no CUDA device (torch is asked only if such a test was collected)."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if marked:
+        import torch
+        if not torch.cuda.is_available():
+            for item in marked:
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def test_data():
+    """The folder of real files that the environment variable TEST_DATA names (relative to the repository's root)."""
+    if not os.environ.get("TEST_DATA"):
+        pytest.skip("TEST_DATA is not set")
+    folder = (ROOT / os.environ["TEST_DATA"]).resolve()
+    assert folder.is_dir(), f"TEST_DATA names no folder: {folder}"
+    return folder
+
+
+@pytest.fixture(scope="session")
+def run_script():
+    """A function that runs a script with this interpreter and returns the CompletedProcess (text; nothing is checked).
+
+    run_script("data.py", "--workers=1", cwd=tmp_path): `root` is the folder of the script, `python` holds flags of the
+    interpreter, `env` adds variables.
+    """
+    def run(name, *words, cwd, root=ROOT, python=(), env=(), timeout=120):
+        return subprocess.run([sys.executable, *python, str(Path(root) / name), *map(str, words)], cwd=cwd, text=True,
+                              encoding="utf-8", errors="replace", capture_output=True, timeout=timeout,
+                              stdin=subprocess.DEVNULL, env={**os.environ, **dict(env)})
+    return run
+
+
+def tiny_documents(count=60):
+    """`count` different short documents, each a few lines of words, numbers and letters beyond ASCII."""
+    words = "the model reads a token and writes the next one naïve café 東京 über, again; (so it learns) — 3.14 😀".split()
+    return ["".join(f"{words[(i * 7 + j * j) % len(words)]}{' ' if j % 9 else chr(10)}" for j in range(40 + i % 11))
+            + f"\ndocument {i}\n" for i in range(count)]
+
+
+@pytest.fixture
+def documents():
+    """60 different short documents as a list of str."""
+    return tiny_documents()
+
+
+@pytest.fixture
+def corpus(tmp_path, documents):
+    """The path of a file that holds the tiny documents, each ended by <|endoftext|>."""
+    path = tmp_path / "corpus.txt"
+    path.write_bytes("".join(text + "<|endoftext|>" for text in documents).encode())
+    return path
