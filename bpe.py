@@ -316,7 +316,7 @@ def train_bpe(counts: Counter, size: int) -> tuple[list[bytes], list]:
     left. Pairs are counted as they overlap: "aaa" holds (a, a) twice.
     """
     corpus, merges = PieceRow(counts), []
-    while pairs := corpus.best(size - len(corpus.vocab)):
+    while len(corpus.vocab) < size and (pairs := corpus.best(size - len(corpus.vocab))):
         merges += [(corpus.vocab[left], corpus.vocab[right]) for left, right in pairs]
         corpus.merge(pairs)
     return corpus.vocab, merges
