@@ -1,0 +1,444 @@
+"""Text becomes tokens: documents are split into training and validation and encoded.
+
+Reads:  --input: text files, folders, .jsonl files (field "text"); without it the
+        text of Python's standard library
+Writes: --output, a folder: train.npy and val.npy (1-D, uint16 or uint32; every
+        document ends with <|endoftext|>), tokenizer.json, manifest.json
+Usage:  python data.py --input=stories.txt --separator="<|endoftext|>"
+
+The input may be larger than memory: each pass (split, train the tokenizer,
+encode) streams it. A second run with the same input and options reuses the
+files. Documents are held out by a hash of their content, so that equal ones
+are never on both sides; of fewer than 20 documents the last tenth of the text.
+"""
+import argparse
+import array
+import contextlib
+import dataclasses
+import difflib
+import hashlib
+import inspect
+import io
+import itertools
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import textwrap
+import threading
+import time
+import tokenize
+from collections import Counter
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import BinaryIO, Callable, Iterable, Iterator
+
+import numpy as np
+
+import bpe
+
+FORMAT = 1  # of the manifest; counts up when files of the same manifest would become different
+PIECE = 1 << 20  # characters that a worker encodes at a time: bounds memory
+FEW = 20  # fewer documents than this are too few to hold out whole ones
+END = "<|endoftext|>"
+
+
+@dataclasses.dataclass
+class Options:
+    input: str = ""  # files and folders, a comma list; empty: the text of the standard library
+    output: str = "data"  # folder for the token files
+    tokenizer: str = "bpe"  # a file, or a kind to train on the training part: bpe, char, byte, word
+    vocab_size: int = 8192  # tokens of a tokenizer that is trained here
+    pattern: str = "gpt2"  # how a tokenizer that is trained here cuts text before merging
+    separator: str = ""  # text between the documents of a file, such as <|endoftext|>; empty: a file is a document
+    val_fraction: float = 0.02  # share of the documents that is held out for validation
+    workers: int = 0  # processes; 0: one per core
+    seed: int = 0  # another seed holds out other documents
+    steps: str = "tokenise"  # what is done to the documents, a comma list
+
+
+def options(kind: type, words: list[str]):
+    """Fill the dataclass `kind` from --key=value words; a field's trailing comment is its help. A bad word exits 2."""
+    source = io.StringIO("".join(map(inspect.getsource, kind.__mro__[-2::-1])))
+    notes = {t.line.split(":")[0].strip(): t.string[1:].strip() for t in tokenize.generate_tokens(source.readline)
+             if t.type == tokenize.COMMENT}
+    parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__, usage="%(prog)s [--key=value ...]",
+                                     formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False)
+    parser.add_argument("--help", action="help", help=argparse.SUPPRESS)
+    parser.epilog = "options:"
+    parser.error = lambda message: sys.exit(print(f"{parser.prog}: {message}", file=sys.stderr) or 2)
+    for name, of, default in [(field.name, field.type, field.default) for field in dataclasses.fields(kind)]:
+        def read(text, of=of):
+            value = ("false", "true").index(text.lower()) if of is bool else float(text) if of is int else of(text)
+            return of(value) if of is str or abs(value) < float("inf") and of(value) == value else float("none")
+        read.__name__ = of.__name__  # argparse names it where the text is not of this type
+        parser.add_argument(f"--{name}", type=read, default=default, nargs="?", const=of is bool or "",
+                            help=argparse.SUPPRESS)
+        parser.epilog += f"\n  --{name}={default} ".ljust(31) + ("\n" + " " * 30).join(textwrap.wrap(notes[name], 49))
+    for flag, word in zip(["", *words], words):
+        name = word.lstrip("-").partition("=")[0]
+        if not word.startswith("--") or name not in (*notes, "help"):
+            near = f"{flag}={word}" if flag[2:] in notes else f"--{difflib.get_close_matches(name, notes, 1, 0)[0]}=..."
+            parser.error(f"{word!r} is no option; options are written --key=value, the nearest is {near}")
+    return kind(**vars(parser.parse_args(words)))
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call main; a mistake of the user's ends in one line and exit code 1 (`python -X dev` shows the traceback)."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output left, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError) as error:
+        if sys.flags.dev_mode:
+            raise
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def show_live(text: str) -> None:
+    """One live line on a terminal; nothing elsewhere."""
+    if sys.stderr.isatty():
+        print(f"\r{text:<79.79}\r", end="", file=sys.stderr, flush=True)
+
+
+def read_jsonl(path: Path, counts: Counter) -> Iterator[tuple[str, bool]]:
+    """The field "text" of each line of a file, as (text, True); lines that have none are counted in "bad_lines"."""
+    with open(path, "rb") as file:
+        for line in file:
+            text = line.decode("utf-8", "replace")
+            counts["utf8_errors"] += text.count("\ufffd") - line.count("\ufffd".encode())
+            try:
+                yield bpe.well_formed(json.loads(text)["text"]), True
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+                counts["bad_lines"] += not line.isspace()
+
+
+@dataclasses.dataclass
+class Corpus:
+    """The documents of some files, read anew at each pass.
+
+    held[i] is 1 where document i is for validation. Where `border` (in characters from the beginning) lies inside a
+    document, this document counts as two.
+    """
+    files: list[Path]
+    separator: str  # between the documents of a file
+    size: int  # bytes of all files
+    characters: int = 0  # of all documents
+    held: bytes = b""
+    border: int = 0
+    counts: Counter = dataclasses.field(default_factory=Counter)  # of the latest pass: utf8_errors, bad_lines
+
+    def pieces(self, label: str) -> Iterator[tuple[str, bool]]:
+        """All documents in pieces (text, whether the document ends here), empty documents left out.
+
+        A piece ends where no pattern looks across, so that it encodes as the whole does; only where a text has no such
+        place for long is it cut anywhere. `label` stands in the live line.
+        """
+        self.counts, errors, at, due = Counter(), {}, 0, 0.0
+        for path in self.files:
+            lines = path.suffix == ".jsonl"
+            parts = read_jsonl(path, self.counts) if lines else bpe.read_parts([path], self.separator, errors)
+            rest, begun = "", False
+            for text, ends in parts:
+                at += len(text)
+                rest += text
+                place = bpe.CUT.search(rest) if len(rest) > PIECE else None
+                end = place.end() if place else len(rest)
+                if ends and (rest or begun):
+                    yield rest, True
+                    rest, begun = "", False
+                elif place or end > 4 * PIECE:
+                    yield rest[:end], False
+                    rest, begun = rest[end:], True
+                if time.monotonic() > due:
+                    show_live(f"{label} {at / (self.characters or self.size):.0%}")
+                    due = time.monotonic() + 0.2
+        self.counts["utf8_errors"] += sum(errors.values())
+        show_live("")
+
+    def split(self, val_fraction: float, seed: int) -> None:
+        """Decide which documents are for validation."""
+        salt = hashlib.sha256(f"{seed}\n".encode())
+        hashes, starts, digest = array.array("I"), [0], salt.copy()
+        for text, ends in self.pieces("reading"):
+            digest.update(text.encode())
+            self.characters += len(text)
+            if ends:
+                hashes.append(int.from_bytes(digest.digest()[:4], "big"))
+                digest = salt.copy()
+                starts += [self.characters] * (len(hashes) < FEW)
+        if not hashes:
+            raise ValueError(f"the input holds no document ({self.counts['bad_lines']} lines are not JSON with a text)")
+        if len(hashes) < FEW:
+            print(f"{len(hashes)} documents are fewer than {FEW}: the last tenth of the text is for validation")
+            self.border = self.characters * 9 // 10
+            self.held = bytes(start >= self.border for start in sorted({*starts[:-1], self.border}))
+        else:
+            share = np.array(hashes) / 2 ** 32
+            # Of a few dozen documents none may lie below the fraction: then the lowest is held out.
+            self.held = (share <= max(val_fraction, share.min())).tobytes()
+
+    def sided(self, label: str) -> Iterator[tuple[int, str, bool]]:
+        """As `pieces`, each with the side of its document: (1 for validation, text, whether the document ends here)."""
+        document, at = 0, 0
+        for text, ends in self.pieces(label):
+            if document == len(self.held):
+                break
+            inside = self.border - at
+            at += len(text)
+            if 0 < inside < len(text) + (not ends):
+                yield self.held[document], text[:inside], True
+                text = text[inside:]
+                document += 1
+            if text or ends:
+                yield self.held[document], text, ends
+            document += ends
+        if (document, at) != (len(self.held), self.characters):
+            raise ValueError("the input changed while it was read: run again")
+
+
+# --- many processes --------------------------------------------------------------------------------------------------
+
+
+def answer_jobs(pipe: Connection, make: Callable, given: tuple) -> None:
+    """A worker: answer each job with make(*given)(job), or with the exception that it raised."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends its workers
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # the parent was killed
+    work, answer = make(*given), None
+    while True:
+        pipe.send(answer)
+        job = pipe.recv()
+        try:
+            answer = job and work(job)
+        except Exception as error:
+            answer = error
+
+
+def in_order(make: Callable, given: tuple, jobs: Iterable, workers: int) -> Iterator:
+    """map(make(*given), jobs) on `workers` processes: the same order and answers for any number, few jobs in memory.
+
+    Raises what the work raises, and ChildProcessError if a worker dies. (A pool of multiprocessing would hang there.)
+    """
+    if workers == 1:
+        yield from map(make(*given), jobs)
+        return
+    processes = {}
+    try:
+        for _ in range(workers):
+            here, there = multiprocessing.Pipe()
+            processes[here] = multiprocessing.Process(target=answer_jobs, args=(there, make, given), daemon=True)
+            processes[here].start()
+            there.close()  # so that the pipe ends when the worker dies
+        # Each worker has one job at a time. Its first answer is None: ready. A last job, None, fetches its last answer.
+        for pipe, job in zip(itertools.cycle(processes), itertools.chain(jobs, [None] * workers)):
+            answer = pipe.recv()
+            pipe.send(job)
+            if isinstance(answer, Exception):
+                raise answer
+            if answer:
+                yield answer
+    except (EOFError, ConnectionError):
+        raise ChildProcessError("a worker process was killed, perhaps for want of memory: try --workers=1") from None
+    finally:
+        for pipe, process in processes.items():
+            process.kill()
+            process.join()
+            pipe.close()
+
+
+# --- steps -----------------------------------------------------------------------------------------------------------
+
+
+def encoder(state: dict) -> Callable:
+    """A function that encodes batches with the tokenizer of which `state` is the JSON."""
+    tokenizer = bpe.from_dict(state)
+    end = np.full(1, tokenizer.special_tokens[END], tokenizer.encode_ordinary("").dtype)
+
+    def encode(batch: list[tuple[int, str, bool]]) -> list[tuple[np.ndarray, int, int]]:
+        """[(side, text, ends)] -> for train and for val (ids, documents that end, bytes of text)."""
+        ids, documents, size = [[end[:0]], [end[:0]]], [0, 0], [0, 0]
+        for side, text, ends in batch:
+            ids[side] += [tokenizer.encode_ordinary(text), end[:ends]]
+            documents[side] += ends
+            size[side] += len(text.encode())
+        return list(zip(map(np.concatenate, ids), documents, size))
+    return encode
+
+
+def batches(pieces: Iterable[tuple[int, str, bool]]) -> Iterator[list[tuple[int, str, bool]]]:
+    """Pieces in lists of at least PIECE characters."""
+    batch, size = [], 0
+    for piece in pieces:
+        batch.append(piece)
+        size += len(piece[1]) + 1
+        if size >= PIECE:
+            yield batch
+            batch, size = [], 0
+    yield batch
+
+
+def write_header(file: BinaryIO, dtype: np.dtype, length: int) -> None:
+    """The first 128 bytes of a .npy file of one axis; numpy pads them so that any length fits."""
+    file.seek(0)
+    np.lib.format.write_array_header_1_0(file, {"descr": dtype.str, "fortran_order": False, "shape": (length,)})
+
+
+def tokenise(corpus: Corpus, tokenizer: bpe.Tokenizer, folder: Path, workers: int) -> dict[str, Counter]:
+    """Write train.npy and val.npy into `folder`; for each the numbers of documents, bytes (of text) and tokens."""
+    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+    counts = {"train": Counter(), "val": Counter()}
+    answers = in_order(encoder, (tokenizer.to_dict(),), batches(corpus.sided("encoding")), workers)
+    with contextlib.closing(answers), open(folder / "train.npy", "wb") as train, open(folder / "val.npy", "wb") as val:
+        for file in (train, val):
+            write_header(file, dtype, 0)
+        for answer in answers:
+            for file, count, (ids, documents, size) in zip((train, val), counts.values(), answer):
+                if ids.max(initial=0) >= tokenizer.vocab_size:
+                    raise ValueError(f"the tokenizer gave id {ids.max()}, its vocabulary has {tokenizer.vocab_size}")
+                file.write(ids.astype(dtype).tobytes())
+                count.update(documents=documents, bytes=size, tokens=ids.size)  # adds
+        for file, count in zip((train, val), counts.values()):
+            write_header(file, dtype, count["tokens"])
+            file.flush()
+            os.fsync(file.fileno())
+    return counts
+
+
+STEPS = {"tokenise": tokenise}
+
+
+# --- the whole -------------------------------------------------------------------------------------------------------
+
+
+def fingerprint(path: Path) -> dict:
+    """Path, bytes and hash of a file. Raises ValueError if it looks binary."""
+    digest, size = hashlib.sha256(), 0
+    with open(path, "rb") as file:
+        while block := file.read(PIECE):
+            if not size and b"\0" in block[:8192]:
+                raise ValueError(f"{path} is binary (a zero byte within its first 8 kB), not text in UTF-8")
+            digest.update(block)
+            size += len(block)
+    return {"path": str(path), "bytes": size, "sha256": digest.hexdigest()}
+
+
+def earlier(folder: Path, wanted: dict) -> dict:
+    """The manifest of an earlier run, if that began from the same (`wanted`) and its files are whole; else {}."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_bytes())
+        whole = all((folder / name).stat().st_size == size for name, size in manifest["files"].items())
+        return manifest if whole and all(manifest[key] == value for key, value in wanted.items()) else {}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return {}
+
+
+def check(options: dict, workers: int, folder: Path) -> None:
+    """Raise ValueError for options that cannot work, before anything is read."""
+    tokenizer, kinds = options["tokenizer"], ", ".join(bpe.TRAINERS)
+    if tokenizer not in bpe.TRAINERS and not os.path.exists(tokenizer):
+        raise ValueError(f"--tokenizer={tokenizer} is neither a file nor a kind ({kinds})")
+    if not 0 < options["val_fraction"] < 1 or workers < 0:
+        raise ValueError("--val_fraction must lie between 0 and 1, and --workers must not be negative")
+    for step in options["steps"].split(","):
+        if step not in STEPS:
+            raise ValueError(f"--steps: there is no step {step!r}, only {', '.join(STEPS)}")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output={folder} is a file; it must be a folder")
+
+
+@contextlib.contextmanager
+def rebuilding(folder: Path) -> Iterator[Path]:
+    """A new folder inside `folder`. When the block ends well, its files take the place of those outside."""
+    part = folder / "new.part"
+    shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
+    part.mkdir(parents=True)
+    try:
+        yield part
+        # An old manifest must not vouch for new files, so it goes first and the new one comes last.
+        (folder / "manifest.json").unlink(missing_ok=True)
+        for path in sorted(part.iterdir(), key=lambda path: path.name == "manifest.json"):
+            os.replace(path, folder / path.name)
+    except OSError as error:
+        if error.errno and not error.filename:  # a full disk
+            raise OSError(error.errno, error.strerror, str(folder)) from None
+        raise
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def prepare(input: str, tokenizer: str, output: str, vocab_size: int, pattern: str = "gpt2", separator: str = "",
+            val_fraction: float = 0.02, workers: int = 0, seed: int = 0, steps: str = "tokenise") -> dict:
+    """Make train.npy, val.npy, tokenizer.json and manifest.json in the folder `output`; the manifest is returned.
+
+    The arguments are the fields of Options. Files of an earlier run with the same input, options and code are reused.
+    Raises ValueError or OSError, with the old files untouched.
+    """
+    began, folder, tokenizer = time.monotonic(), Path(output), tokenizer or "bpe"
+    options = {"tokenizer": tokenizer, "vocab_size": vocab_size, "pattern": pattern, "separator": separator,
+               "val_fraction": val_fraction, "seed": seed, "steps": steps}
+    kind = tokenizer in bpe.TRAINERS
+    check(options, workers, folder)
+    # An output folder that lies in an input folder is no input.
+    files = [path for path in bpe.find_files(input) if folder.resolve() not in path.resolve().parents]
+    inputs = [fingerprint(path) for path in files]
+    size = sum(file["bytes"] for file in inputs)
+    if not size:
+        raise ValueError(f"--input={input} holds no text")
+    code = [fingerprint(Path(path))["sha256"] for path in (__file__, bpe.__file__, *[tokenizer] * (not kind))]
+    wanted = {"format": FORMAT, "options": options, "code": code, "inputs": inputs}
+    if manifest := earlier(folder, wanted):
+        print(f"{folder}: the files of an earlier run with the same input and options are reused")
+        return manifest
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers = min(workers or cores, 1 + size // PIECE)
+    with rebuilding(folder) as part:
+        coder = None if kind else bpe.load(tokenizer)
+        corpus = Corpus(files, separator, size)
+        corpus.split(val_fraction, seed)
+        if kind:
+            texts = (text for side, text, _ in corpus.sided("training the tokenizer") if side == 0)
+            coder = bpe.train(tokenizer, texts, vocab_size, pattern, workers=workers)
+        if END not in coder.special_tokens:
+            raise ValueError(f"--tokenizer={tokenizer} has no {END}, which ends each document")
+        encoding = time.monotonic()
+        for step in steps.split(","):
+            counts = STEPS[step](corpus, coder, part, workers)
+        for side, count in counts.items():
+            if count["tokens"] < 2:
+                raise ValueError(f"only {count['tokens']} tokens for {side}.npy: give more text")
+        now, tokens = time.monotonic(), sum(count["tokens"] for count in counts.values())
+        coder.save(part / "tokenizer.json")
+        manifest = {**wanted, **counts, "utf8_errors": corpus.counts["utf8_errors"],
+                    "bad_lines": corpus.counts["bad_lines"], "seconds": round(now - began, 3),
+                    "tokens_per_s": round(tokens / (now - encoding)),
+                    "files": {path.name: path.stat().st_size for path in sorted(part.iterdir())}}
+        manifest["inputs"] = manifest.pop("inputs")  # many lines, so last
+        (part / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    return manifest
+
+
+def main() -> None:
+    o = options(Options, sys.argv[1:])
+    manifest = prepare(**dataclasses.asdict(o))
+    for side in ("train", "val"):
+        count = manifest[side]
+        print(f"{side}.npy: {count['documents']:,} documents, {count['bytes']:,} bytes, {count['tokens']:,} tokens, "
+              f"{count['bytes'] / count['tokens']:.3f} bytes per token")
+    for name, what in (("utf8_errors", "places that were not UTF-8 became U+FFFD"),
+                       ("bad_lines", "lines were left out: no JSON object with a text")):
+        if manifest[name]:
+            print(f"{manifest[name]:,} {what}")
+    print(f"{manifest['seconds']:.1f} s, {manifest['tokens_per_s']:,} tokens/s")
+    print(f"next: python train.py --data={o.output}")
+
+
+if __name__ == "__main__":
+    run(main)
