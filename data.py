@@ -115,7 +115,8 @@ def read_jsonl(path: Path, counts: Counter) -> Iterator[tuple[str, bool]]:
             text = line.decode("utf-8", "replace")
             counts["utf8_errors"] += text.count("\ufffd") - line.count("\ufffd".encode())
             try:
-                yield bpe.well_formed(json.loads(text)["text"]), True
+                text = json.loads(text)["text"].encode("utf-16-le", "surrogatepass")
+                yield text.decode("utf-16-le", "replace"), True  # JSON can spell half of a surrogate pair
             except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
                 counts["bad_lines"] += not line.isspace()
 
@@ -184,13 +185,16 @@ class Corpus:
             share = np.array(hashes) / 2 ** 32
             # Of a few dozen documents none may lie below the fraction: then the lowest is held out.
             self.held = (share <= max(val_fraction, share.min())).tobytes()
+        if len(set(self.held)) < 2:
+            raise ValueError("nothing can be held out for validation: the text is too short or all documents are equal")
 
     def sided(self, label: str) -> Iterator[tuple[int, str, bool]]:
         """As `pieces`, each with the side of its document: (1 for validation, text, whether the document ends here)."""
         document, at = 0, 0
+        changed = ValueError("the input changed while it was read: run again")
         for text, ends in self.pieces(label):
             if document == len(self.held):
-                break
+                raise changed
             inside = self.border - at
             at += len(text)
             if 0 < inside < len(text) + (not ends):
@@ -201,7 +205,7 @@ class Corpus:
                 yield self.held[document], text, ends
             document += ends
         if (document, at) != (len(self.held), self.characters):
-            raise ValueError("the input changed while it was read: run again")
+            raise changed
 
 
 # --- many processes --------------------------------------------------------------------------------------------------
@@ -411,9 +415,6 @@ def prepare(input: str, tokenizer: str, output: str, vocab_size: int, pattern: s
         encoding = time.monotonic()
         for step in steps.split(","):
             counts = STEPS[step](corpus, coder, part, workers)
-        for side, count in counts.items():
-            if count["tokens"] < 2:
-                raise ValueError(f"only {count['tokens']} tokens for {side}.npy: give more text")
         now, tokens = time.monotonic(), sum(count["tokens"] for count in counts.values())
         coder.save(part / "tokenizer.json")
         manifest = {**wanted, **counts, "utf8_errors": corpus.counts["utf8_errors"],

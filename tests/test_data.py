@@ -1,0 +1,654 @@
+"""data.py against a few lines that do the same with everything in memory, and against every way in which a run can end."""
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import bpe
+import data
+from conftest import ROOT
+
+END = "<|endoftext|>"
+FILES = ["train.npy", "val.npy", "tokenizer.json", "manifest.json"]
+
+
+def by_hand(documents, tokenizer, fraction=0.02, seed=0):
+    """Token ids of the training and of the validation part, with everything in memory."""
+    documents = [text for text in documents if text]
+    if len(documents) < 20:
+        border, parts = len("".join(documents)) * 9 // 10, ([], [])
+        for text in documents:
+            border, head, tail = border - len(text), text[:max(0, border)], text[max(0, border):]
+            parts[0].extend([head] * bool(head))
+            parts[1].extend([tail] * bool(tail))
+    else:
+        share = [int(hashlib.sha256(f"{seed}\n{text}".encode()).hexdigest()[:8], 16) / 2 ** 32 for text in documents]
+        limit = max(fraction, min(share))
+        parts = [[t for t, x in zip(documents, share) if x > limit], [t for t, x in zip(documents, share) if x <= limit]]
+    end = tokenizer.special_tokens[END]
+    return [sum((tokenizer.encode(text) + [end] for text in part), []) for part in parts]
+
+
+def read(folder):
+    """The token files of a folder as lists."""
+    return [np.load(Path(folder) / f"{side}.npy", mmap_mode="r").tolist() for side in ("train", "val")]
+
+
+def state(folder):
+    """Everything that lies in a folder: {name: bytes}."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def prepare(source, output, tokenizer="byte", vocab_size=300, **more):
+    return data.prepare(str(source), tokenizer, str(output), vocab_size, **more)
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+    """Pieces of a few dozen characters, so that short texts are long ones."""
+    monkeypatch.setattr(data, "PIECE", 60)
+    monkeypatch.setattr(bpe, "CHUNK", 50)
+
+
+def random_text(rng, length):
+    """Words, numbers, signs, white space of many kinds, letters of one to four bytes."""
+    return "".join(rng.choice(["a", "the", "I'm", "7", "2024", " ", " ", "  ", "\n", "\r\n", "\t ", "é", "ß ", "東京", "😀", "...",
+                               "_", "\u0301", "\u3000", "-", " 'll", "\ufffd"]) for _ in range(length))
+
+
+# ------------------------------------------------------------------------------------------------------ the right tokens
+
+@pytest.mark.parametrize("kind", ["bpe", "char", "byte", "word"])
+def test_tokens_of_each_kind(kind, corpus, documents, tmp_path):
+    manifest = prepare(corpus, tmp_path / "out", kind, separator=END)
+    tokenizer = bpe.load(tmp_path / "out/tokenizer.json")
+    assert read(tmp_path / "out") == by_hand(documents, tokenizer)
+    assert manifest["train"]["documents"] + manifest["val"]["documents"] == 60 and manifest["val"]["documents"] > 0
+    assert tokenizer.kind == kind
+
+
+def test_the_tokenizer_sees_the_training_part_only(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_bytes(b"a" * 900 + b"b" * 100)
+    prepare(path, tmp_path / "out", "char")
+    tokenizer = bpe.load(tmp_path / "out/tokenizer.json")
+    assert b"a" in tokenizer.vocab and b"b" not in tokenizer.vocab
+    train, val = read(tmp_path / "out")
+    assert len(train) == 901 and val == [tokenizer.special_tokens["<|unk|>"]] * 100 + [tokenizer.special_tokens[END]]
+
+
+def test_bpe_is_trained_on_the_training_documents(corpus, documents, tmp_path):
+    prepare(corpus, tmp_path / "out", "bpe", separator=END, val_fraction=0.3)
+    share = [int(hashlib.sha256(f"0\n{text}".encode()).hexdigest()[:8], 16) / 2 ** 32 for text in documents]
+    expected = bpe.train("bpe", [text for text, x in zip(documents, share) if x > 0.3], 300)
+    assert bpe.load(tmp_path / "out/tokenizer.json").to_dict() == expected.to_dict()
+
+
+def test_a_tokenizer_file_is_used_as_it_is(corpus, documents, tmp_path):
+    tokenizer = bpe.train("bpe", ["another text altogether"], 270)
+    tokenizer.save(tmp_path / "mine.json")
+    prepare(corpus, tmp_path / "out", str(tmp_path / "mine.json"), separator=END)
+    assert read(tmp_path / "out") == by_hand(documents, tokenizer)
+    assert bpe.load(tmp_path / "out/tokenizer.json").to_dict() == tokenizer.to_dict()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_long_documents_encode_like_short_ones(seed, small_pieces, tmp_path):
+    rng = random.Random(seed)
+    documents = [random_text(rng, rng.choice([0, 1, 50, 400])) for _ in range(60)]
+    (tmp_path / "text.txt").write_bytes("<sep>".join(documents).encode())
+    tokenizer = bpe.train("bpe", documents, 350)
+    tokenizer.save(tmp_path / "t.json")
+    prepare(tmp_path / "text.txt", tmp_path / "out", str(tmp_path / "t.json"), separator="<sep>", val_fraction=0.2)
+    assert read(tmp_path / "out") == by_hand(documents, tokenizer, 0.2)
+
+
+@pytest.mark.parametrize("pattern", sorted(bpe.PATTERNS))
+def test_pieces_are_cut_where_the_pattern_does_not_look_across(pattern, small_pieces, tmp_path):
+    rng = random.Random(pattern)
+    for _ in range(50):
+        text = random_text(rng, 300)
+        (tmp_path / "text.txt").write_bytes(text.encode())
+        pieces = [piece for piece, _ in data.Corpus([tmp_path / "text.txt"], "", 1).pieces("")]
+        assert len(pieces) > 3 and max(map(len, pieces)) < 600
+        assert "".join(pieces) == text
+        assert sum((bpe.split(piece, bpe.PATTERNS[pattern]) for piece in pieces), []) == bpe.split(text, bpe.PATTERNS[pattern])
+
+
+def test_a_text_without_white_space_is_cut_anyway(small_pieces, tmp_path):
+    (tmp_path / "text.txt").write_bytes(b"x" * 5000)
+    pieces = list(data.Corpus([tmp_path / "text.txt"], "", 1).pieces(""))
+    assert "".join(text for text, _ in pieces) == "x" * 5000 and max(len(text) for text, _ in pieces) < 400
+    assert [ends for _, ends in pieces] == [False] * (len(pieces) - 1) + [True]
+
+
+@pytest.mark.parametrize("separator", ["", END, "\n\n", "<"])
+def test_the_separator_is_no_text(separator, tmp_path, small_pieces):
+    texts = [f"text {i} <b> {END[:-1]} <{'word ' * (i * 7 % 40)}" for i in range(40)]
+    (tmp_path / "a.txt").write_bytes(END.join(texts).encode() + b"\n\n\n\n<")
+    whole = (tmp_path / "a.txt").read_text()
+    documents = whole.split(separator) if separator else [whole]
+    prepare(tmp_path / "a.txt", tmp_path / "out", separator=separator)
+    tokenizer = bpe.load(tmp_path / "out/tokenizer.json")
+    assert read(tmp_path / "out") == by_hand(documents, tokenizer)
+    # Ordinary text never gives the id of <|endoftext|>, so there are as many as documents.
+    ends = sum(ids.count(tokenizer.special_tokens[END]) for ids in read(tmp_path / "out"))
+    assert ends == sum(map(bool, documents)) + (len(documents) < 20)
+
+
+def test_a_folder_gives_a_document_for_each_file_in_order(tmp_path):
+    texts = {f"{i:02}.txt": f"file {i}\r\nwith two lines\n" for i in range(30)}
+    (tmp_path / "in/deeper").mkdir(parents=True)
+    for name, text in texts.items():
+        (tmp_path / ("in/deeper" if name == "07.txt" else "in") / name).write_bytes(text.encode())
+    (tmp_path / "in/empty.txt").write_bytes(b"")
+    prepare(tmp_path / "in", tmp_path / "out")
+    files = bpe.find_files(str(tmp_path / "in"))
+    assert read(tmp_path / "out") == by_hand([path.read_bytes().decode() for path in files], bpe.load(tmp_path / "out/tokenizer.json"))
+
+
+def test_the_output_folder_is_no_input(tmp_path, capsys):
+    for i in range(3):
+        (tmp_path / f"{i}.txt").write_text(f"some text {i} " * 9)
+    first = prepare(tmp_path, tmp_path / "out")
+    assert prepare(tmp_path, tmp_path / "out") == first and "reused" in capsys.readouterr().out
+    assert first["train"]["documents"] + first["val"]["documents"] == 4  # one of three was cut in two
+
+
+# ----------------------------------------------------------------------------------------------------- the validation set
+
+@pytest.mark.parametrize("count", [1, 2, 3, 10, 19])
+def test_few_documents_are_cut_at_nine_tenths(count, small_pieces, tmp_path, capsys):
+    rng = random.Random(count)
+    for trial in range(6):
+        documents = [random_text(rng, rng.choice([1, 3, 10, 100, 400])) + "x" for _ in range(count)]
+        if trial == 0:  # the border lies between two documents
+            documents = ["e" * 9 * 10, "é" * 10] if count == 2 else documents
+        (tmp_path / "text.txt").write_bytes("<sep>".join(documents).encode())
+        prepare(tmp_path / "text.txt", tmp_path / f"out{trial}", separator="<sep>")
+        assert read(tmp_path / f"out{trial}") == by_hand(documents, bpe.load(tmp_path / f"out{trial}/tokenizer.json"))
+        assert capsys.readouterr().out == f"{count} documents are fewer than 20: the last tenth of the text is for validation\n"
+
+
+def test_shakespeare_is_cut_like_everywhere(test_data, tmp_path):
+    path = test_data / "text/shakespeare.txt"
+    prepare(path, tmp_path, "char", 1000)
+    train, val = read(tmp_path)
+    assert (len(train), len(val)) == (1003854 + 1, 111540 + 1)
+    assert bpe.load(tmp_path / "tokenizer.json").decode(val[:-1]) == path.read_text()[1003854:]
+
+
+def sides_of(documents, folder, **more):
+    """The sets of documents that came to lie in the training and the validation file."""
+    (folder / "text.txt").write_bytes("<sep>".join(documents).encode())
+    prepare(folder / "text.txt", folder / "out", separator="<sep>", **more)
+    tokenizer = bpe.load(folder / "out/tokenizer.json")
+    end = tokenizer.decode([tokenizer.special_tokens[END]])
+    return [tokenizer.decode(ids).split(end)[:-1] for ids in read(folder / "out")]
+
+
+def test_equal_documents_stay_on_one_side_and_order_does_not_matter(tmp_path):
+    documents = [f"document {i % 100}" for i in range(1000)]
+    train, val = sides_of(documents, tmp_path, val_fraction=0.2)
+    assert not set(train) & set(val) and 10 * len(set(val)) == len(val) and 8 <= len(set(val)) <= 35
+    again = sides_of(sorted(documents)[::-1], tmp_path, val_fraction=0.2)
+    assert [set(train), set(val)] == list(map(set, again))
+    other = sides_of(documents, tmp_path, val_fraction=0.2, seed=1)
+    assert set(other[1]) != set(val) and not set(other[0]) & set(other[1])
+
+
+def test_the_fraction_is_met_and_never_empty(tmp_path):
+    _, val = sides_of([f"text {i}" for i in range(5000)], tmp_path, val_fraction=0.1)
+    assert abs(len(val) - 500) < 4 * 21  # four standard deviations of a binomial
+    for count in range(20, 40):
+        documents = [f"text {i}" for i in range(count)]
+        train, val = sides_of(documents, tmp_path, val_fraction=1e-6)
+        assert val == [min(documents, key=lambda text: hashlib.sha256(f"0\n{text}".encode()).digest())]
+        assert len(train) == count - 1
+
+
+# -------------------------------------------------------------------------------------------------------- what is counted
+
+def test_invalid_utf8_is_replaced_and_counted(tmp_path, small_pieces):
+    rng = random.Random(0)
+    raw = b"".join(rng.choice([b"a ", b"\xff", b"\xc3\xa9", b"\xe6\x9d", b"\xf0\x9f\x98\x80", b"\x80", b"\xef\xbf\xbd", b"\n"])
+                   for _ in range(3000))
+    (tmp_path / "text.txt").write_bytes(raw)
+    manifest = prepare(tmp_path / "text.txt", tmp_path / "out")
+    faults, rest = 0, raw
+    while True:
+        try:
+            rest.decode()
+            break
+        except UnicodeDecodeError as error:
+            faults, rest = faults + 1, rest[error.end:]
+    assert manifest["utf8_errors"] == faults > 300
+    text = raw.decode("utf-8", "replace")
+    assert read(tmp_path / "out") == by_hand([text], bpe.load(tmp_path / "out/tokenizer.json"))
+    assert manifest["train"]["bytes"] + manifest["val"]["bytes"] == len(text.encode())
+
+
+def test_jsonl(tmp_path, documents):
+    bad = ['{"text": 1}', "[1]", "{}", '"text"', "{", "nonsense", '{"text": null}', "[" * 99999]
+    lines = [json.dumps({"text": text, "more": i}, ensure_ascii=i % 2 == 0) for i, text in enumerate(documents)]
+    lines[3:3] = [*bad, "", "  ", '{"text": ""}']
+    raw = "\n".join(lines).encode() + b'\n{"text": "half \\ud83d of \xff"}'
+    (tmp_path / "text.jsonl").write_bytes(raw)
+    manifest = prepare(tmp_path / "text.jsonl", tmp_path / "out", separator=" ")  # a separator is for text files
+    assert (manifest["bad_lines"], manifest["utf8_errors"]) == (len(bad), 1)
+    expected = [*documents, "half \ufffd of \ufffd"]
+    assert read(tmp_path / "out") == by_hand(expected, bpe.load(tmp_path / "out/tokenizer.json"))
+
+
+def test_a_long_jsonl_document(tmp_path, small_pieces):
+    documents = [random_text(random.Random(i), 3000) for i in range(21)]
+    (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in documents))
+    prepare(tmp_path / "text.jsonl", tmp_path / "out", "bpe")
+    assert read(tmp_path / "out") == by_hand(documents, bpe.load(tmp_path / "out/tokenizer.json"))
+
+
+def test_the_manifest_tells_the_truth(corpus, documents, tmp_path):
+    (tmp_path / "more.txt").write_bytes(b"one more")
+    manifest = prepare(f"{corpus},{tmp_path}/more.txt", tmp_path / "out", separator=END, workers=2)
+    assert json.loads((tmp_path / "out/manifest.json").read_text()) == manifest
+    assert sorted(os.listdir(tmp_path / "out")) == sorted(FILES)
+    assert manifest["inputs"] == [{"path": str(path), "bytes": len(path.read_bytes()), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+                                  for path in (corpus, tmp_path / "more.txt")]
+    assert manifest["files"] == {name: (tmp_path / "out" / name).stat().st_size for name in FILES if name != "manifest.json"}
+    train, val = read(tmp_path / "out")
+    assert [manifest[side]["tokens"] for side in ("train", "val")] == [len(train), len(val)]
+    assert manifest["train"]["bytes"] + manifest["val"]["bytes"] == len("".join([*documents, "one more"]).encode())
+    assert manifest["options"]["separator"] == END and manifest["seconds"] > 0
+
+
+# ---------------------------------------------------------------------------------------------------------- reuse
+
+def test_the_same_input_and_options_are_reused(corpus, tmp_path, capsys):
+    first = prepare(corpus, tmp_path / "out", separator=END)
+    before = {name: os.stat(tmp_path / "out" / name).st_mtime_ns for name in FILES}
+    capsys.readouterr()
+    assert prepare(corpus, tmp_path / "out", separator=END, workers=3) == first
+    assert capsys.readouterr().out == f"{tmp_path}/out: the files of an earlier run with the same input and options are reused\n"
+    assert before == {name: os.stat(tmp_path / "out" / name).st_mtime_ns for name in FILES}
+
+
+@pytest.mark.parametrize("change", [
+    lambda folder: dict(separator=""), lambda folder: dict(val_fraction=0.3), lambda folder: dict(seed=1),
+    lambda folder: dict(tokenizer="char"), lambda folder: dict(tokenizer="bpe", vocab_size=301),
+    lambda folder: (folder / "corpus.txt").write_text("other text " * 50),
+    lambda folder: (folder / "out/val.npy").unlink(), lambda folder: os.truncate(folder / "out/train.npy", 200),
+    lambda folder: (folder / "out/manifest.json").write_text("[]"), lambda folder: (folder / "out/manifest.json").write_text("{"),
+    lambda folder: os.rename(folder / "corpus.txt", folder / "b.txt") or dict(source=folder / "b.txt")])
+def test_a_change_rebuilds(change, corpus, tmp_path, capsys):
+    prepare(corpus, tmp_path / "out", separator=END)
+    changed = change(tmp_path)
+    options = {"source": corpus, "separator": END, **(changed if isinstance(changed, dict) else {})}
+    capsys.readouterr()
+    prepare(output=tmp_path / "out", **options)
+    assert "reused" not in capsys.readouterr().out
+    prepare(output=tmp_path / "new", **options)
+    assert all(state(tmp_path / "out")[name] == state(tmp_path / "new")[name] for name in FILES[:3])
+
+
+def test_another_tokenizer_file_of_the_same_name_rebuilds(corpus, tmp_path):
+    for text in ("first text", "second text"):
+        bpe.train("bpe", [text], 262).save(tmp_path / "mine.json")
+        prepare(corpus, tmp_path / "out", str(tmp_path / "mine.json"), separator=END)
+        assert bpe.load(tmp_path / "out/tokenizer.json").to_dict() == bpe.load(tmp_path / "mine.json").to_dict()
+
+
+def test_code_that_changed_rebuilds(corpus, tmp_path, run_script):
+    for name in ("data.py", "bpe.py"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    words = ["--input=corpus.txt", "--tokenizer=byte", "--output=out"]
+    outputs = [run_script("data.py", *words, cwd=tmp_path, root=tmp_path).stdout]
+    outputs += [run_script("data.py", *words, cwd=tmp_path, root=tmp_path).stdout]
+    with open(tmp_path / "bpe.py", "a") as file:
+        file.write("# changed\n")
+    outputs += [run_script("data.py", *words, cwd=tmp_path, root=tmp_path).stdout]
+    assert ["reused" in output for output in outputs] == [False, True, False]
+
+
+# ------------------------------------------------------------------------------------------------- processes and memory
+
+def test_the_same_bytes_for_any_number_of_workers(small_pieces, tmp_path, corpus):
+    for workers in (1, 2, 5):
+        prepare(corpus, tmp_path / str(workers), "bpe", separator=END, workers=workers)
+    for name in FILES[:3]:
+        assert len({state(tmp_path / str(workers))[name] for workers in (1, 2, 5)}) == 1
+
+
+SPAWN = """
+import multiprocessing, sys
+sys.path.insert(0, sys.argv[1])
+import data
+if __name__ == "__main__":
+    multiprocessing.set_start_method("spawn")
+    data.PIECE = 1000
+    data.prepare("corpus.txt", "tok.json", sys.argv[2], 300, separator="<|endoftext|>", workers=int(sys.argv[3]))
+"""
+
+
+def test_spawned_workers_give_the_same(tmp_path, corpus, documents):
+    bpe.train("bpe", documents, 300).save(tmp_path / "tok.json")
+    (tmp_path / "main.py").write_text(SPAWN)
+    for output, workers in [("a", 1), ("b", 2)]:
+        subprocess.run([sys.executable, "main.py", str(ROOT), output, str(workers)], cwd=tmp_path, check=True, timeout=60)
+    assert [state(tmp_path / "a")[name] for name in FILES[:3]] == [state(tmp_path / "b")[name] for name in FILES[:3]]
+
+
+def square(offset):
+    """make() for in_order: the work takes longer for some jobs than for others."""
+    def work(job):
+        time.sleep(0.01 * (job % 3))
+        if job == 99:
+            raise ValueError("job 99")
+        if job == 98:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return [job * job + offset, b"x" * 300_000]  # more than a pipe holds
+    return work
+
+
+@pytest.mark.parametrize("workers", [1, 2, 7])
+def test_in_order(workers):
+    jobs = range(1, 30)
+    assert [answer[0] for answer in data.in_order(square, (5,), jobs, workers)] == [job * job + 5 for job in jobs]
+    assert list(data.in_order(square, (5,), [], workers)) == []
+    with pytest.raises(ValueError, match="job 99"):
+        list(data.in_order(square, (5,), [*jobs, 99, *jobs], workers))
+
+
+def test_in_order_takes_few_jobs_ahead_and_ends_its_workers():
+    taken = []
+    answers = data.in_order(square, (0,), (taken.append(i) or i for i in range(1, 1000)), 3)
+    next(answers), next(answers)
+    assert len(taken) <= 2 + 3
+    workers = [child.pid for child in multiprocessing.active_children()]
+    answers.close()
+    assert len(workers) == 3 and not any(os.path.exists(f"/proc/{pid}") for pid in workers)
+
+
+@pytest.mark.parametrize("position", [0, 5, 40])
+def test_a_worker_that_is_killed_is_an_error(position):
+    jobs = [1] * position + [98] + [1] * 5
+    began = time.monotonic()
+    with pytest.raises(ChildProcessError, match="killed"):
+        list(data.in_order(square, (0,), jobs, 2))
+    assert time.monotonic() - began < 10
+
+
+def peak(source, output):
+    """Peak of the memory that Python holds while a file is prepared, in bytes."""
+    tracemalloc.start()
+    prepare(source, output, "bpe", workers=1, separator="<sep>")
+    top = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return top
+
+
+@pytest.mark.parametrize("separator", ["", "<sep>"])
+def test_memory_does_not_grow_with_the_input(separator, tmp_path, monkeypatch):
+    text = ("".join(map(chr, range(97, 123))) + " some words, 123\n") * 40 + separator
+    for name, count in (("small", 150), ("large", 600)):
+        (tmp_path / name).write_text("".join(f"{i % 50} {text}" for i in range(count)))
+    monkeypatch.setattr(data, "PIECE", 1 << 14)
+    monkeypatch.setattr(bpe, "CHUNK", 1 << 14)
+    small, large = (peak(tmp_path / name, tmp_path / f"{name}.out") for name in ("small", "large"))
+    assert large < small + 100_000 < 1_000_000  # the large one has a million characters
+    # An offender: a piece that holds everything.
+    monkeypatch.setattr(data, "PIECE", 1 << 30)
+    monkeypatch.setattr(bpe, "CHUNK", 1 << 30)
+    assert peak(tmp_path / "large", tmp_path / "offender") > 3_000_000
+
+
+# ------------------------------------------------------------------------------------------------------- the token files
+
+def test_the_header_has_one_size():
+    for dtype in ("<u2", "<u4"):
+        for length in (0, 1, 10 ** 9, 10 ** 18):
+            file = io.BytesIO()
+            data.write_header(file, np.dtype(dtype), length)
+            assert file.tell() == 128
+            file.seek(0)
+            assert np.lib.format.read_magic(file) == (1, 0)
+            assert np.lib.format.read_array_header_1_0(file) == ((length,), False, np.dtype(dtype))
+
+
+@pytest.mark.parametrize("words, dtype", [(65536 - 2, np.uint16), (65536 - 1, np.uint32)])
+def test_the_dtype_follows_the_vocabulary(words, dtype, tmp_path):
+    vocabulary = [f"w{i}".encode() for i in range(words)] + [b"<|unk|>", END.encode()]
+    tokenizer = bpe.Tokenizer("word", r"\w+|\s", vocabulary, [], {"<|unk|>": words, END: words + 1})
+    tokenizer.save(tmp_path / "t.json")
+    (tmp_path / "text.txt").write_text("\n".join(f"w{words - 1 - i}" for i in range(50)))
+    prepare(tmp_path / "text.txt", tmp_path / "out", str(tmp_path / "t.json"), separator="\n")
+    assert np.load(tmp_path / "out/train.npy").dtype == np.load(tmp_path / "out/val.npy").dtype == dtype
+    ids = sum(read(tmp_path / "out"), [])
+    assert set(ids) == {*range(words - 50, words), words + 1}
+
+
+def test_an_id_beyond_the_vocabulary_is_refused(corpus, tmp_path, monkeypatch):
+    prepare(corpus, tmp_path / "out")
+    before = state(tmp_path / "out")
+    monkeypatch.setattr(bpe.Tokenizer, "encode_ordinary", lambda self, text: np.full(3, 65536 + 5))
+    with pytest.raises(ValueError, match="65541"):
+        prepare(corpus, tmp_path / "out", separator=END)
+    assert state(tmp_path / "out") == before
+
+
+def test_an_input_that_changes_meanwhile_is_refused(corpus, tmp_path, monkeypatch):
+    train = bpe.train
+
+    def change(*words, **more):
+        with open(corpus, "a") as file:
+            file.write(f"more text{END}")
+        return train(*words, **more)
+    monkeypatch.setattr(bpe, "train", change)
+    with pytest.raises(ValueError, match="changed while it was read"):
+        prepare(corpus, tmp_path / "out", separator=END)
+    assert state(tmp_path / "out") == {}
+
+
+# -------------------------------------------------------------------------------------------------- the command and faults
+
+def test_the_command(corpus, documents, tmp_path, run_script):
+    words = ["--input=corpus.txt", f"--separator={END}", "--tokenizer=bpe", "--vocab_size=300"]
+    done = run_script("data.py", *words, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    manifest = json.loads((tmp_path / "data/manifest.json").read_text())
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith(f"train.npy: {manifest['train']['documents']} documents, {manifest['train']['bytes']:,} bytes, "
+                               f"{manifest['train']['tokens']:,} tokens, ") and lines[1].startswith("val.npy: ")
+    assert lines[-2].endswith("tokens/s") and lines[-1] == "next: python train.py --data=data"
+    assert read(tmp_path / "data") == by_hand(documents, bpe.load(tmp_path / "data/tokenizer.json"))
+    again = run_script("data.py", *words, cwd=tmp_path)
+    assert "are reused" in again.stdout and again.returncode == 0
+
+
+def test_errors_in_the_input_are_reported(tmp_path, run_script):
+    (tmp_path / "a.txt").write_bytes(b"good text \xff" * 30)
+    (tmp_path / "b.jsonl").write_bytes(b'{"text": "good"}\n{"no": 1}\n')
+    done = run_script("data.py", "--input=a.txt,b.jsonl", "--tokenizer=byte", cwd=tmp_path)
+    assert "30 places that were not UTF-8 became U+FFFD\n1 lines were left out" in done.stdout and done.returncode == 0
+
+
+REFUSED = {
+    "missing": (["--input=nowhere.txt"], "nowhere.txt"),
+    "empty file": (["--input=empty.txt"], "empty.txt"),
+    "empty folder": (["--input=folder"], "folder"),
+    "binary": (["--input=binary.bin"], "binary.bin"),
+    "binary beside text": (["--input=corpus.txt,binary.bin"], "binary.bin"),
+    "no line of jsonl": (["--input=bad.jsonl"], "3 lines"),
+    "only separators": (["--input=corpus.txt", "--separator=a", "--input=as.txt"], "no document"),
+    "one character": (["--input=one.txt"], "validation"),
+    "documents all equal": (["--input=same.txt", "--separator=-"], "validation"),
+    "output is a file": (["--input=corpus.txt", "--output=one.txt"], "one.txt"),
+    "output below a file": (["--input=corpus.txt", "--output=one.txt/out"], "one.txt"),
+    "output cannot be made": (["--input=corpus.txt", "--output=/proc/out"], "/proc/out"),
+    "tokenizer neither file nor kind": (["--input=corpus.txt", "--tokenizer=bep"], "neither a file nor a kind"),
+    "foreign tokenizer": (["--input=corpus.txt", "--tokenizer=foreign.json"], "foreign.json"),
+    "tokenizer is text": (["--input=corpus.txt", "--tokenizer=corpus.txt"], "corpus.txt"),
+    "vocabulary too small": (["--input=corpus.txt", "--vocab_size=200", "--tokenizer=bpe"], "200"),
+    "pattern": (["--input=corpus.txt", "--tokenizer=bpe", "--pattern=("], "pattern"),
+    "pattern that drops text": (["--input=corpus.txt", "--tokenizer=bpe", "--pattern=a"], "pattern"),
+    "fraction": (["--input=corpus.txt", "--val_fraction=0"], "--val_fraction"),
+    "workers": (["--input=corpus.txt", "--workers=-1"], "--workers"),
+    "step": (["--input=corpus.txt", "--steps=tokenise,fly"], "'fly'"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refusals(case, corpus, tmp_path, run_script):
+    words, named = REFUSED[case]
+    (tmp_path / "folder").mkdir()
+    for name, text in {"empty.txt": b"", "binary.bin": b"PK\0\1", "bad.jsonl": b"{\n[]\n{}\n", "as.txt": b"aaa", "one.txt": b"x",
+                       "same.txt": b"same-" * 30, "foreign.json": b'{"model": {"type": "BPE"}}'}.items():
+        (tmp_path / name).write_bytes(text)
+    prepare(corpus, tmp_path / "data", separator=END)
+    before = state(tmp_path)
+    done = run_script("data.py", "--tokenizer=byte", *words, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith("data.py: ") and done.stderr.count("\n") == 1 and named in done.stderr, done.stderr
+    assert state(tmp_path) == before
+
+
+def as_nobody(folder, *words, pipe):
+    """Run data.py's main as a user without rights (root may read and write everything)."""
+    os.chdir(folder)
+    if os.geteuid() == 0:
+        os.setuid(65534)
+    sys.argv = ["data.py", *words]
+    try:
+        data.run(data.main)
+    except SystemExit as end:
+        pipe.send(end.code)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="rights of files work otherwise here")
+def test_no_right_to_read_or_write(corpus):
+    with tempfile.TemporaryDirectory() as name:  # below tmp_path another user may not pass
+        folder = Path(name)
+        folder.chmod(0o755)
+        (folder / "corpus.txt").write_bytes(corpus.read_bytes())
+        (folder / "secret.txt").write_bytes(b"secret")
+        (folder / "secret.txt").chmod(0)
+        (folder / "locked").mkdir(mode=0o555)
+        for words, path in [(["--input=secret.txt", "--output=out"], "secret.txt"), (["--input=corpus.txt", "--output=locked"], "locked"),
+                            (["--input=corpus.txt", "--output=locked/out"], "locked/out")]:
+            here, there = multiprocessing.Pipe()
+            child = multiprocessing.get_context("fork").Process(
+                target=as_nobody, args=(folder, *words, "--tokenizer=byte"), kwargs={"pipe": there})
+            child.start()
+            assert here.poll(30)
+            message = here.recv()
+            child.join()
+            assert message.startswith("data.py: ") and "ermission denied" in message and path in message, message
+        assert os.listdir(folder / "locked") == []
+
+
+def test_a_full_disk_leaves_the_old_files(corpus, tmp_path):
+    resource = pytest.importorskip("resource")
+    prepare(corpus, tmp_path / "out", separator=END)
+    before = state(tmp_path)
+    for limit in (5000, 100):  # bytes a file may have: in the middle of train.npy, in its header
+        done = subprocess.run([sys.executable, "-B", str(ROOT / "data.py"), "--input=corpus.txt", "--output=out", "--tokenizer=byte"],
+                              cwd=tmp_path, text=True, capture_output=True, timeout=60,
+                              preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+        assert done.returncode == 1 and done.stderr.endswith("data.py: [Errno 27] File too large: 'out'\n"), done.stderr
+        assert state(tmp_path) == before
+
+
+@pytest.fixture
+def long_run(tmp_path, documents):
+    """A function that starts a run of some seconds over a folder that holds an earlier one, and waits for its first bytes."""
+    (tmp_path / "small.txt").write_text("<sep>".join(documents))
+    (tmp_path / "large.txt").write_text("".join(random_text(random.Random(0), 40) for _ in range(500)) * 200)
+    prepare(tmp_path / "small.txt", tmp_path / "out", separator="<sep>")
+    started = []
+
+    def start():
+        process = subprocess.Popen([sys.executable, str(ROOT / "data.py"), "--input=large.txt", "--output=out", "--workers=2",
+                                    f"--tokenizer={tmp_path}/out/tokenizer.json"],
+                                   cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+        started.append(process)
+        part, deadline = tmp_path / "out/new.part/train.npy", time.monotonic() + 30
+        while not (part.exists() and part.stat().st_size > 128):
+            assert process.poll() is None and time.monotonic() < deadline, "the run ended before it could be disturbed"
+            time.sleep(0.005)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        return process, [int(pid) for pid in children.read_text().split()] if children.exists() else []
+    yield start
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def gone(pids):
+    """Whether the processes have ended, after some seconds' grace."""
+    alive = pids
+    for _ in range(200):
+        alive = [pid for pid in alive if os.path.exists(f"/proc/{pid}") and " Z " not in Path(f"/proc/{pid}/stat").read_text()]
+        if not alive:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_kill_leaves_the_old_files_and_no_workers(long_run, tmp_path):
+    before = state(tmp_path / "out")
+    process, workers = long_run()
+    process.kill()
+    process.communicate()
+    assert gone(workers)
+    left = state(tmp_path / "out")
+    assert {name: left[name] for name in FILES} == before
+    prepare(tmp_path / "small.txt", tmp_path / "out", separator="<sep>", seed=1)  # the next run clears up
+    assert sorted(state(tmp_path / "out")) == sorted(FILES)
+
+
+def test_ctrl_c_leaves_the_old_files_and_no_workers(long_run, tmp_path):
+    before = state(tmp_path)
+    process, workers = long_run()
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers as well
+    out, err = process.communicate(timeout=20)
+    assert (process.returncode, err) == (130, "") and gone(workers)
+    assert state(tmp_path) == before
+
+
+def test_a_killed_worker_ends_the_run_in_one_line(long_run, tmp_path):
+    before = state(tmp_path)
+    process, workers = long_run()
+    if not workers:
+        pytest.skip("the system does not tell the children of a process")
+    os.kill(workers[0], signal.SIGKILL)
+    out, err = process.communicate(timeout=20)
+    assert process.returncode == 1 and err.startswith("data.py: a worker process was killed") and err.count("\n") == 1
+    assert gone(workers) and state(tmp_path) == before
+
+
+def test_a_terminal_sees_a_live_line(corpus, tmp_path):
+    pty = pytest.importorskip("pty")
+    ours, theirs = pty.openpty()
+    done = subprocess.run([sys.executable, str(ROOT / "data.py"), "--input=corpus.txt", "--output=out", "--tokenizer=byte"],
+                          cwd=tmp_path, stdout=subprocess.PIPE, stderr=theirs, timeout=60)
+    os.close(theirs)
+    seen = os.read(ours, 100_000).decode()
+    assert done.returncode == 0 and "\rreading " in seen and "\rencoding " in seen and "%" in seen
+    assert seen.endswith(" " * 79 + "\r")  # the line is cleared
+
+
+@pytest.mark.slow
+def test_the_default_corpus(tmp_path, run_script):
+    done = run_script("data.py", cwd=tmp_path)
+    assert done.returncode == 0 and json.loads((tmp_path / "data/manifest.json").read_text())["train"]["documents"] > 500
