@@ -11,20 +11,27 @@ import dataclasses
 import difflib
 import inspect
 import io
-import math
 import os
 import sys
 import textwrap
 import tokenize
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, Callable, Iterator
+from typing import BinaryIO, Callable, Iterator, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 CHECKPOINT_VERSION = 1
+
+
+def require(holds: bool, reason: str) -> None:
+    """Raise ValueError(reason) unless `holds`."""
+    if not holds:
+        raise ValueError(reason)
 
 
 @dataclasses.dataclass
@@ -62,193 +69,149 @@ class Config:
     @property
     def inner(self) -> int:
         # two thirds of 4 n_embd, to a multiple of 8, give the gated form the parameters of the plain one (Shazeer 2020)
-        return self.n_inner or (-(-8 * self.n_embd // 24) * 8 if self.ffn == "swiglu" else 4 * self.n_embd)
+        default = -(-8 * self.n_embd // 24) * 8 if self.ffn == "swiglu" else 4 * self.n_embd
+        return self.n_inner or default
 
     @property
     def mixers(self) -> list[str]:
-        """The mixer of each layer; --window alone turns every attention layer into a window layer."""
+        """The mixer of each layer."""
         keys = self.mixer.split(",")
-        if self.window and "window" not in keys:
-            keys = ["window" if key == "attention" else key for key in keys]
         return [keys[i % len(keys)] for i in range(self.n_layer)]
 
     def check(self) -> None:
         """Raise ValueError, naming the option to change, where no model has this shape."""
         for axis, table in AXES.items():
-            for key in self.mixers if axis == "mixer" else [getattr(self, axis)]:
-                if key not in table:
-                    raise ValueError(f"--{axis}={key}: choose from {', '.join(table)}")
-        sizes = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")
-        small = [name for name in sizes if getattr(self, name) < 1]
-        small += [name for name in ("n_kv_head", "head_dim", "n_inner", "window") if getattr(self, name) < 0]
-        if small:
-            raise ValueError(f"--{small[0]}={getattr(self, small[0])} is too small")
-        heads = f"--n_embd={self.n_embd}, --n_head={self.n_head}"
-        refused = {
-            f"{heads}: not a multiple (or set --head_dim)": self.n_embd % self.n_head and not self.head_dim,
-            f"--n_head={self.n_head} must be a multiple of --n_kv_head={self.kv_heads}": self.n_head % self.kv_heads,
-            f"{heads}: rope turns pairs, a head must be even": self.position == "rope" and self.head_width % 2,
-            "--mixer=window needs --window=TOKENS": "window" in self.mixers and not self.window,
-            f"--dropout={self.dropout} must be at least 0 and below 1": not 0 <= self.dropout < 1,
-        }
-        for reason, holds in refused.items():
-            if holds:
-                raise ValueError(reason)
+            for key in self.mixer.split(",") if axis == "mixer" else [getattr(self, axis)]:
+                require(key in table, f"--{axis}={key}: choose from {', '.join(table)}")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type in (int, float):  # 0 is meant only where it is the default
+                require(value > 0 or value == field.default == 0, f"--{field.name}={value} is too small")
+        require(self.dropout < 1, f"--dropout={self.dropout} must be below 1")
+        require(self.head_dim or self.n_embd % self.n_head == 0,
+                f"--n_embd={self.n_embd} is no multiple of --n_head={self.n_head}: set --head_dim")
+        require(self.n_head % self.kv_heads == 0, f"--n_head={self.n_head}: no multiple of --n_kv_head={self.kv_heads}")
+        require(self.position != "rope" or self.head_width % 2 == 0,
+                f"--position=rope turns pairs of channels, a head of {self.head_width} is odd: set --head_dim")
+        require(("window" in self.mixers) == (self.window > 0),
+                f"--mixer={self.mixer} --window={self.window}: a window needs both --mixer=window and --window=TOKENS")
 
 
 @dataclasses.dataclass
 class Options(Config):
-    vocab_size: int = 50257  # number of token ids
     batch_size: int = 8  # sequences of a training step, for the memory of activations
 
 
-# ---- the operations, plain: one formula each, to be read; and their fast twins, same signatures, the same numbers
+# ---- the operations: Plain is one formula each, to be read; Fast has the same signatures and gives the same numbers
 
 class Plain:
-    """Each operation in elementary tensor operations."""
+    """Each operation in elementary tensor operations: a namespace of functions, of which no object is ever made."""
 
-    @staticmethod
     def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x (..., n_in), weight (n_out, n_in), bias (n_out) -> (..., n_out)"""
         return x @ weight.T if bias is None else x @ weight.T + bias
 
-    @staticmethod
     def embedding(tokens: Tensor, weight: Tensor) -> Tensor:
         """tokens (...) of ids, weight (V, C) -> (..., C)"""
         return weight[tokens]
 
-    @staticmethod
     def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich 2019)"""
-        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
 
-    @staticmethod
     def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-        """(x - mean) / sqrt(variance + eps) * weight + bias over the last dimension (Ba et al. 2016)"""
-        x = x - x.mean(-1, keepdim=True)
-        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight
-        return x if bias is None else x + bias
+        """(x - mean) / sqrt(variance + eps) * weight + bias: the RMSNorm of what is left of x (Ba et al. 2016)"""
+        y = Plain.rms_norm(x - x.mean(-1, keepdim=True), weight, eps)
+        return y if bias is None else y + bias
 
-    @staticmethod
     def softmax(x: Tensor) -> Tensor:
         """exp(x) / sum(exp(x)) over the last dimension; the largest is subtracted first, so that nothing overflows"""
         x = (x - x.amax(-1, keepdim=True)).exp()
         return x / x.sum(-1, keepdim=True)
 
-    @staticmethod
     def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """softmax(q k^T / sqrt(hd)) v, each group of query heads on its key and value head (Vaswani 2017, Ainslie 2023).
+        """softmax(q k^T / sqrt(hd)) v, each group of query heads on its key and value head (Vaswani 2017).
 
-        q (B, H, T, hd), k and v (B, H_kv, S, hd) -> (B, H, T, hd). `mask`: True where a query may look, broadcast to
-        (B, H, T, S); None: causal, the last query sees all S keys.
+        q (B, H, T, hd), k and v (B, H_kv, S, hd) -> (B, H, T, hd); H is a multiple of H_kv (Ainslie et al. 2023).
+        `mask`: True where a query may look, broadcast to (B, H, T, S). None: a query sees all keys up to its own, and
+        T is S, or 1 for the last of S tokens.
         """
-        T, S = q.shape[-2], k.shape[-2]
+        T, S = q.shape[2], k.shape[2]
         groups = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)  # (B, H, S, hd)
         if mask is None:
-            mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-        scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])  # (B, H, T, S)
+            mask = q.new_ones(T, S).tril(S - T).bool()
+        scores = q @ k.transpose(2, 3) / q.shape[3] ** 0.5  # (B, H, T, S)
         return Plain.softmax(scores.masked_fill(~mask, float("-inf"))) @ v
 
 
 class Fast(Plain):
     """The same operations, fused by torch: one pass over memory where the plain form makes several."""
 
-    linear = staticmethod(F.linear)
+    linear, embedding = F.linear, F.embedding
 
-    @staticmethod
-    def embedding(tokens: Tensor, weight: Tensor) -> Tensor:
-        return F.embedding(tokens, weight)
+    def rms_norm(x, weight, eps):
+        return F.rms_norm(x, weight.shape, weight.type_as(x), eps)  # fused only where the types are the same
 
-    @staticmethod
-    def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        return F.rms_norm(x, weight.shape, weight, eps)
-
-    @staticmethod
-    def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    def layer_norm(x, weight, bias, eps):
         return F.layer_norm(x, weight.shape, weight, bias, eps)
 
-    @staticmethod
-    def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        T, S = q.shape[-2], k.shape[-2]
-        if mask is None and 1 < T < S:  # is_causal aligns at the first key, ours at the last
-            mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-        causal, groups = mask is None and T > 1, q.shape[1] != k.shape[1]
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=groups)
+    def attention(q, k, v, mask):
+        causal = mask is None and q.shape[2] > 1  # torch would let a single query see the first key alone
+        grouped = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped)
 
 
-class Counting(Fast):
-    """For accounting on the meta device: counts FLOPs, and keeps for the backward pass what a fused attention keeps."""
-
-    flops = 0
-
-    @classmethod
-    def linear(cls, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        cls.flops += 2 * x[..., 0].numel() * weight.numel()
-        return Plain.linear(x, weight, bias)
-
-    @classmethod
-    def attention(cls, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        cls.flops += 4 * q.numel() * k.shape[-2]  # q k^T and its product with v, the masked half included
-        return FusedAttention.apply(q, k, v)
+ops = Fast  # what the layers below call; `model.ops = model.Plain` runs them as written above
 
 
-class FusedAttention(torch.autograd.Function):
-    """The shapes of FlashAttention (Dao et al. 2022): no T x S scores are kept, only the sums of the softmax."""
-
-    @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        y = torch.empty_like(q.transpose(1, 2)).transpose(1, 2)
-        ctx.save_for_backward(q, k, v, y, y[..., 0].contiguous())
-        return y
-
-
-ops = Fast  # the layers below call this one; `model.ops = model.Plain` runs them as written above
-
-
-# ---- layers with parameters: `roles` names what each parameter is; `flops` and `saved` count one sequence of T tokens
+# ---- layers with parameters; `roles` names what each parameter is, a row of ROLES further down
 
 class Linear(nn.Module):
+    """x (..., n_in) -> (..., n_out)"""
+
     def __init__(self, n_in: int, n_out: int, bias: bool = False, role: str = "matrix"):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(n_out, n_in))
         self.bias = nn.Parameter(torch.empty(n_out)) if bias else None
         self.roles = {"weight": role, "bias": "bias"}
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return ops.linear(x, self.weight, self.bias)
 
 
-class Embedding(nn.Module):
-    roles = {"weight": "embedding"}
+class Embedding(Linear):
+    """Ids (...) -> their rows (..., C): a linear layer of one-hot vectors, without the multiplication"""
 
     def __init__(self, n_rows: int, n_embd: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(n_rows, n_embd))
+        super().__init__(n_embd, n_rows, role="embedding")
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        return ops.embedding(tokens, self.weight)
+    def forward(self, ids):
+        return ops.embedding(ids, self.weight)
 
 
 class RMSNorm(nn.Module):
-    roles = {"weight": "gain"}
+    """x (..., width) at a root mean square of 1, times a gain for each channel; width 0 is n_embd"""
 
-    def __init__(self, width: int, config: Config):
+    roles = {"weight": "gain", "bias": "bias"}
+
+    def __init__(self, config: Config, width: int = 0):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.empty(width)), config.norm_eps
+        self.weight = nn.Parameter(torch.empty(width or config.n_embd))
+        self.eps = config.norm_eps
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return ops.rms_norm(x, self.weight, self.eps)
 
 
 class LayerNorm(RMSNorm):
-    roles = {"weight": "gain", "bias": "bias"}
+    """The same after the mean is taken off, with a bias on request"""
 
-    def __init__(self, width: int, config: Config):
-        super().__init__(width, config)
-        self.bias = nn.Parameter(torch.empty(width)) if config.bias else None
+    def __init__(self, config: Config, width: int = 0):
+        super().__init__(config, width)
+        self.bias = nn.Parameter(torch.empty_like(self.weight)) if config.bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return ops.layer_norm(x, self.weight, self.bias, self.eps)
 
 
@@ -266,84 +229,81 @@ class Dropout(nn.Module):
         super().__init__()
         self.p, self.noise, self.site = p, noise, site
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         if not self.training or self.p == 0:
             return x
         keys = self.noise["keys"] if self.noise else torch.randint(2**62, (len(x),))
         place = torch.arange(x[0].numel(), device=x.device) + (self.site << 40)
         bits = place + keys.to(x.device)[:, None] * 0x1E3779B97F4A7C15  # (B, T C)
-        for shift, factor in ((30, 0x3F58476D1CE4E5B9), (27, 0x14D049BB133111EB)):
-            bits = (bits ^ (bits >> shift & (1 << 64 - shift) - 1)) * factor  # the mask makes a shift without sign
-        keep = (bits >> 20 & 0xFFFFFF) >= self.p * 2**24
+        bits = (bits ^ bits >> 30 & 2**34 - 1) * 0x3F58476D1CE4E5B9  # torch shifts the sign in, the mask takes it out
+        bits = (bits ^ bits >> 27 & 2**37 - 1) * 0x14D049BB133111EB
+        keep = (bits >> 20 & 2**24 - 1) >= self.p * 2**24
         return x * keep.view_as(x) / (1 - self.p)
 
 
-# ---- positions: what is added to the embedding, and what turns queries and keys; both are forward(x, at)
+# ---- positions: `at` is where the tokens stand, (T,), or (B, T) where rows of the batch have different lengths
 
-class Nowhere(nn.Module):
-    """No sign of the position (x unchanged)."""
+class Position(nn.Identity):
+    """No sign of the position; each of the others replaces one of the two functions."""
 
-    def __init__(self, config: Config):
-        super().__init__()
-
-    def forward(self, x: Tensor, at: Tensor) -> Tensor:
+    def add(self, x, at):
+        """What the embedding x (B, T, C) becomes"""
         return x
 
-
-def angles(length: int, width: int, base: float) -> Tensor:
-    """position * base^(-2 i / width) for each pair of channels i: (length, width / 2 rounded up)"""
-    wave = base ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
-    return torch.outer(torch.arange(length, dtype=torch.float64), wave).to(torch.get_default_dtype())
+    def turn(self, at):
+        """The function that queries and keys (B, H, T, hd) of all layers pass through"""
+        return lambda x: x
 
 
-class Rope(nn.Module):
-    """Turn each pair of channels by an angle that grows with the position: q k^T sees distances (Su et al. 2021)."""
-
-    def __init__(self, config: Config):
-        super().__init__()
-        angle = angles(config.block_size, config.head_width, config.rope_base)
-        self.register_buffer("cos", angle.cos(), persistent=False)
-        self.register_buffer("sin", angle.sin(), persistent=False)
-
-    def forward(self, x: Tensor, at: Tensor) -> Tensor:
-        cos, sin = self.cos[at].unsqueeze(-3), self.sin[at].unsqueeze(-3)  # (1, T, hd/2) or, ragged, (B, 1, T, hd/2)
-        a, b = x.chunk(2, -1)  # x (B, H, T, hd)
-        return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).type_as(x)
+def waves(length: int, width: int, base: float) -> Tensor:
+    """cos and sin of position / base^(2 i / width), i a pair of channels: (2, length, width / 2 rounded up)"""
+    frequency = base ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
+    angle = torch.outer(torch.arange(length, dtype=torch.float64), frequency)  # exact enough for long contexts
+    return torch.stack((angle.cos(), angle.sin())).to(torch.get_default_dtype())
 
 
-class Learned(nn.Module):
-    """One trained vector a position (GPT-2)."""
+class Rope(Position):
+    """Turn each pair of channels by an angle that grows with the position: q k^T sees distances (Su et al. 2021).
 
-    roles = {"weight": "embedding"}
+    The pairs are (i, i + hd/2): (a, b) -> (a cos - b sin, b cos + a sin).
+    """
 
     def __init__(self, config: Config):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(config.block_size, config.n_embd))
+        cos, sin = waves(config.block_size, config.head_width, config.rope_base)
+        table = torch.stack((cos.repeat(1, 2), torch.cat((-sin, sin), 1)))  # (2, block_size, hd)
+        self.register_buffer("table", table, persistent=False)
 
-    def forward(self, x: Tensor, at: Tensor) -> Tensor:
-        return x + ops.embedding(at, self.weight)
+    def turn(self, at):
+        cos, sin = self.table[:, at].unsqueeze(-3)  # (1, T, hd) each or, ragged, (B, 1, T, hd)
+        return lambda x: x * cos + x.roll(x.shape[3] // 2, 3) * sin
 
 
-class Sinusoidal(nn.Module):
-    """Sines and cosines of wavelengths from 2 pi to 10000 * 2 pi (Vaswani et al. 2017)."""
+class Sinusoidal(Position):
+    """Sines and cosines of wavelengths from 2 pi to 10000 * 2 pi by turns (Vaswani et al. 2017)."""
 
     def __init__(self, config: Config):
         super().__init__()
-        angle = angles(config.block_size, config.n_embd, 10000.0)
-        table = torch.stack((angle.sin(), angle.cos()), -1).flatten(1)  # sine and cosine by turns
+        cos, sin = waves(config.block_size, config.n_embd, 10000.0)
+        table = torch.stack((sin, cos), 2).flatten(1)  # (block_size, C, and one more if C is odd)
         self.register_buffer("table", table[:, :config.n_embd], persistent=False)
 
-    def forward(self, x: Tensor, at: Tensor) -> Tensor:
+    def add(self, x, at):
         return x + self.table[at]
 
 
-# key -> (added to the embedding, applied to the heads of queries and keys)
-POSITIONS = {
-    "rope": (Nowhere, Rope),
-    "sinusoidal": (Sinusoidal, Nowhere),
-    "learned": (Learned, Nowhere),
-    "none": (Nowhere, Nowhere),
-}
+class Learned(Position):
+    """One trained vector a position (GPT-2)."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.table = Embedding(config.block_size, config.n_embd)
+
+    def add(self, x, at):
+        return x + self.table(at)
+
+
+POSITIONS = {"rope": Rope, "sinusoidal": Sinusoidal, "learned": Learned, "none": Position}
 
 
 # ---- states: all that a mixer looks back on, its position too
@@ -351,56 +311,55 @@ POSITIONS = {
 class Fresh:
     """The state of a forward pass that has no past: the tokens see each other, nothing is kept."""
 
-    def positions(self, T: int, device: torch.device) -> Tensor:
-        return torch.arange(T, device=device)
+    lengths = [0]  # tokens taken in so far, one number a row
 
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def positions(self, T: int, device: torch.device) -> Tensor:
+        """The positions of the next T tokens: (T,), or (B, T) where rows have different lengths."""
+        first = self.lengths[0]
+        if min(self.lengths) < max(self.lengths):
+            first = torch.tensor(self.lengths, device=device)[:, None]
+        return first + torch.arange(T, device=device)
+
+    def append(self, k, v):
         return k, v
 
 
-class KVCache:
+class KVCache(Fresh):
     """The keys and values of one attention layer: two tensors (B, H_kv, capacity, hd), filled to `lengths[row]`."""
 
     def __init__(self, k: Tensor, v: Tensor, lengths: list[int]):
         self.k, self.v, self.lengths = k, v, lengths
 
-    @property
-    def ragged(self) -> bool:
-        return min(self.lengths) != max(self.lengths)
-
-    @property
-    def nbytes(self) -> int:
-        return self.k.nbytes + self.v.nbytes
-
-    def positions(self, T: int, device: torch.device) -> Tensor:
-        """The positions of the next T tokens: (T,), or (B, T) where rows have different lengths."""
-        if self.ragged:
-            return torch.tensor(self.lengths, device=device)[:, None] + torch.arange(T, device=device)
-        return torch.arange(self.lengths[0], self.lengths[0] + T, device=device)
-
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def append(self, k, v):
         """Take in k and v (B, H_kv, T, hd) of the next T tokens; return all that is filled, (B, H_kv, S, hd) each."""
-        T, at = k.shape[2], self.positions(k.shape[2], k.device)
-        longest = max(self.lengths) + T
-        if longest > self.k.shape[2]:
-            raise ValueError(f"the state holds {self.k.shape[2]} tokens, {longest} are needed")
-        if self.ragged:
-            rows = torch.arange(len(k), device=k.device)[:, None]
-            self.k[rows, :, at], self.v[rows, :, at] = k.transpose(1, 2), v.transpose(1, 2)
+        start, room = max(self.lengths), self.k.shape[2]
+        T = k.shape[2]
+        S = start + T
+        require(S <= room, f"the state holds {room} tokens, {S} are needed: ask new_state for more")
+        if start == min(self.lengths):
+            self.k[:, :, start:S] = k
+            self.v[:, :, start:S] = v
         else:
-            self.k[:, :, longest - T:longest], self.v[:, :, longest - T:longest] = k, v
+            rows = torch.arange(len(k), device=k.device)[:, None]
+            at = self.positions(T, k.device)  # (B, T): behind the end of each row
+            self.k[rows, :, at] = k.transpose(1, 2)  # (B, T, H_kv, hd)
+            self.v[rows, :, at] = v.transpose(1, 2)
         self.lengths = [length + T for length in self.lengths]
-        return self.k[:, :, :longest], self.v[:, :, :longest]
+        return self.k[:, :, :S], self.v[:, :, :S]
 
     def truncate(self, lengths: list[int]) -> None:
         """Forget what lies beyond `lengths`, one a row (rejected drafts, the padding of a ragged prompt)."""
-        if any(new > old for new, old in zip(lengths, self.lengths, strict=True)):
-            raise ValueError(f"cannot truncate {self.lengths} to {lengths}")
+        fit = all(0 <= new <= old for new, old in zip(lengths, self.lengths, strict=True))
+        require(fit, f"cannot truncate {self.lengths} to {lengths}")
         self.lengths = list(lengths)
 
     def fork(self, rows: list[int]) -> "KVCache":
         """A new state whose row i is a copy of row rows[i] (one prompt, several samples)."""
         return KVCache(self.k[rows], self.v[rows], [self.lengths[row] for row in rows])
+
+    @property
+    def nbytes(self) -> int:
+        return self.k.nbytes + self.v.nbytes
 
 
 class State(list):
@@ -422,106 +381,99 @@ class State(list):
         return State(layer.fork(rows) for layer in self)
 
 
-# ---- mixers: forward(x, state), where tokens look at each other
+# ---- mixers: where tokens look at each other
 
 class Attention(nn.Module):
-    """Causal attention over all tokens before; queries in groups share keys and values (Ainslie et al. 2023)."""
+    """Causal attention over the last `window` tokens (0: all); groups of queries share keys and values.
 
-    window = 0
+    Normalised queries and keys keep the scores from growing (Henry et al. 2020).
+    """
 
-    def __init__(self, config: Config, rotate: nn.Module):
+    def __init__(self, config: Config, window: int = 0):
         super().__init__()
-        self.heads, self.kv_heads, self.width = config.n_head, config.kv_heads, config.head_width
-        self.qkv = Linear(config.n_embd, (self.heads + 2 * self.kv_heads) * self.width, config.bias)
-        self.out = Linear(self.heads * self.width, config.n_embd, config.bias, "output")
-        # normalised queries and keys keep the scores from growing (Henry et al. 2020)
+        self.window, self.width = window, config.head_width
+        self.heads = (config.n_head, config.kv_heads, config.kv_heads)  # of q, k and v
+        self.qkv = Linear(config.n_embd, sum(self.heads) * self.width, config.bias)
+        self.out = Linear(config.n_head * self.width, config.n_embd, config.bias, "output")
         norm = NORMS[config.norm] if config.qk_norm else nn.Identity
-        self.q_norm, self.k_norm, self.rotate = norm(self.width, config), norm(self.width, config), rotate
+        self.q_norm = norm(config, self.width)
+        self.k_norm = norm(config, self.width)
 
-    def forward(self, x: Tensor, state: Fresh | KVCache) -> Tensor:
+    def forward(self, x, at, turn, state):
         B, T, _ = x.shape
-        at = state.positions(T, x.device)
         qkv = self.qkv(x).view(B, T, -1, self.width).transpose(1, 2)  # (B, H + 2 H_kv, T, hd)
-        q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), 1)
-        q, k = self.rotate(self.q_norm(q), at), self.rotate(self.k_norm(k), at)
+        q, k, v = qkv.split(self.heads, dim=1)
+        q, k = turn(self.q_norm(q)), turn(self.k_norm(k))
         k, v = state.append(k, v)  # (B, H_kv, S, hd)
         y = ops.attention(q, k, v, self.mask(at, k.shape[2]))  # (B, H, T, hd)
         return self.out(y.transpose(1, 2).reshape(B, T, -1))
 
     def mask(self, at: Tensor, S: int) -> Tensor | None:
-        """True where the query at position at[..., t] sees key s: (T, S), ragged (B, 1, T, S); None: plainly causal."""
-        if at.ndim == 1 and not self.window:
+        """True where the query at position at[..., t] sees key s: (T, S) or (B, 1, T, S); None where causal says it."""
+        if at.ndim == 1 and len(at) in (1, S) and not self.window:
             return None
-        far = at[..., None] - torch.arange(S, device=at.device)  # (..., T, S): how far back key s lies
+        far = at[..., None] - torch.arange(S, device=at.device)  # how far back key s lies
         seen = (far >= 0) & (far < (self.window or S))
         return seen if at.ndim == 1 else seen[:, None]
 
     def state(self, batch: int, capacity: int) -> KVCache:
-        like = self.qkv.weight
-        k, v = (like.new_zeros(batch, self.kv_heads, capacity, self.width) for _ in "kv")
-        return KVCache(k, v, [0] * batch)
+        """An empty cache for `batch` sequences of up to `capacity` tokens"""
+        shape, like = (batch, self.heads[1], capacity, self.width), self.qkv.weight
+        return KVCache(like.new_zeros(shape), like.new_zeros(shape), [0] * batch)
 
 
-class Window(Attention):
-    """Attention that sees the last `window` tokens only (Beltagy et al. 2020)."""
-
-    def __init__(self, config: Config, rotate: nn.Module):
-        super().__init__(config, rotate)
-        self.window = config.window
-
-
-MIXERS = {"attention": Attention, "window": Window}
+# a window as in Beltagy et al. 2020
+MIXERS = {"attention": Attention, "window": lambda config: Attention(config, config.window)}
 
 
 # ---- feed-forward layers: where each token is worked on alone
 
 class MLP(nn.Module):
-    """down(activation(up x))"""
+    """down(f(up x)); `up` is `parts` times as wide as what f gives."""
 
-    def __init__(self, activation: Callable[[Tensor], Tensor], config: Config, parts: int = 1):
+    def __init__(self, f: Callable[[Tensor], Tensor], config: Config, parts: int = 1):
         super().__init__()
-        self.activation = activation
+        self.f = f
         self.up = Linear(config.n_embd, parts * config.inner, config.bias)
         self.down = Linear(config.inner, config.n_embd, config.bias, "output")
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.activation(self.up(x)))
+    def forward(self, x):
+        return self.down(self.f(self.up(x)))
 
 
-class GatedMLP(MLP):
-    """down(activation(gate x) * up x) (Shazeer 2020); gate and up are one matrix."""
-
-    def __init__(self, activation: Callable[[Tensor], Tensor], config: Config):
-        super().__init__(activation, config, parts=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.up(x).chunk(2, -1)
-        return self.down(self.activation(gate) * up)
+def swiglu(x: Tensor) -> Tensor:
+    """x (..., 2 n) -> silu of the first half * the second half, (..., n) (Shazeer 2020)"""
+    gate, up = x.chunk(2, -1)
+    return F.silu(gate) * up
 
 
 FFNS = {
-    "swiglu": partial(GatedMLP, F.silu),
+    "swiglu": partial(MLP, swiglu, parts=2),
     "relu": partial(MLP, F.relu),
     "gelu": partial(MLP, partial(F.gelu, approximate="tanh")),  # GPT-2's form
     "relu2": partial(MLP, lambda x: F.relu(x).square()),  # So et al. 2021
 }
 
 
-# ---- blocks and the model
+# ---- blocks: how the layers and their norms hang on the residual stream
 
 class PreNorm(nn.Module):
     """x + f(norm(x)): the residual stream runs through unchanged (Xiong et al. 2020)."""
 
     final_norm = True
 
-    def __init__(self, config: Config, mixer: str, rotate: nn.Module, noise: dict, layer: int):
+    def __init__(self, config: Config, layer: int, noise: dict):
         super().__init__()
-        self.norm1, self.norm2 = (NORMS[config.norm](config.n_embd, config) for _ in range(2))
-        self.mixer, self.ffn = MIXERS[mixer](config, rotate), FFNS[config.ffn](config)
-        self.drop1, self.drop2 = (Dropout(config.dropout, noise, 2 * layer + i) for i in (1, 2))
+        self.norm1 = NORMS[config.norm](config)
+        self.norm2 = NORMS[config.norm](config)
+        self.mixer = MIXERS[config.mixers[layer]](config)
+        self.ffn = FFNS[config.ffn](config)
+        self.drop1 = Dropout(config.dropout, noise, 2 * layer + 1)
+        self.drop2 = Dropout(config.dropout, noise, 2 * layer + 2)
 
-    def forward(self, x: Tensor, state: Fresh | KVCache) -> Tensor:
-        x = x + self.drop1(self.mixer(self.norm1(x), state))
+    def forward(self, x, *past):
+        """x (B, T, C) -> (B, T, C); `past` is for the mixer: at, turn, state"""
+        x = x + self.drop1(self.mixer(self.norm1(x), *past))
         return x + self.drop2(self.ffn(self.norm2(x)))
 
 
@@ -530,31 +482,33 @@ class PostNorm(PreNorm):
 
     final_norm = False
 
-    def forward(self, x: Tensor, state: Fresh | KVCache) -> Tensor:
-        x = self.norm1(x + self.drop1(self.mixer(x, state)))
+    def forward(self, x, *past):
+        x = self.norm1(x + self.drop1(self.mixer(x, *past)))
         return self.norm2(x + self.drop2(self.ffn(x)))
 
 
 PLACEMENTS = {"pre": PreNorm, "post": PostNorm}
 
 
-@dataclasses.dataclass(frozen=True)
-class Role:
-    """What a parameter is: how it starts (standard deviation from fan-in and depth, by --init) and how it is trained."""
-    zero: Callable[[int, int], float]
-    gpt2: Callable[[int, int], float]
+# ---- what each parameter is: how it starts and how it is trained
+
+class Role(NamedTuple):
+    """A row of the table below; standard deviations are numbers, or functions of fan-in n and number of layers L."""
+
+    zero: float | Callable[[int, int], float]  # with --init=zero
+    gpt2: float | Callable[[int, int], float]  # with --init=gpt2 (Radford et al. 2019)
     mean: float = 0.0
     decay: bool = False  # weight decay pulls it to 0
     muon: bool = False  # Muon may update it: a matrix between hidden vectors
 
 
 ROLES = {
-    "matrix": Role(lambda n, L: n**-0.5, lambda n, L: 0.02, decay=True, muon=True),
-    "output": Role(lambda n, L: 0.0, lambda n, L: 0.02 / (2 * L) ** 0.5, decay=True, muon=True),  # writes to the stream
-    "embedding": Role(lambda n, L: 0.02, lambda n, L: 0.02),
-    "head": Role(lambda n, L: 0.0, lambda n, L: 0.02),
-    "gain": Role(lambda n, L: 0.0, lambda n, L: 0.0, mean=1.0),
-    "bias": Role(lambda n, L: 0.0, lambda n, L: 0.0),
+    "matrix": Role(lambda n, L: n**-0.5, 0.02, decay=True, muon=True),
+    "output": Role(0.0, lambda n, L: 0.02 / (2 * L) ** 0.5, decay=True, muon=True),  # writes to the residual stream
+    "embedding": Role(0.02, 0.02),
+    "head": Role(0.0, 0.02),
+    "gain": Role(0.0, 0.0, mean=1.0),
+    "bias": Role(0.0, 0.0),
 }
 INITS = ("zero", "gpt2")
 AXES = {"norm": NORMS, "placement": PLACEMENTS, "position": POSITIONS, "mixer": MIXERS, "ffn": FFNS, "init": INITS}
@@ -566,13 +520,14 @@ class GPT(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         config.check()
-        self.config, self.noise = config, {}
-        place, rotate = (make(config) for make in POSITIONS[config.position])
-        self.embedding, self.place = Embedding(config.vocab_size, config.n_embd), place
-        self.drop = Dropout(config.dropout, self.noise, 0)
+        self.config = config
+        self.noise = {}  # shared by all dropouts, see there
         block = PLACEMENTS[config.placement]
-        self.blocks = nn.ModuleList(block(config, key, rotate, self.noise, i) for i, key in enumerate(config.mixers))
-        self.norm = NORMS[config.norm](config.n_embd, config) if block.final_norm else nn.Identity()
+        self.embedding = Embedding(config.vocab_size, config.n_embd)
+        self.position = POSITIONS[config.position](config)
+        self.drop = Dropout(config.dropout, self.noise, 0)
+        self.blocks = nn.ModuleList(block(config, layer, self.noise) for layer in range(config.n_layer))
+        self.norm = NORMS[config.norm](config) if block.final_norm else nn.Identity()
         self.head = Linear(config.n_embd, config.vocab_size, role="head")
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
@@ -582,9 +537,10 @@ class GPT(nn.Module):
     def initialise(self) -> None:
         """Draw every parameter as its role and --init say, from torch's generator."""
         for name, role in self.roles().items():
-            weight, role = self.get_parameter(name), ROLES[role]
-            std = getattr(role, self.config.init)(weight.shape[-1], self.config.n_layer)
-            weight.normal_(0, std).add_(role.mean) if std else weight.fill_(role.mean)
+            weight, std = self.get_parameter(name), getattr(ROLES[role], self.config.init)
+            if callable(std):
+                std = std(weight.shape[-1], self.config.n_layer)
+            weight.normal_(ROLES[role].mean, std)
 
     def roles(self) -> dict[str, str]:
         """The role of each parameter by name. A parameter whose layer does not name its role is a KeyError."""
@@ -592,18 +548,22 @@ class GPT(nn.Module):
         return {name: self.get_submodule(path).roles[own] for name, path, own in owners}
 
     def hidden(self, tokens: Tensor, state: State | None = None) -> Tensor:
-        """Token ids (B, T) -> the last layer's normalised output (B, T, C); `state` takes in the T tokens."""
+        """Token ids (B, T) -> the last layer's normalised output (B, T, C); `state` takes in the T tokens.
+
+        Raises ValueError where the context would be longer than block_size.
+        """
         layers = state or [Fresh()] * len(self.blocks)
-        at = layers[0].positions(tokens.shape[1], tokens.device)
-        x = self.drop(self.place(self.embedding(tokens), at))
+        T, longest = tokens.shape[1], self.config.block_size
+        require(max(layers[0].lengths) + T <= longest, f"the context is longer than the block_size of {longest} tokens")
+        at = layers[0].positions(T, tokens.device)
+        turn = self.position.turn(at)
+        x = self.drop(self.position.add(self.embedding(tokens), at))
         for block, layer in zip(self.blocks, layers):
-            x = block(x, layer)
+            x = block(x, at, turn, layer)
         return self.norm(x)
 
     def forward(self, tokens: Tensor, state: State | None = None) -> Tensor:
-        """Token ids (B, T) -> logits (B, T, V) of each next token. Raises ValueError beyond block_size."""
-        if tokens.shape[1] > self.config.block_size:
-            raise ValueError(f"{tokens.shape[1]} tokens are more than the block_size of {self.config.block_size}")
+        """Token ids (B, T) -> logits (B, T, V) of each next token; errors as in `hidden`."""
         return self.head(self.hidden(tokens, state))
 
     def new_state(self, batch: int, capacity: int = 0) -> State:
@@ -613,6 +573,43 @@ class GPT(nn.Module):
 
 # ---- resource accounting
 
+class FusedAttention(torch.autograd.Function):
+    """Keeps for the backward pass what FlashAttention does (Dao et al. 2022): of the T x S scores only their sums."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, mask):
+        y = Plain.attention(q, k, v, mask).transpose(1, 2).contiguous().transpose(1, 2)
+        ctx.save_for_backward(q, k, v, y, y[..., 0].contiguous())
+        return y
+
+
+class Meta(Fast):
+    """The operations on the meta device, where torch would not take its fused attention."""
+
+    attention = FusedAttention.apply
+
+
+def trace(model: GPT, tokens: Tensor) -> tuple[int, int]:
+    """FLOPs of a forward pass on the meta device, and the bytes kept for the backward pass, logits included."""
+    global ops
+    kept, usual = {}, ops
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage  # views share one
+        return tensor
+
+    ops = Meta
+    try:
+        with saved_tensors_hooks(keep, lambda tensor: tensor), FlopCounterMode(display=False) as flops:
+            keep(model(tokens))
+    finally:
+        ops = usual
+    for tensor in (*model.parameters(), *model.buffers()):  # they are there anyhow
+        kept.pop(tensor.untyped_storage()._cdata, None)
+    return flops.get_total_flops(), sum(storage.nbytes() for storage in kept.values())
+
+
 def account(config: Config, batch: int, optimizer: str = "muon") -> dict:
     """What a model costs: parameters by role, FLOPs of one sequence of block_size tokens, bytes of training in fp32.
 
@@ -621,31 +618,19 @@ def account(config: Config, batch: int, optimizer: str = "muon") -> dict:
     Activations are the tensors kept for the backward pass of `batch` sequences, one (T, V) for the loss included.
     Muon keeps one number for each entry of a hidden matrix, AdamW two for each parameter.
     """
-    global ops
-    kept, fast, Counting.flops = {}, ops, 0
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage._cdata] = storage  # views share one
-        return tensor
-
     with torch.device("meta"):
-        model, tokens = GPT(config), torch.zeros(batch, config.block_size, dtype=torch.long)
-    try:
-        ops = Counting
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            logits = model(tokens)
-    finally:
-        ops = fast
-    own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
-    activations = logits.nbytes + sum(storage.nbytes() for key, storage in kept.items() if key not in own)
-    sizes, roles = {name: weight.numel() for name, weight in model.named_parameters()}, model.roles()
-    by_role = {role: sum(n for name, n in sizes.items() if roles[name] == role) for role in ROLES}
-    total = sum(sizes.values())
-    moments = sum(n * (1 if optimizer == "muon" and ROLES[role].muon else 2) for role, n in by_role.items())
+        model = GPT(config)
+        tokens = torch.zeros(batch, config.block_size, dtype=torch.long)
+    flops, activations = trace(model, tokens)
+    by_role, moments = dict.fromkeys(ROLES, 0), 0
+    for name, role in model.roles().items():
+        size = model.get_parameter(name).numel()
+        by_role[role] += size
+        moments += size if optimizer == "muon" and ROLES[role].muon else 2 * size
+    total = sum(by_role.values())
     memory = dict(weights=4 * total, gradients=4 * total, optimizer=4 * moments, activations=activations)
-    return dict(parameters=total, roles=by_role, forward_flops=Counting.flops // batch, memory=memory,
-                memory_total=sum(memory.values()), cache_per_token=model.new_state(1, 1).nbytes)
+    return dict(parameters=total, roles=by_role, memory=memory, memory_total=sum(memory.values()),
+                forward_flops=flops // batch, cache_per_token=model.new_state(1, 1).nbytes)
 
 
 def report(config: Config, batch: int, optimizer: str = "muon") -> str:
@@ -657,7 +642,8 @@ def report(config: Config, batch: int, optimizer: str = "muon") -> str:
         f"parameters    {a['parameters']:,} ({roles})",
         f"FLOPs         {a['forward_flops']:,} forward for {T} tokens, {3 * a['forward_flops'] // T:,} a token trained",
         f"memory, MiB   {a['memory_total'] / 2**20:,.1f} at {batch} x {T} tokens ({memory})",
-        f"cache         {a['cache_per_token']:,} bytes a token, {a['cache_per_token'] * T / 2**20:,.2f} MiB a sequence"))
+        f"cache         {a['cache_per_token']:,} bytes a token, {a['cache_per_token'] * T / 2**20:,.2f} MiB a sequence",
+    ))
 
 
 # ---- checkpoints: one plain dict, read without unpickling code
@@ -688,30 +674,24 @@ def save_checkpoint(path: str | os.PathLike, model: GPT, **rest) -> None:
 
 def load_checkpoint(path: str | os.PathLike) -> dict:
     """Read a checkpoint's dict onto the CPU. Nothing in it is executed. Raises OSError or ValueError."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # truncated archives and forbidden pickles fail in many ways
-        raise ValueError(f"{path} is not a checkpoint of train.py, or is truncated; it was not executed") from error
-    if not isinstance(checkpoint, dict) or not {"version", "config", "weights"} <= checkpoint.keys():
-        raise ValueError(f"{path} is not a checkpoint of train.py: it lacks version, config or weights")
-    if checkpoint["version"] != CHECKPOINT_VERSION:
-        raise ValueError(f"{path} has format {checkpoint['version']}, this model.py reads {CHECKPOINT_VERSION}")
+    with open(path, "rb") as file:
+        try:
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # truncated archives and forbidden pickles fail in many ways
+            raise ValueError(f"{path} is not a checkpoint, or is truncated; nothing in it was executed") from error
+    version = isinstance(checkpoint, dict) and checkpoint.get("version")
+    require(version == CHECKPOINT_VERSION, f"{path} is not a checkpoint of format {CHECKPOINT_VERSION}")
     return checkpoint
 
 
 def from_checkpoint(checkpoint: dict) -> GPT:
     """The model of a checkpoint's dict, with its weights. Raises ValueError where they do not fit together."""
-    unknown = checkpoint["config"].keys() - {field.name for field in dataclasses.fields(Config)}
-    if unknown:
-        raise ValueError(f"the checkpoint's config has fields unknown here: {', '.join(sorted(unknown))}")
-    model = GPT(Config(**checkpoint["config"]))
     try:
+        model = GPT(Config(**checkpoint["config"]))
         model.load_state_dict(checkpoint["weights"])
-    except RuntimeError as error:
+    except (KeyError, TypeError, RuntimeError) as error:  # an unknown field, weights of other names or shapes
         reason = str(error).splitlines()[-1].strip()
-        raise ValueError(f"the checkpoint's weights do not fit its config: {reason}") from error
+        raise ValueError(f"the checkpoint does not fit this model.py: {reason}") from error
     return model
 
 
@@ -757,8 +737,7 @@ def run(main: Callable[[], None]) -> None:
 
 def main() -> None:
     o = options(Options, sys.argv[1:])
-    config = Config(**{field.name: getattr(o, field.name) for field in dataclasses.fields(Config)})
-    print(report(config, o.batch_size))
+    print(report(o, o.batch_size))
 
 
 if __name__ == "__main__":
