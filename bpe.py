@@ -1,18 +1,17 @@
 """Text <-> tokens: characters, bytes, words and byte pair encoding (BPE), trained and run in pure Python.
 
-Reads: text files, folders of them, .jsonl with a "text" field (with no --input, the Python standard library's text).
+Reads: text files, folders of them, .jsonl with a "text" field; with no --input the Python standard library's text.
 Writes: tokenizer.json, which holds all that encoding and decoding need.
 Usage: python bpe.py --input=shakespeare.txt --vocab_size=1024 --output=tokenizer.json
        python bpe.py --tokenizer=tokenizer.json --show="Hello, world!"
 References: Sennrich et al. 2016 (BPE for words), Radford et al. 2019 (GPT-2: bytes, and the pattern that splits first).
 """
 import argparse
-import array
 import codecs
+import concurrent.futures
 import contextlib
 import dataclasses
 import difflib
-import functools
 import heapq
 import inspect
 import io
@@ -20,47 +19,48 @@ import itertools
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import sysconfig
 import textwrap
 import time
 import tokenize
-from collections import Counter, defaultdict
+from collections import Counter
 from pathlib import Path
 from typing import BinaryIO, Callable, Iterable, Iterator
 
 import numpy as np
 import regex
 
-# A pattern cuts text into pieces; tokens never cross from one piece into the next. Every character must lie in a piece.
+# A pattern cuts text into pieces, and tokens never reach from one piece into the next. Its matches hold all of a text.
 PATTERNS = {
-    # contractions; a word, a number, a run of other signs, each with the one space before it; white space, of which
-    # the last character is left to the word that follows
+    # contractions; a word, a number, other signs, each with the one space before it; white space but for that space
     "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-    "code": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    # a word with the one sign before it ("_name", ".join"); up to three digits; signs with the line's end behind them
+    # and the next line's indentation ("):\n    "), a line's end with the next indentation
+    "code": r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+(?:[\r\n]+[ \t]*)?|[\r\n]+[ \t]*|\s+(?!\S)|\s+",
     "char": r"(?s:.)",
 }
-# Where a text may be cut without changing its pieces: behind what is no white space and before a space, or between a
-# letter or digit and white space. No piece of the patterns above holds such a place, none looks across it. `(?r)`
-# searches backwards.
-CUT = regex.compile(r"(?r)(?:[\p{L}\p{N}](?=\s)|\S(?= ))")
-CHUNK = 1 << 20  # characters that are split at a time: bounds the memory of encoding, however long the text
-CACHE_PIECES = 1 << 18  # pieces whose ids are remembered while encoding
-LONG = 256  # characters above which a piece is not remembered, bytes above which merging visits ranks in order
-VERSION = 1  # of the tokenizer file
+# Where text may be cut without changing its pieces: between a sign and a space, between a letter or digit and white
+# space. No piece of the patterns above holds such a place or looks across it. (?r) searches from the end.
+CUT = regex.compile(r"(?r)(?:\S(?= )|[\p{L}\p{N}](?=\s))")
+CHUNK = 1 << 20  # characters split at a time, which bounds memory however long the text is
+CACHE = 1 << 18  # pieces whose ids are remembered while encoding
+LONG = 256  # characters of a piece above which its ids are not remembered
 END, UNKNOWN = "<|endoftext|>", "<|unk|>"
+VERSION = 1  # of the tokenizer file
 
 
 @dataclasses.dataclass
 class Options:
-    input: str = ""  # text files and folders, comma list; "" is the Python standard library's text
-    tokenizer: str = "bpe"  # what to train: bpe, char, byte or word; or the tokenizer file to load
+    input: str = ""  # text files and folders, comma list; "": the Python standard library's text
+    tokenizer: str = "bpe"  # what to train: bpe, char, byte or word; or a tokenizer file to load
     vocab_size: int = 8192  # number of tokens, special ones included
-    pattern: str = "gpt2"  # how text is split before merging: gpt2, code, or a regular expression of your own
-    special_tokens: str = "<|endoftext|>"  # comma list of tokens that ordinary text never produces
-    separator: str = ""  # text that stands between two documents of a file
-    output: str = "tokenizer.json"  # file that a trained tokenizer is written to
-    show: str = ""  # a text whose tokens are printed
+    pattern: str = "gpt2"  # how text is split first: gpt2, code, or a regular expression of your own
+    special_tokens: str = "<|endoftext|>"  # comma list of tokens that ordinary text never gives
+    separator: str = ""  # text that stands between the documents of a file
+    output: str = "tokenizer.json"  # file for the trained tokenizer
+    show: str = ""  # text whose tokens are printed
     workers: int = 0  # processes that count; 0: one for each core
 
 
@@ -118,66 +118,52 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
         part.unlink(missing_ok=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading text
-
-
 def find_files(input: str) -> list[Path]:
-    """Text files of a comma list of files and folders, sorted within a folder; "" is the default corpus.
+    """Files of a comma list of files and folders, sorted by path; "" is the standard library's *.py of this Python.
 
-    A folder gives all files below it except hidden ones, binary ones and ones that cannot be read (their number is
-    said on stderr). The default corpus is the Python standard library of this installation: every .py file.
+    A folder gives all files below it that are text, but none of hidden folders and of site-packages.
     """
-    if not input:
-        root = Path(sysconfig.get_path("stdlib"))
-        paths = sorted(root.rglob("*.py"), key=Path.as_posix)
-        return [path for path in paths if not {"site-packages", "dist-packages"} & set(path.parts)]
     files = []
-    for name in input.split(","):
-        path = Path(name)
-        if not path.exists():
-            raise ValueError(f"{name!r} does not exist; --input takes files and folders, separated by commas")
-        found = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith(".")) if path.is_dir() else []
-        text = [p for p in found if is_text(p)]
-        if len(text) < len(found):
-            print(f"{name}: left out {len(found) - len(text)} files that are binary or unreadable", file=sys.stderr)
-        files += text if path.is_dir() else [path]
+    for name in input.split(",") if input else [sysconfig.get_path("stdlib")]:
+        found = [] if os.path.isdir(name) else [Path(name)]
+        for folder, folders, names in os.walk(name):
+            folders[:] = [inner for inner in folders if not inner.startswith(".") and not inner.endswith("-packages")]
+            paths = [Path(folder, file) for file in names if input or file.endswith(".py")]
+            found += [path for path in paths if path.is_file() and is_text(path)]
+        files += sorted(found)
     return files
 
 
 def is_text(path: Path) -> bool:
-    """Whether the file can be read and its first 8 KB hold no NUL byte, which UTF-8 text has no use for."""
-    try:
-        with open(path, "rb") as file:
-            return b"\0" not in file.read(8192)
-    except OSError:
-        return False
+    """Whether a file has no NUL among its first bytes, as binary files and UTF-16 have."""
+    with open(path, "rb") as file:
+        return b"\0" not in file.read(8192)
 
 
 def read_parts(files: Iterable[Path], separator: str = "", errors: dict | None = None) -> Iterator[tuple[str, bool]]:
-    """Yield (text, whether a document ends here), a megabyte of a document at most at a time: memory stays bounded.
+    """Yield (text, whether a document ends here), at most a megabyte at a time unless a line of JSON is longer.
 
-    A file is one document, or several with `separator` between them; each line of a .jsonl file is one. Invalid UTF-8
-    becomes U+FFFD and is counted in `errors` (path -> number). Newlines stay as they are.
+    A file is one document, or several with `separator` between them; in a .jsonl file each line is one. Invalid UTF-8
+    becomes U+FFFD and is counted in `errors` (path -> number). Newlines are never translated.
     """
     def replace(error: UnicodeDecodeError) -> tuple[str, int]:
-        faults[str(path)] = faults.get(str(path), 0) + 1
+        errors[str(path)] = errors.get(str(path), 0) + 1
         return "\ufffd", error.end
 
-    faults = {} if errors is None else errors
-    codecs.register_error("counted", replace)
+    errors = {} if errors is None else errors
+    codecs.register_error("count", replace)
     for path in map(Path, files):
         if not is_text(path):
-            raise ValueError(f"{path}: cannot be read as UTF-8 text (unreadable, binary, or UTF-16)")
-        with open(path, encoding="utf-8", errors="counted", newline="\n") as file:
+            raise ValueError(f"{path} is no text in UTF-8, but binary or UTF-16")
+        with open(path, encoding="utf-8", errors="count", newline="\n") as file:
             if path.suffix == ".jsonl":
-                yield from ((json_text(line, f"{path}:{number}"), True) for number, line in enumerate(file, 1))
+                yield from ((json_text(line, f"{path}:{i}"), True) for i, line in enumerate(file, 1))
                 continue
             rest = ""
             while block := file.read(CHUNK):
                 *documents, rest = (rest + block).split(separator) if separator else [rest + block]
                 yield from ((document, True) for document in documents)
-                # the last characters may be the first ones of a separator: they wait for the next block
+                # The last characters may begin a separator, so they wait for the next block.
                 stay = max(0, len(rest) - max(0, len(separator) - 1))
                 yield rest[:stay], False
                 rest = rest[stay:]
@@ -185,114 +171,102 @@ def read_parts(files: Iterable[Path], separator: str = "", errors: dict | None =
 
 
 def json_text(line: str, place: str) -> str:
-    """The "text" field of one line of a .jsonl file."""
+    """The "text" field of a line of a .jsonl file; nothing for an empty line."""
     try:
-        return "" if line.isspace() else str(json.loads(line)["text"])
+        return "" if line.isspace() else json.loads(line)["text"] + ""
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f'{place}: expected a JSON object with a "text" field') from None
+        raise ValueError(f'{place}: expected a JSON object with a string "text"') from None
 
 
 def read_documents(files: Iterable[Path], separator: str = "", errors: dict | None = None) -> Iterator[str]:
-    """Yield whole documents, empty ones left out; arguments as `read_parts`, which long documents should use."""
-    held = []
+    """Yield whole documents, but no empty ones; arguments as of `read_parts`, which is for long documents."""
+    document = ""
     for text, ends in read_parts(files, separator, errors):
-        held.append(text)
-        if ends and (document := "".join(held)):
+        document += text
+        if ends and document:
             yield document
-        held = [] if ends else held
+            document = ""
 
 
 def chunks(parts: Iterable[str], pattern: str) -> Iterator[str]:
-    """Cut a stream of text where `pattern` cannot see across: the chunks have the pieces of the whole text.
+    """Move the cuts in a text to where `pattern` cannot see across: each chunk is split as it is in the whole text.
 
     >>> list(chunks(["the c", "at in th", "e hat"], PATTERNS["gpt2"]))
     ['the', ' cat in', ' the', ' hat']
 
-    A pattern of the user's own is not cut, as nothing is known of it: its whole text is held in memory.
+    Of a user's own pattern nothing is known, so its text is one chunk.
     """
-    held, before = [], ""
+    rest = ""  # the text behind the last cut
     for part in parts:
         for start in range(0, len(part), CHUNK):
-            block = part[start:start + CHUNK]
-            place = CUT.search(before + block) if pattern in PATTERNS.values() else None
-            if place:
-                cut = place.end() - len(before)
-                yield "".join(held) + block[:cut]
-                held, block = [], block[cut:]
-            held.append(block)
-            before = part[start:start + CHUNK][-1:]
-    yield "".join(held)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
+            searched = max(0, len(rest) - 1)
+            rest += part[start:start + CHUNK]
+            if pattern in PATTERNS.values() and (place := CUT.search(rest, searched)):
+                yield rest[:place.end()]
+                rest = rest[place.end():]
+    yield rest
 
 
 def well_formed(text: str) -> str:
-    """Join surrogate pairs and replace lone surrogates, which UTF-8 cannot hold, by U+FFFD; other text stays itself."""
-    try:
-        text.encode()
-        return text
-    except UnicodeEncodeError:
-        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    """The text with surrogate pairs joined and lone surrogates, which have no UTF-8, replaced by U+FFFD."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def split(text: str, pattern: str) -> list[str]:
-    """The pieces of a text; ValueError if they do not hold all of it.
+    """The pieces of a text, made well-formed; ValueError if a pattern of the user's own drops some of it.
 
     >>> split("Hello world's  end", PATTERNS["gpt2"])
     ['Hello', ' world', "'s", ' ', ' end']
     """
     text = well_formed(text)
-    pieces = regex.compile(pattern).findall(text)
-    if pattern not in PATTERNS.values() and "".join(pieces) != text:
-        raise ValueError(f"pattern {pattern!r} drops text: its matches, joined, must give all of it (end it with |.)")
+    try:
+        pieces = regex.findall(pattern, text)
+    except regex.error as error:
+        raise ValueError(f"pattern {pattern!r} is no regular expression: {error}") from None
+    if pattern not in PATTERNS.values() and "".join(map(str, pieces)) != text:
+        raise ValueError(f"pattern {pattern!r} drops text or has a group (...); write (?:...), and |. at its end")
     return pieces
 
 
 def any_of(names: Iterable[str]) -> str:
-    """A regular expression for the names, the longest first, as one may begin with another."""
-    return "|".join(regex.escape(name) for name in sorted(names, key=len, reverse=True))
+    """A regular expression for any of the names, the longest first, as one may begin with another."""
+    return "|".join(map(regex.escape, sorted(names, key=len, reverse=True)))
 
 
-def count_batch(batch: list[str], pattern: str, special_tokens: tuple[str, ...]) -> Counter:
-    """Number of times that each piece occurs in some documents; special tokens are boundaries and not counted."""
+def count_texts(texts: list[str], pattern: str, special_tokens: list[str]) -> Counter:
+    """How often each piece occurs in some texts. Special tokens are boundaries and not counted."""
     counts = Counter()
-    for document in batch:
-        for text in regex.split(any_of(special_tokens), document):
-            counts.update(split(text, pattern))
+    for text in texts:
+        for ordinary in regex.split(any_of(special_tokens), text):
+            counts.update(split(ordinary, pattern))
     return counts
 
 
-def count_pieces(documents: Iterable[str], pattern: str, special_tokens=(END,), workers: int = 0) -> Counter:
-    """Count the pieces of all documents, over `workers` processes (0: all cores) where there is enough to do."""
-    def batches():
+def count_pieces(counts: Counter, texts: Iterable[str], pattern: str, special_tokens: list[str], workers: int) -> None:
+    """Add to `counts` as count_texts does, on several processes if there is more than one batch of texts."""
+    def batches() -> Iterator[list[str]]:
         batch, size = [], 0
-        for document in documents:
-            batch.append(document)
-            size += len(document)
-            if size > 4 * CHUNK:
+        for text in texts:
+            batch.append(text)
+            size += len(text)
+            if size > 2 * CHUNK:
                 yield batch
                 batch, size = [], 0
         yield batch
 
-    counts, stream, workers = Counter(), batches(), workers or os.cpu_count()
-    job = functools.partial(count_batch, pattern=pattern, special_tokens=tuple(special_tokens))
-    with contextlib.ExitStack() as stack:
-        each, group = map, list(itertools.islice(stream, 2 * workers))
-        if workers > 1 and len(group) > 1:
-            # fork is quickest and safe here, as the children touch nothing but text; elsewhere the system's way
-            context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-            each = stack.enter_context(context.Pool(workers)).imap_unordered
-        while group:
-            for part in each(job, group):
+    stream, workers = batches(), workers or os.cpu_count()
+    # Forked processes start at once, and are safe here as they only handle text. Ctrl-C is for the parent.
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
+    ignore = signal.signal, (signal.SIGINT, signal.SIG_IGN)
+    with concurrent.futures.ProcessPoolExecutor(workers, context, *ignore) as pool:
+        while group := list(itertools.islice(stream, 4 * workers)):  # few batches are in memory at a time
+            each = pool.map if workers > 1 and len(group) > 1 else map
+            for part in each(count_texts, group, itertools.repeat(pattern), itertools.repeat(special_tokens)):
                 counts.update(part)
-            group = list(itertools.islice(stream, 2 * workers))
-    return counts
 
 
 def train_lookup(counts: Counter, size: int) -> tuple[list[bytes], list]:
-    """Characters or words: the `size` most frequent pieces are the vocabulary, ties in the order of the alphabet.
+    """Characters or words: the `size` most frequent pieces are the vocabulary, equal ones in alphabetical order.
 
     >>> train_lookup(Counter("the cat in the hat".split()), 3)
     ([b'the', b'cat', b'hat'], [])
@@ -301,137 +275,94 @@ def train_lookup(counts: Counter, size: int) -> tuple[list[bytes], list]:
     return [piece.encode() for piece in pieces[:size]], []
 
 
-def train_bytes(counts: Counter, size: int) -> tuple[list[bytes], list]:
-    """Bytes: BPE without a merge."""
-    return train_bpe(counts, 256)
-
-
 def train_bpe(counts: Counter, size: int) -> tuple[list[bytes], list]:
-    """Byte pair encoding: start from 256 bytes, then merge the most frequent pair of neighbours until `size` tokens.
+    """Byte pair encoding: from the 256 bytes on, make the most frequent pair of neighbours a token, until `size`.
 
     >>> train_bpe(Counter({"the": 2, " cat": 1, " in": 1, " the": 1, " hat": 1}), 260)[1]
     [(b't', b'h'), (b'th', b'e'), (b'a', b't'), (b'i', b'n')]
 
-    Of equally frequent pairs the greater one wins, (left, right) compared as byte strings. Stops early when no pair is
-    left. Pairs are counted as they overlap: "aaa" holds (a, a) twice.
+    Of equally frequent pairs the greatest wins, (left, right) compared as byte strings. "aaa" has the pair (a, a)
+    twice. Training ends early when no pair is left.
     """
-    corpus, merges = PieceRow(counts), []
-    while len(corpus.vocab) < size and (pairs := corpus.best(size - len(corpus.vocab))):
-        merges += [(corpus.vocab[left], corpus.vocab[right]) for left, right in pairs]
-        corpus.merge(pairs)
-    return corpus.vocab, merges
+    row, merges = PieceRow(counts, size), []
+    while len(row.vocab) < size and (found := row.most_frequent()):
+        left, right, places = found
+        merges.append((row.vocab[left], row.vocab[right]))
+        row.merge(left, right, places)
+    return row.vocab, merges
 
 
 class PieceRow:
-    """The distinct pieces as one row of tokens, and where each frequent pair of neighbours stands in it.
+    """The distinct pieces in one row of tokens, with an index from each frequent pair of neighbours to its places.
 
-    Tokens stay at the places of their bytes: first[i] is the token that begins at byte i, last[i] the one that ends
-    there, -1 where none does and between two pieces. So a token's neighbours are found without links: last[i - 1] and
-    first[i + length]. A pair of tokens is one number, left * 2**32 + right.
+    Tokens stay at the places of their bytes: first[i] is the token that begins at byte i and last[i] the one that
+    ends there, or -1, as also between two pieces. So the neighbours of a token are last[i - 1] and first[i + length].
+    A pair of tokens is one number, left << 32 | right; it is negative where the piece ends after `left`.
 
-    Only pairs that occur at least `floor` times are counted and indexed. A pair never becomes more frequent once its
-    tokens exist, so those below cannot be the next merge; when none is left above, the floor falls and all pairs are
-    counted anew, about ten times in all.
+    A pair gets all its places at once, when the newer of its tokens is made, and later only loses some. So what was
+    counted is an upper bound, and is counted again when it comes to the top. And a pair below `floor` stays below: it
+    is left out until no pair reaches the floor, which then falls, and all pairs are counted anew (about ten times).
     """
 
-    def __init__(self, counts: Counter):
+    def __init__(self, counts: Counter, size: int):
         pieces = [piece.encode() for piece in counts]
-        sizes = np.fromiter(map(len, pieces), np.int64, len(pieces)) + 1
-        row = np.frombuffer(b"\n".join(pieces) + b"\n", np.uint8).astype(np.int64)
-        row[np.cumsum(sizes) - 1] = -1
-        self.first, self.last = row, row.copy()
-        self.weight = np.repeat(np.fromiter(counts.values(), np.int64, len(pieces)), sizes)  # of its piece, per byte
+        spans = np.array([len(piece) + 1 for piece in pieces], np.int64)
+        self.first = np.frombuffer(b"\n".join([*pieces, b""]), np.uint8).astype(np.int64)
+        self.first[np.cumsum(spans) - 1] = -1
+        self.last = self.first.copy()
+        self.weight = np.repeat(np.array(list(counts.values()), np.int64), spans)  # how often its piece occurs
         self.vocab = [bytes([byte]) for byte in range(256)]
-        self.length = np.ones(256, np.int64)  # bytes of each token
-        self.names = [descending(token) for token in self.vocab]
-        self.count, self.where, self.heap, self.floor = {}, {}, [], 1 << 62
+        self.length = np.ones(max(size, 256), np.int64)  # of each token, in bytes
+        self.where, self.heap, self.floor = {}, [], 1 << 62
 
-    def lower_floor(self) -> None:
-        """Count all pairs of neighbours anew; index those that reach a lower floor than before."""
-        starts = np.flatnonzero(self.first >= 0)
-        tokens = self.first[starts]
-        near = np.flatnonzero(starts[1:] == starts[:-1] + self.length[tokens[:-1]])  # elsewhere a piece ends
-        pairs = self.group(tokens[near] << 32 | tokens[near + 1], starts[near])
-        self.floor = max(1, min(self.floor - 1, pairs[1].max(initial=0) // 4))
-        self.count, self.where, self.heap = {}, {}, []
-        self.index(*pairs)
-
-    def group(self, keys: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Sort places by their pair: the different pairs, the total weight of each, where it begins, the places."""
-        order = np.argsort(keys, kind="stable")
+    def index(self, places: np.ndarray) -> None:
+        """Take up the pairs that begin at some places and reach the floor, which is set if it is 0."""
+        left = self.first[places]
+        keys = left << 32 | self.first[places + self.length[left]]
+        order = np.argsort(keys, kind="stable")[np.count_nonzero(keys < 0):]
         keys, places = keys[order], places[order]
-        begins = np.flatnonzero(np.diff(keys, prepend=-1))
-        return keys[begins], np.add.reduceat(self.weight[places], begins), begins, places
-
-    def index(self, keys: np.ndarray, totals: np.ndarray, begins: np.ndarray, places: np.ndarray) -> None:
-        """Take up the pairs that reach the floor."""
-        ends = np.append(begins[1:], len(places))
+        starts = np.flatnonzero(np.concatenate(([-1], keys[:-1])) != keys)
+        totals = np.add.reduceat(self.weight[places], starts)
+        ends = np.append(starts[1:], len(keys))
+        self.floor = self.floor or max(1, totals.max(initial=0) // 4)
         for i in np.flatnonzero(totals >= self.floor).tolist():
-            key, total = int(keys[i]), int(totals[i])
-            self.count[key], self.where[key] = total, places[begins[i]:ends[i]].copy()
-            heapq.heappush(self.heap, (-total, self.names[key >> 32], self.names[key & 0xFFFFFFFF], key))
+            key = int(keys[starts[i]])
+            self.where[key] = places[starts[i]:ends[i]]
+            name = descending(self.vocab[key >> 32]) + descending(self.vocab[key & 0xFFFFFFFF])
+            heapq.heappush(self.heap, (-int(totals[i]), name, key))
 
-    def best(self, limit: int) -> list[tuple[int, int]]:
-        """The next merges, as many as are certain before the first of them is made; [] if no pair is left."""
-        while not (batch := self.take(limit)) and self.floor > 1:
-            self.lower_floor()
-        return [divmod(key, 1 << 32) for _, _, _, key in batch]
+    def most_frequent(self) -> tuple[int, int, np.ndarray] | None:
+        """The pair to merge next and its places."""
+        while True:
+            while self.heap and -self.heap[0][0] >= self.floor:
+                negative, name, key = self.heap[0]
+                left, right = divmod(key, 1 << 32)
+                places = self.where[key]
+                places = places[(self.first[places] == left) & (self.first[places + self.length[left]] == right)]
+                total = int(self.weight[places].sum())
+                if total == -negative:
+                    heapq.heappop(self.heap)
+                    return left, right, places
+                self.where[key] = places
+                heapq.heapreplace(self.heap, (-total, name, key))
+            if self.floor == 1:
+                return None
+            self.where, self.heap, self.floor = {}, [], 0
+            self.index(np.flatnonzero(self.first >= 0))
 
-    def take(self, limit: int) -> list[tuple]:
-        """The most frequent pairs, down to one that overlaps with another, (a, b) with (b, c), or with itself, (a, a).
-
-        So far no merge changes another's count. Nor does one make a pair that would come before another of the batch:
-        where x stands before (a, b), the new pair (x, ab) is at most as frequent as (x, a), which overlaps with (a, b)
-        and so comes after the batch. But on a tie the names decide, and (x, ab) may have the greater one: pairs as
-        frequent as the first one left out go back, all but the very first.
-        """
-        batch, lefts, rights, heap = [], set(), set(), self.heap
-        while heap and len(batch) < limit:
-            negative, *names, key = heap[0]
-            total, left, right = self.count[key], key >> 32, key & 0xFFFFFFFF
-            if total < self.floor:
-                heapq.heappop(heap)
-            elif total < -negative:  # merges took some since it was put on the heap
-                heapq.heapreplace(heap, (-total, *names, key))
-            elif left in rights or right in lefts:
-                break
-            else:
-                batch.append(heapq.heappop(heap))
-                lefts.add(left)
-                rights.add(right)
-                if left == right:
-                    break
-        while len(batch) > 1 and heap and batch[-1][0] == heap[0][0]:
-            heapq.heappush(heap, batch.pop())
-        return batch
-
-    def merge(self, pairs: list[tuple[int, int]]) -> None:
-        """Merge some pairs everywhere, from left to right, and bring the counts of the pairs beside them up to date."""
-        first, last, base, found = self.first, self.last, len(self.vocab), []
-        for left, right in pairs:
-            places = self.where.pop(left << 32 | right)
-            del self.count[left << 32 | right]
-            places = places[(first[places] == left) & (first[places + self.length[left]] == right)]
-            found.append(every_other(places, self.length[left]) if left == right else places)
-            self.vocab.append(self.vocab[left] + self.vocab[right])
-            self.names.append(descending(self.vocab[-1]))
-        self.length = np.append(self.length, list(map(len, self.vocab[base:])))
-        which = np.repeat(np.arange(len(pairs)), list(map(len, found)))
-        left, right = np.array(pairs).T[:, which]
-        at, new = np.concatenate(found), base + which
-        middle, end = at + self.length[left], at + self.length[new]
-        before, after = last[at - 1], first[end]
-        first[middle] = last[middle - 1] = -1
-        first[at] = last[end - 1] = new
-        # Where two merges meet, (a, b)(a, b), the pair between them is counted once, by the second one.
-        begun, ended = before >= 0, (after >= 0) & (first[end] < base)
-        gone = np.concatenate([(before << 32 | left)[begun], (right << 32 | after)[ended]])
-        come = np.concatenate([(last[at - 1] << 32 | new)[begun], (new << 32 | after)[ended]])
-        keys, totals, _, _ = self.group(gone, np.concatenate([at[begun], at[ended]]))
-        for key, total in zip(keys.tolist(), totals.tolist()):
-            if key in self.count:
-                self.count[key] -= total
-        self.index(*self.group(come, np.concatenate([(at - self.length[last[at - 1]])[begun], at[ended]])))
+    def merge(self, left: int, right: int, places: np.ndarray) -> None:
+        """Make a pair a token at its places, from left to right, and take up its pairs with its neighbours."""
+        if left == right:
+            places = every_other(places, self.length[left])
+        new = len(self.vocab)
+        self.vocab.append(self.vocab[left] + self.vocab[right])
+        self.length[new] = len(self.vocab[new])
+        middle = places + self.length[left]
+        self.first[middle] = self.last[middle - 1] = -1
+        self.first[places] = self.last[places + self.length[new] - 1] = new
+        before = self.last[places - 1]
+        others = (before >= 0) & (before != new)  # a neighbour that is new as well is in `places` itself
+        self.index(np.concatenate((places, (places - self.length[before])[others])))
 
 
 def every_other(places: np.ndarray, length: int) -> np.ndarray:
@@ -446,7 +377,7 @@ def every_other(places: np.ndarray, length: int) -> np.ndarray:
 
 
 def descending(token: bytes) -> str:
-    """A text that sorts the other way round: a greater token gives a smaller text, for a heap whose top is smallest.
+    """A text that sorts the other way round, as heapq finds the smallest: a greater token has a smaller text.
 
     >>> descending(b"a") > descending(b"ab") > descending(b"b")
     True
@@ -454,63 +385,50 @@ def descending(token: bytes) -> str:
     return token.translate(bytes(range(255, -1, -1))).decode("latin-1") + "\u0100"
 
 
-# What each kind of tokenizer learns from the counts of the pieces: (counts, size) -> (vocabulary, merges).
-TRAINERS = {"bpe": train_bpe, "char": train_lookup, "byte": train_bytes, "word": train_lookup}
-BYTE_KINDS = ("bpe", "byte")  # these can write any text; the others need <|unk|>
-
-
-def checked(kind: str, vocab_size: int, pattern: str, special_tokens: Iterable[str]) -> tuple[str, list[str]]:
-    """The pattern and the special tokens that a training uses; ValueError if its options make no sense."""
-    if kind not in TRAINERS:
-        raise ValueError(f"no tokenizer is called {kind!r}; there are {', '.join(TRAINERS)}")
-    names = [UNKNOWN] * (kind not in BYTE_KINDS) + list(special_tokens)
-    names += [END] * (END not in names)
-    if "" in names or len(set(names)) < len(names):
-        raise ValueError(f"special tokens must be different from each other and not empty, not {names}")
-    least = len(names) + (256 if kind in BYTE_KINDS else 1)
-    if vocab_size < least:
-        raise ValueError(f"vocab_size={vocab_size} is too small: {kind} with {len(names)} special tokens has {least}")
-    pattern = PATTERNS["char"] if kind == "char" else PATTERNS.get(pattern, pattern)
-    split("", pattern)
-    return pattern, names
-
-
-def fit(kind: str, counts: Counter, vocab_size: int, pattern: str, special_tokens: list[str]) -> "Tokenizer":
-    """Train on pieces that were counted with this pattern and these special tokens, as `checked` gave them."""
-    if not counts:
-        raise ValueError("there is no text to train on")
-    vocab, merges = TRAINERS[kind](counts, vocab_size - len(special_tokens))
-    if len(vocab) + len(special_tokens) < vocab_size and kind != "byte":
-        print(f"stopped early at {len(vocab) + len(special_tokens)} of {vocab_size} tokens: the text has no more pairs or pieces", file=sys.stderr)
-    specials = {name: len(vocab) + i for i, name in enumerate(special_tokens)}
-    return Tokenizer(kind, pattern, vocab + [name.encode() for name in special_tokens], merges, specials)
+# What a kind of tokenizer learns from counted pieces: (counts, size without special tokens) -> (vocabulary, merges).
+TRAINERS = {"bpe": train_bpe, "char": train_lookup, "word": train_lookup,
+            "byte": lambda counts, size: train_bpe(counts, 256)}
+BYTE_KINDS = ("bpe", "byte")  # they can write any text; the others need <|unk|>
 
 
 def train(kind: str, documents: Iterable[str], vocab_size: int, pattern: str = "gpt2",
-          special_tokens: Iterable[str] = (END,), workers: int = 0) -> "Tokenizer":
-    """Train a tokenizer of a kind of TRAINERS on documents.
+          special_tokens: Iterable[str] = (END,), workers: int = 0, counts: Counter | None = None) -> "Tokenizer":
+    """Train a tokenizer of a kind of TRAINERS; the same for any number of `workers` (0: one for each core).
 
-    `vocab_size` counts the special tokens, which get the last ids; <|endoftext|> is added where it is missing, and
-    <|unk|> for char and word. `pattern` is a name of PATTERNS or a regular expression; char has its own. The result
-    does not depend on `workers` (0: all cores).
+    `vocab_size` counts the special tokens, which get the last ids. <|endoftext|> is added where it is missing, and
+    <|unk|> for char and word. `pattern` is a name of PATTERNS or a regular expression; char has its own. A Counter
+    given as `counts` is filled with the pieces of the documents.
     """
-    pattern, special_tokens = checked(kind, vocab_size, pattern, special_tokens)
-    return fit(kind, count_pieces(documents, pattern, special_tokens, workers), vocab_size, pattern, special_tokens)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Encoding and decoding
+    if kind not in TRAINERS:
+        raise ValueError(f"{kind!r} is no kind of tokenizer; there are {', '.join(TRAINERS)}")
+    names = [UNKNOWN] * (kind not in BYTE_KINDS) + list(special_tokens)
+    names += [END] * (END not in names)
+    if "" in names or len(set(names)) < len(names):
+        raise ValueError(f"special tokens must be different from each other and not empty, unlike {names}")
+    least = len(names) + (256 if kind in BYTE_KINDS else 1)
+    if vocab_size < least:
+        raise ValueError(f"vocab_size={vocab_size} is too small: {kind} with {len(names)} special tokens needs {least}")
+    pattern = PATTERNS["char"] if kind == "char" else PATTERNS.get(pattern, pattern)
+    counts = Counter() if counts is None else counts
+    count_pieces(counts, documents, pattern, names, workers)
+    if not counts:
+        raise ValueError("there is no text to train on")
+    vocab, merges = TRAINERS[kind](counts, vocab_size - len(names))
+    specials = {name: i for i, name in enumerate(names, len(vocab))}
+    if len(vocab) + len(names) < vocab_size:
+        print(f"{kind}: this text gives {len(vocab) + len(names)} tokens, not {vocab_size}", file=sys.stderr)
+    return Tokenizer(kind, pattern, vocab + [name.encode() for name in names], merges, specials)
 
 
 class Cache(dict):
-    """piece -> ids as packed bytes; computes what is missing, and starts anew when it is full."""
+    """piece -> ids as bytes; computes what it lacks, and begins anew when it is full."""
 
     def __init__(self, compute: Callable[[str], bytes]):
         self.compute = compute
 
     def __missing__(self, piece: str) -> bytes:
         ids = self.compute(piece)
-        if len(self) >= CACHE_PIECES:
+        if len(self) >= CACHE:
             self.clear()
         if len(piece) <= LONG:
             self[piece] = ids
@@ -518,183 +436,151 @@ class Cache(dict):
 
 
 class Tokenizer:
-    """Text to ids and back. Characters, bytes, words and BPE are four fillings of the same columns.
+    """Text to ids and back; characters, bytes, words and BPE fill the same columns.
 
-    kind: the name of its trainer; pattern: the regular expression that cuts text into pieces;
-    vocab: id -> bytes; merges: pairs of byte strings in order of rank; special_tokens: name -> id.
-    With <|unk|> among the special tokens a piece is looked up whole (char, word), else its bytes are merged.
+    kind: a key of TRAINERS; pattern: regular expression that cuts text into pieces; vocab: id -> bytes; merges: pairs
+    of byte strings by rank; special_tokens: name -> id. A vocabulary with all 256 bytes merges the bytes of a piece;
+    any other looks the whole piece up, and where it is unknown gives <|unk|>, which decodes to its name.
+
+    >>> for kind, vocab_size in [("char", 9), ("byte", 257), ("word", 5), ("bpe", 260)]:
+    ...     tokenizer = train(kind, ["low low lower"], vocab_size)
+    ...     [tokenizer.vocab[i].decode() for i in tokenizer.encode("low lows")]
+    ['l', 'o', 'w', ' ', 'l', 'o', 'w', '<|unk|>']
+    ['l', 'o', 'w', ' ', 'l', 'o', 'w', 's']
+    ['low', '<|unk|>']
+    ['low', ' low', 's']
     """
 
     def __init__(self, kind: str, pattern: str, vocab: list[bytes], merges: list[tuple[bytes, bytes]],
                  special_tokens: dict[str, int]):
         self.kind, self.pattern, self.vocab, self.merges = kind, pattern, vocab, merges
         self.special_tokens = special_tokens
-        self.dtype = np.dtype(np.uint16 if len(vocab) <= 1 << 16 else np.uint32)
-        specials = set(special_tokens.values())
-        index = {token: i for i, token in enumerate(vocab) if i not in specials}  # bytes -> id
-        if len(index) + len(special_tokens) < len(vocab) or any(
-                not 0 <= i < len(vocab) or vocab[i] != name.encode() for name, i in special_tokens.items()):
+        self.index = {token: i for i, token in enumerate(vocab) if i not in special_tokens.values()}  # bytes -> id
+        named = {i: name.encode() for name, i in special_tokens.items()}
+        if dict(enumerate(vocab)) != {**{i: token for token, i in self.index.items()}, **named}:
             raise ValueError("two tokens are the same, or a special token is not in its place")
-        self.index, self.unknown = index, special_tokens.get(UNKNOWN)
-        self.byte_ids = [index.get(bytes([byte])) for byte in range(256)]
-        self.looks_up = None in self.byte_ids
-        self.ranks, self.merged = {}, []  # pair of ids -> rank -> id of the new token
-        known = {bytes([byte]) for byte in range(256)}
+        self.byte_ids = [self.index.get(bytes([byte])) for byte in range(256)]
+        self.unknown = special_tokens[UNKNOWN] if None in self.byte_ids else None
+        self.lengths = [*map(len, vocab), 0]  # the last one, at -1, is that of no token
+        self.ranks, self.merged, known = {}, [], {bytes([byte]) for byte in range(256)}
         for left, right in merges:
-            if not {left, right} <= known or left + right in known or left + right not in index:
-                raise ValueError(f"merge {left!r} {right!r} is there twice, or its parts are not there before it")
+            if not {left, right} <= known or left + right in known:
+                raise ValueError(f"the merge of {left!r} and {right!r} comes twice or before its parts")
             known.add(left + right)
-            self.ranks[index[left], index[right]] = len(self.merged)
-            self.merged.append(index[left + right])
-        self.cache = Cache(self._pack)
+            self.ranks[self.index[left], self.index[right]] = len(self.merged)  # pair of ids -> rank
+            self.merged.append(self.index[left + right])  # rank -> id
+        self.dtype = np.dtype(np.uint16 if len(vocab) <= 1 << 16 else np.uint32)
+        self.cache = Cache(self._piece_ids)
 
     @property
     def vocab_size(self) -> int:
+        """Number of tokens, special ones included."""
         return len(self.vocab)
 
-    def __reduce__(self):
-        return from_dict, (self.to_dict(),)
-
     def encode(self, text: str, allowed_special: str | set[str] = "none") -> list[int]:
-        """Ids of a text. Special tokens in it are ordinary text ("none"), an error ("none_raise"), or, if they are
-        in the set of allowed ones ("all": every one), single ids; the longest first where one begins with another."""
+        """Ids of a text. What looks like a special token in it is ordinary text ("none"), an error ("none_raise"), or
+        one id if it is allowed ("all", or a set of names); the longest is taken where one begins with another."""
         names = self.special_tokens
         if allowed_special == "none_raise" and (found := regex.search(any_of(names), text)):
-            raise ValueError(f"the text holds the special token {found.group()!r}; allow it with allowed_special")
-        allowed = {"none": (), "none_raise": (), "all": names}.get(allowed_special) if isinstance(allowed_special, str) else allowed_special
-        if not allowed:
-            return self.encode_ordinary(text).tolist()
+            raise ValueError(f"the text holds the special token {found.group()!r}, which is not allowed here")
+        none = allowed_special in ("none", "none_raise")
+        allowed = () if none else names if allowed_special == "all" else allowed_special
+        if wrong := set(allowed) - names.keys():
+            raise ValueError(f"{sorted(wrong)} are no special tokens of this tokenizer, which has {sorted(names)}")
         ids = []
-        for i, part in enumerate(regex.split(f"({any_of(allowed)})", text)):
-            ids += self.encode_ordinary(part).tolist() if i % 2 == 0 else [names[part]]
+        for i, part in enumerate(regex.split(f"({any_of(allowed)})", text) if allowed else [text]):
+            ids += [names[part]] if i % 2 else self.encode_ordinary(part).tolist()
         return ids
 
     def encode_ordinary(self, text: str) -> np.ndarray:
         """Ids of a text, special tokens in it as ordinary text: uint16, or uint32 for more than 65,536 tokens."""
         ids = bytearray()
-        for chunk in [text] if len(text) <= CHUNK else chunks([text], self.pattern):
+        for chunk in chunks([text], self.pattern) if len(text) > CHUNK else [text]:
             ids += b"".join(map(self.cache.__getitem__, split(chunk, self.pattern)))
         return np.frombuffer(ids, self.dtype)
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        """Ids of each text, as `encode_ordinary`."""
+        """Ids of each text, as of `encode_ordinary`."""
         return [self.encode_ordinary(text) for text in texts]
 
     def encode_iterable(self, parts: Iterable[str]) -> Iterator[int]:
-        """Ids of a text that comes in parts: lazily, and the same as of the whole, wherever it was cut.
+        """Ids of a text that comes in parts: lazily, and those of the whole text, wherever it was cut.
 
-        Memory follows the longest stretch without a place to cut (see `chunks`), or the whole text for a pattern of
-        the user's own.
+        Memory follows the longest stretch without a place to cut (see `chunks`); with a pattern of the user's own it
+        follows the whole text.
         """
         for chunk in chunks(parts, self.pattern):
             yield from self.encode_ordinary(chunk).tolist()
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes of the tokens; ValueError names an id that is none of the vocabulary's."""
+        """The bytes of tokens; ValueError names an id that is not in the vocabulary."""
         ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
-        if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
-            wrong = next(i for i in ids if not 0 <= i < self.vocab_size)
-            raise ValueError(f"id {wrong} is not in the vocabulary of {self.vocab_size} tokens")
+        if ids and not 0 <= min(ids) <= max(ids) < len(self.vocab):
+            wrong = next(i for i in ids if not 0 <= i < len(self.vocab))
+            raise ValueError(f"id {wrong} is not in this vocabulary of {len(self.vocab)} tokens")
         return b"".join(map(self.vocab.__getitem__, ids))
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of the tokens; bytes that are no UTF-8, as of half a character, become U+FFFD."""
+        """The text of tokens; bytes that are not UTF-8, such as half a character, become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
     def to_dict(self) -> dict:
-        """What save() writes. Byte strings are written as Latin-1, where character n is byte n, so none is lost."""
-        data = {"version": VERSION, "kind": self.kind, "pattern": self.pattern, "special_tokens": self.special_tokens,
-                "merges": [[left.decode("latin-1"), right.decode("latin-1")] for left, right in self.merges]}
-        if self.vocab != implied_vocab(self.merges, self.special_tokens):
-            data["vocab"] = [token.decode("latin-1") for token in self.vocab]
-        return data
+        """What `save` writes. Tokens are written as Latin-1, in which character n is byte n; merges as pairs of ids."""
+        ids = [[self.index[left], self.index[right]] for left, right in self.merges]
+        return {"version": VERSION, "kind": self.kind, "pattern": self.pattern, "special_tokens": self.special_tokens,
+                "merges": ids, "vocab": [token.decode("latin-1") for token in self.vocab]}
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the tokenizer to a JSON file; `load` reads it."""
+        """Write the tokenizer as JSON, for `load`."""
         with replacing(path) as file:
-            file.write(json.dumps(self.to_dict(), indent=0).encode())
+            file.write(json.dumps(self.to_dict()).encode())
 
-    def _pack(self, piece: str) -> bytes:
+    def _piece_ids(self, piece: str) -> bytes:
         """Ids of one piece, as the bytes of an array."""
         data = piece.encode()
-        if self.looks_up:
-            ids = [self.index.get(data, self.unknown)]
-        else:
-            ids = [self.byte_ids[byte] for byte in data]
-            ids = self._merge(ids) if len(ids) <= LONG else self._merge_long(ids)
-        return array.array("H" if self.dtype.itemsize == 2 else "I", ids).tobytes()
+        ids = [self.index.get(data, self.unknown)]
+        if self.unknown is None:
+            ids = self._merge([self.byte_ids[byte] for byte in data])
+        return np.array(ids, self.dtype).tobytes()
 
     def _merge(self, ids: list[int]) -> list[int]:
-        """Merge the pair of lowest rank, everywhere from left to right, until no pair is in the merges."""
-        never = len(self.merges)
-        while len(ids) > 1:
-            rank = min(map(self.ranks.get, zip(ids, ids[1:]), itertools.repeat(never)))
-            if rank == never:
-                break
-            out = []
-            for token in ids:
-                if out and self.ranks.get((out[-1], token)) == rank:
-                    out[-1] = self.merged[rank]
-                else:
-                    out.append(token)
-            ids = out
-        return ids
+        """Merge the pair of lowest rank, of several the first one, until no pair of neighbours has a rank.
 
-    def _merge_long(self, ids: list[int]) -> list[int]:
-        """The same for a long piece, in time about linear: visit the ranks in order, and only where they stand.
-
-        This is exact because a merge makes pairs with the new token only, and these have higher ranks. Tokens stay at
-        the places of their bytes, as in PieceRow.
+        The pairs wait in a queue, so that n bytes take about n log n steps. Tokens stay at the places of their bytes,
+        as in PieceRow. A pair is one number there: rank << 32 | place.
         """
-        first, last, size = [*ids, -1], [*ids, -1], len(ids)
-        places = defaultdict(list)  # rank -> where a pair of this rank stood when it came up
-        for place, pair in enumerate(zip(ids, ids[1:])):
-            if pair in self.ranks:
-                places[self.ranks[pair]].append(place)
-        queue = sorted(places)
+        first, last, ranks, lengths = [*ids, -1], [*ids, -1], self.ranks, self.lengths
+        queue = [ranks[pair] << 32 | place for place, pair in enumerate(zip(ids, ids[1:])) if pair in ranks]
+        heapq.heapify(queue)
         while queue:
-            rank = heapq.heappop(queue)
-            new = self.merged[rank]
-            for place in sorted(places.pop(rank)):
-                left = first[place]
-                middle = place + len(self.vocab[left])
-                if left < 0 or self.ranks.get((left, first[middle])) != rank:
-                    continue  # an earlier merge took one of the two
-                end = place + len(self.vocab[new])
+            rank, place = divmod(heapq.heappop(queue), 1 << 32)
+            left, new = first[place], self.merged[rank]
+            middle = place + lengths[left]
+            if ranks.get((left, first[middle])) == rank:  # else one of the two is part of another token by now
                 first[middle] = last[middle - 1] = -1
-                first[place] = last[end - 1] = new
-                before = last[place - 1]
-                pairs = (place - len(self.vocab[before]), (before, new)), (place, (new, first[end]))
-                for start, pair in pairs:
-                    if (following := self.ranks.get(pair)) is not None:
-                        if following not in places:
-                            heapq.heappush(queue, following)
-                        places[following].append(start)
+                first[place] = last[place + lengths[new] - 1] = new
+                for start in (place - lengths[last[place - 1]], place):
+                    pair = first[start], first[start + lengths[first[start]]]
+                    if pair in ranks:
+                        heapq.heappush(queue, ranks[pair] << 32 | start)
         return [token for token in first if token >= 0]
 
 
-def implied_vocab(merges: list[tuple[bytes, bytes]], special_tokens: dict[str, int]) -> list[bytes]:
-    """The vocabulary of a byte pair encoding that was trained here: bytes, merges, special tokens."""
-    names = sorted(special_tokens, key=special_tokens.get)
-    return [bytes([i]) for i in range(256)] + [left + right for left, right in merges] + [n.encode() for n in names]
-
-
 def from_dict(data: dict) -> Tokenizer:
-    """The tokenizer of which `to_dict` made this; ValueError if it is not whole."""
+    """The tokenizer that `to_dict` wrote; ValueError if the data are not whole."""
     try:
         if data["version"] != VERSION:
-            raise ValueError(f"its format version is {data['version']}, this program reads {VERSION}")
-        specials = data["special_tokens"]
-        merges = [(left.encode("latin-1"), right.encode("latin-1")) for left, right in data["merges"]]
-        vocab = [token.encode("latin-1") for token in data["vocab"]] if "vocab" in data else implied_vocab(merges, specials)
+            raise ValueError(f"version {data['version']!r} of the format; this program reads {VERSION}")
+        vocab = [token.encode("latin-1") for token in data["vocab"]]
+        merges = [(vocab[left], vocab[right]) for left, right in data["merges"]]
         split("", data["pattern"])
-        return Tokenizer(data["kind"], data["pattern"], vocab, merges, specials)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"not a tokenizer of this program, or a damaged one ({error!r})") from None
+        return Tokenizer(data["kind"], data["pattern"], vocab, merges, data["special_tokens"])
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise ValueError(f"not a tokenizer of bpe.py, or a damaged one ({type(error).__name__} {error})") from None
 
 
 def load(path: str | os.PathLike) -> Tokenizer:
-    """Read a tokenizer that `save` wrote; ValueError says what is wrong with the file."""
+    """Read what `save` wrote; ValueError says what is wrong with the file."""
     try:
         return from_dict(json.loads(Path(path).read_bytes()))
     except ValueError as error:
@@ -703,18 +589,23 @@ def load(path: str | os.PathLike) -> Tokenizer:
 
 def main():
     o = options(Options, sys.argv[1:])
-    started = time.time()
     if o.tokenizer in TRAINERS:
-        pattern, specials = checked(o.tokenizer, o.vocab_size, o.pattern, o.special_tokens.split(","))
-        files, errors = find_files(o.input), {}
-        counts = count_pieces(read_documents(files, o.separator, errors), pattern, specials, o.workers)
-        tokenizer = fit(o.tokenizer, counts, o.vocab_size, pattern, specials)
+        began, counts, errors = time.time(), Counter(), {}
+        texts = read_documents(find_files(o.input), o.separator, errors)
+        specials = o.special_tokens.split(",") if o.special_tokens else []
+        tokenizer = train(o.tokenizer, texts, o.vocab_size, o.pattern, specials, o.workers, counts)
         tokenizer.save(o.output)
-        print(f"trained in {time.time() - started:.1f} s; saved {o.output}")
-    else:
+        print(f"{o.output}: {o.tokenizer}, {tokenizer.vocab_size} tokens, trained in {time.time() - began:.1f} s")
+        for path, number in errors.items():
+            print(f"{path}: {number} errors in UTF-8, replaced by U+FFFD", file=sys.stderr)
+        size = sum(len(piece.encode()) * number for piece, number in counts.items())
+        tokens = sum(len(tokenizer.encode_ordinary(piece)) * number for piece, number in counts.items())
+        print(f"{size} bytes in {tokens} tokens: {size / tokens:.3f} bytes per token")
+    elif os.path.exists(o.tokenizer):
         tokenizer = load(o.tokenizer)
-    print(f"{tokenizer.kind}: {tokenizer.vocab_size} tokens")
-    for i in tokenizer.encode(o.show, allowed_special="all"):
+    else:
+        raise ValueError(f"--tokenizer={o.tokenizer} is neither a kind ({', '.join(TRAINERS)}) nor a file")
+    for i in tokenizer.encode(o.show, "all"):
         print(f"{i:6} {tokenizer.vocab[i]!r}")
 
 
