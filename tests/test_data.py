@@ -244,11 +244,12 @@ def test_jsonl(tmp_path, documents):
     bad = ['{"text": 1}', "[1]", "{}", '"text"', "{", "nonsense", '{"text": null}', "[" * 99999]
     lines = [json.dumps({"text": text, "more": i}, ensure_ascii=i % 2 == 0) for i, text in enumerate(documents)]
     lines[3:3] = [*bad, "", "  ", '{"text": ""}']
+    lines.append('{"text": "a true \ufffd"}')
     raw = "\n".join(lines).encode() + b'\n{"text": "half \\ud83d of \xff"}'
     (tmp_path / "text.jsonl").write_bytes(raw)
     manifest = prepare(tmp_path / "text.jsonl", tmp_path / "out", separator=" ")  # a separator is for text files
     assert (manifest["bad_lines"], manifest["utf8_errors"]) == (len(bad), 1)
-    expected = [*documents, "half \ufffd of \ufffd"]
+    expected = [*documents, "a true \ufffd", "half \ufffd of \ufffd"]
     assert read(tmp_path / "out") == by_hand(expected, bpe.load(tmp_path / "out/tokenizer.json"))
 
 
@@ -447,12 +448,12 @@ def test_an_id_beyond_the_vocabulary_is_refused(corpus, tmp_path, monkeypatch):
     assert state(tmp_path / "out") == before
 
 
-def test_an_input_that_changes_meanwhile_is_refused(corpus, tmp_path, monkeypatch):
-    train = bpe.train
+@pytest.mark.parametrize("length", [-40, -1, 1, 40])
+def test_an_input_that_changes_meanwhile_is_refused(length, corpus, tmp_path, monkeypatch):
+    train, raw = bpe.train, corpus.read_bytes()
 
     def change(*words, **more):
-        with open(corpus, "a") as file:
-            file.write(f"more text{END}")
+        corpus.write_bytes(raw[:length] if length < 0 else raw + f"{END} more text{END}".encode()[:length + 13])
         return train(*words, **more)
     monkeypatch.setattr(bpe, "train", change)
     with pytest.raises(ValueError, match="changed while it was read"):
@@ -580,7 +581,8 @@ def long_run(tmp_path, documents):
     def start():
         process = subprocess.Popen([sys.executable, str(ROOT / "data.py"), "--input=large.txt", "--output=out", "--workers=2",
                                     f"--tokenizer={tmp_path}/out/tokenizer.json"],
-                                   cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+                                   cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+                                   preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # `pytest &` ignores it
         started.append(process)
         part, deadline = tmp_path / "out/new.part/train.npy", time.monotonic() + 30
         while not (part.exists() and part.stat().st_size > 128):
