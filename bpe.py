@@ -8,16 +8,12 @@ References: Sennrich et al. 2016 (BPE for words), Radford et al. 2019 (GPT-2: by
 """
 import argparse
 import codecs
-import concurrent.futures
 import contextlib
 import dataclasses
 import difflib
-import heapq
 import inspect
 import io
-import itertools
 import json
-import multiprocessing
 import os
 import signal
 import sys
@@ -26,6 +22,9 @@ import textwrap
 import time
 import tokenize
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from heapq import heapify, heappop, heappush, heapreplace
+from itertools import islice, repeat
 from pathlib import Path
 from typing import BinaryIO, Callable, Iterable, Iterator
 
@@ -127,7 +126,7 @@ def find_files(input: str) -> list[Path]:
     for name in input.split(",") if input else [sysconfig.get_path("stdlib")]:
         found = [] if os.path.isdir(name) else [Path(name)]
         for folder, folders, names in os.walk(name):
-            folders[:] = [inner for inner in folders if not inner.startswith(".") and not inner.endswith("-packages")]
+            folders[:] = [inner for inner in folders if not regex.search(r"^\.|-packages$", inner)]
             paths = [Path(folder, file) for file in names if input or file.endswith(".py")]
             found += [path for path in paths if path.is_file() and is_text(path)]
         files += sorted(found)
@@ -140,17 +139,16 @@ def is_text(path: Path) -> bool:
         return b"\0" not in file.read(8192)
 
 
-def read_parts(files: Iterable[Path], separator: str = "", errors: dict | None = None) -> Iterator[tuple[str, bool]]:
+def read_parts(files: Iterable[Path], separator: str, errors: dict[str, int]) -> Iterator[tuple[str, bool]]:
     """Yield (text, whether a document ends here), at most a megabyte at a time unless a line of JSON is longer.
 
-    A file is one document, or several with `separator` between them; in a .jsonl file each line is one. Invalid UTF-8
-    becomes U+FFFD and is counted in `errors` (path -> number). Newlines are never translated.
+    A file is one document, or several with `separator` between them if it is not ""; in a .jsonl file each line is one.
+    Invalid UTF-8 becomes U+FFFD and is counted in `errors` (path -> number). Newlines are never translated.
     """
-    def replace(error: UnicodeDecodeError) -> tuple[str, int]:
+    def replace(error):
         errors[str(path)] = errors.get(str(path), 0) + 1
         return "\ufffd", error.end
 
-    errors = {} if errors is None else errors
     codecs.register_error("count", replace)
     for path in map(Path, files):
         if not is_text(path):
@@ -162,9 +160,10 @@ def read_parts(files: Iterable[Path], separator: str = "", errors: dict | None =
             rest = ""
             while block := file.read(CHUNK):
                 *documents, rest = (rest + block).split(separator) if separator else [rest + block]
-                yield from ((document, True) for document in documents)
+                for document in documents:
+                    yield document, True
                 # The last characters may begin a separator, so they wait for the next block.
-                stay = max(0, len(rest) - max(0, len(separator) - 1))
+                stay = max(0, len(rest) + 1 - len(separator or "."))
                 yield rest[:stay], False
                 rest = rest[stay:]
             yield rest, True
@@ -178,30 +177,20 @@ def json_text(line: str, place: str) -> str:
         raise ValueError(f'{place}: expected a JSON object with a string "text"') from None
 
 
-def read_documents(files: Iterable[Path], separator: str = "", errors: dict | None = None) -> Iterator[str]:
-    """Yield whole documents, but no empty ones; arguments as of `read_parts`, which is for long documents."""
-    document = ""
-    for text, ends in read_parts(files, separator, errors):
-        document += text
-        if ends and document:
-            yield document
-            document = ""
-
-
-def chunks(parts: Iterable[str], pattern: str) -> Iterator[str]:
+def chunks(parts: Iterable[str], pattern: str, least: int = 1) -> Iterator[str]:
     """Move the cuts in a text to where `pattern` cannot see across: each chunk is split as it is in the whole text.
 
     >>> list(chunks(["the c", "at in th", "e hat"], PATTERNS["gpt2"]))
     ['the', ' cat in', ' the', ' hat']
 
-    Of a user's own pattern nothing is known, so its text is one chunk.
+    A chunk has `least` characters or more. Of a user's own pattern nothing is known, so its text is one chunk.
     """
     rest = ""  # the text behind the last cut
     for part in parts:
         for start in range(0, len(part), CHUNK):
             searched = max(0, len(rest) - 1)
             rest += part[start:start + CHUNK]
-            if pattern in PATTERNS.values() and (place := CUT.search(rest, searched)):
+            if len(rest) >= least and pattern in PATTERNS.values() and (place := CUT.search(rest, searched)):
                 yield rest[:place.end()]
                 rest = rest[place.end():]
     yield rest
@@ -233,35 +222,24 @@ def any_of(names: Iterable[str]) -> str:
     return "|".join(map(regex.escape, sorted(names, key=len, reverse=True)))
 
 
-def count_texts(texts: list[str], pattern: str, special_tokens: list[str]) -> Counter:
-    """How often each piece occurs in some texts. Special tokens are boundaries and not counted."""
+def count_text(text: str, pattern: str, special_tokens: list[str]) -> Counter:
+    """How often each piece occurs in a text. Special tokens are boundaries and not counted."""
     counts = Counter()
-    for text in texts:
-        for ordinary in regex.split(any_of(special_tokens), text):
-            counts.update(split(ordinary, pattern))
+    for ordinary in regex.split(any_of(special_tokens), text):
+        counts.update(split(ordinary, pattern))
     return counts
 
 
 def count_pieces(counts: Counter, texts: Iterable[str], pattern: str, special_tokens: list[str], workers: int) -> None:
-    """Add to `counts` as count_texts does, on several processes if there is more than one batch of texts."""
-    def batches() -> Iterator[list[str]]:
-        batch, size = [], 0
-        for text in texts:
-            batch.append(text)
-            size += len(text)
-            if size > 2 * CHUNK:
-                yield batch
-                batch, size = [], 0
-        yield batch
-
-    stream, workers = batches(), workers or os.cpu_count()
-    # Forked processes start at once, and are safe here as they only handle text. Ctrl-C is for the parent.
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-    ignore = signal.signal, (signal.SIGINT, signal.SIG_IGN)
-    with concurrent.futures.ProcessPoolExecutor(workers, context, *ignore) as pool:
-        while group := list(itertools.islice(stream, 4 * workers)):  # few batches are in memory at a time
+    """Add the pieces of all texts to `counts`, on several processes if there is much; few texts are in memory."""
+    if pattern in PATTERNS.values():  # then short texts are joined, as long ones are quicker to count
+        texts = chunks((text + END for text in texts), pattern, CHUNK)
+    stream, workers = iter(texts), workers or os.cpu_count()
+    ignore = signal.signal, (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
+    with ProcessPoolExecutor(workers, None, *ignore) as pool:  # starts no process before its first job
+        while group := list(islice(stream, 4 * workers)):
             each = pool.map if workers > 1 and len(group) > 1 else map
-            for part in each(count_texts, group, itertools.repeat(pattern), itertools.repeat(special_tokens)):
+            for part in each(count_text, group, repeat(pattern), repeat(special_tokens)):
                 counts.update(part)
 
 
@@ -275,94 +253,72 @@ def train_lookup(counts: Counter, size: int) -> tuple[list[bytes], list]:
     return [piece.encode() for piece in pieces[:size]], []
 
 
+# In train_bpe the distinct pieces stand in one row, tokens at the places of their bytes: first[i] is the token that
+# begins at i, last[i] the one that ends there, or -1, as also between two pieces. So the neighbours of a token are
+# last[i - 1] and first[i + length]. A pair is one number, left << 32 | right; it is negative where there is no right.
+# A pair gets all its places when the newer of its tokens is made, and later only loses some. So what is on the heap is
+# an upper bound, and the pair on top is counted again before it is merged; and a pair below `floor` stays below, so it
+# is left out until no other is left. Then the floor falls and all pairs are counted anew, about ten times in all.
+# Of equally frequent pairs the greatest wins, (left, right) compared as byte strings. "aaa" has the pair (a, a) twice.
 def train_bpe(counts: Counter, size: int) -> tuple[list[bytes], list]:
     """Byte pair encoding: from the 256 bytes on, make the most frequent pair of neighbours a token, until `size`.
 
     >>> train_bpe(Counter({"the": 2, " cat": 1, " in": 1, " the": 1, " hat": 1}), 260)[1]
     [(b't', b'h'), (b'th', b'e'), (b'a', b't'), (b'i', b'n')]
-
-    Of equally frequent pairs the greatest wins, (left, right) compared as byte strings. "aaa" has the pair (a, a)
-    twice. Training ends early when no pair is left.
     """
-    row, merges = PieceRow(counts, size), []
-    while len(row.vocab) < size and (found := row.most_frequent()):
-        left, right, places = found
-        merges.append((row.vocab[left], row.vocab[right]))
-        row.merge(left, right, places)
-    return row.vocab, merges
+    pieces = list(map(str.encode, counts))
+    spans = np.array([len(piece) + 1 for piece in pieces])
+    first = np.frombuffer(b"\n".join([*pieces, b""]), np.uint8).astype(np.int64)
+    first[np.cumsum(spans) - 1] = -1
+    last = first.copy()
+    weight = np.repeat(np.fromiter(counts.values(), np.int64), spans)  # how often the piece occurs
+    vocab, merges = [bytes([byte]) for byte in range(256)], []
+    length = np.ones(size, np.int64)
+    where, heap, floor = {}, [], 2  # pair -> places; (-times, name, pair)
 
-
-class PieceRow:
-    """The distinct pieces in one row of tokens, with an index from each frequent pair of neighbours to its places.
-
-    Tokens stay at the places of their bytes: first[i] is the token that begins at byte i and last[i] the one that
-    ends there, or -1, as also between two pieces. So the neighbours of a token are last[i - 1] and first[i + length].
-    A pair of tokens is one number, left << 32 | right; it is negative where the piece ends after `left`.
-
-    A pair gets all its places at once, when the newer of its tokens is made, and later only loses some. So what was
-    counted is an upper bound, and is counted again when it comes to the top. And a pair below `floor` stays below: it
-    is left out until no pair reaches the floor, which then falls, and all pairs are counted anew (about ten times).
-    """
-
-    def __init__(self, counts: Counter, size: int):
-        pieces = [piece.encode() for piece in counts]
-        spans = np.array([len(piece) + 1 for piece in pieces], np.int64)
-        self.first = np.frombuffer(b"\n".join([*pieces, b""]), np.uint8).astype(np.int64)
-        self.first[np.cumsum(spans) - 1] = -1
-        self.last = self.first.copy()
-        self.weight = np.repeat(np.array(list(counts.values()), np.int64), spans)  # how often its piece occurs
-        self.vocab = [bytes([byte]) for byte in range(256)]
-        self.length = np.ones(max(size, 256), np.int64)  # of each token, in bytes
-        self.where, self.heap, self.floor = {}, [], 1 << 62
-
-    def index(self, places: np.ndarray) -> None:
-        """Take up the pairs that begin at some places and reach the floor, which is set if it is 0."""
-        left = self.first[places]
-        keys = left << 32 | self.first[places + self.length[left]]
+    def index(places):  # take up the pairs that begin at some places and reach the floor
+        nonlocal floor
+        left = first[places]
+        keys = left << 32 | first[places + length[left]]
         order = np.argsort(keys, kind="stable")[np.count_nonzero(keys < 0):]
         keys, places = keys[order], places[order]
         starts = np.flatnonzero(np.concatenate(([-1], keys[:-1])) != keys)
-        totals = np.add.reduceat(self.weight[places], starts)
-        ends = np.append(starts[1:], len(keys))
-        self.floor = self.floor or max(1, totals.max(initial=0) // 4)
-        for i in np.flatnonzero(totals >= self.floor).tolist():
+        ends, times = np.append(starts[1:], len(keys)), np.add.reduceat(weight[places], starts)
+        floor = floor or max(1, times.max(initial=0) // 4)
+        for i in np.flatnonzero(times >= floor).tolist():
             key = int(keys[starts[i]])
-            self.where[key] = places[starts[i]:ends[i]]
-            name = descending(self.vocab[key >> 32]) + descending(self.vocab[key & 0xFFFFFFFF])
-            heapq.heappush(self.heap, (-int(totals[i]), name, key))
+            where[key] = places[starts[i]:ends[i]]
+            name = descending(vocab[key >> 32]) + descending(vocab[key & 0xFFFFFFFF])
+            heappush(heap, (-int(times[i]), name, key))
 
-    def most_frequent(self) -> tuple[int, int, np.ndarray] | None:
-        """The pair to merge next and its places."""
-        while True:
-            while self.heap and -self.heap[0][0] >= self.floor:
-                negative, name, key = self.heap[0]
-                left, right = divmod(key, 1 << 32)
-                places = self.where[key]
-                places = places[(self.first[places] == left) & (self.first[places + self.length[left]] == right)]
-                total = int(self.weight[places].sum())
-                if total == -negative:
-                    heapq.heappop(self.heap)
-                    return left, right, places
-                self.where[key] = places
-                heapq.heapreplace(self.heap, (-total, name, key))
-            if self.floor == 1:
-                return None
-            self.where, self.heap, self.floor = {}, [], 0
-            self.index(np.flatnonzero(self.first >= 0))
-
-    def merge(self, left: int, right: int, places: np.ndarray) -> None:
-        """Make a pair a token at its places, from left to right, and take up its pairs with its neighbours."""
+    while len(vocab) < size:
+        if not heap or -heap[0][0] < floor:
+            if floor == 1:
+                break
+            where, heap, floor = {}, [], 0
+            index(np.flatnonzero(first >= 0))
+            continue
+        negative, name, key = heap[0]
+        left, right = divmod(key, 1 << 32)
+        places = where[key]
+        places = places[(first[places] == left) & (first[places + length[left]] == right)]
+        if (times := int(weight[places].sum())) < -negative:
+            where[key] = places
+            heapreplace(heap, (-times, name, key))
+            continue
+        heappop(heap)
         if left == right:
-            places = every_other(places, self.length[left])
-        new = len(self.vocab)
-        self.vocab.append(self.vocab[left] + self.vocab[right])
-        self.length[new] = len(self.vocab[new])
-        middle = places + self.length[left]
-        self.first[middle] = self.last[middle - 1] = -1
-        self.first[places] = self.last[places + self.length[new] - 1] = new
-        before = self.last[places - 1]
-        others = (before >= 0) & (before != new)  # a neighbour that is new as well is in `places` itself
-        self.index(np.concatenate((places, (places - self.length[before])[others])))
+            places = every_other(places, length[left])
+        new, middle = len(vocab), places + length[left]
+        merges.append((vocab[left], vocab[right]))
+        vocab.append(b"".join(merges[-1]))
+        length[new] = len(vocab[new])
+        first[middle] = last[middle - 1] = -1
+        first[places] = last[places + length[new] - 1] = new
+        before = last[places - 1]
+        others = (before >= 0) & (before != new)  # where a new token stands before, that one's pair is this
+        index(np.concatenate((places, (places - length[before])[others])))
+    return vocab, merges
 
 
 def every_other(places: np.ndarray, length: int) -> np.ndarray:
@@ -371,9 +327,11 @@ def every_other(places: np.ndarray, length: int) -> np.ndarray:
     >>> every_other(np.array([0, 1, 2, 3, 7, 9, 10]), 1).tolist()
     [0, 2, 7, 9]
     """
-    number = np.arange(len(places))
-    begins = np.diff(places, prepend=-length - 1) != length
-    return places[(number - np.maximum.accumulate(np.where(begins, number, 0))) % 2 == 0]
+    kept = [-2 * length]
+    for place in places.tolist():
+        if place >= kept[-1] + 2 * length:
+            kept.append(place)
+    return np.array(kept[1:])
 
 
 def descending(token: bytes) -> str:
@@ -403,8 +361,8 @@ def train(kind: str, documents: Iterable[str], vocab_size: int, pattern: str = "
         raise ValueError(f"{kind!r} is no kind of tokenizer; there are {', '.join(TRAINERS)}")
     names = [UNKNOWN] * (kind not in BYTE_KINDS) + list(special_tokens)
     names += [END] * (END not in names)
-    if "" in names or len(set(names)) < len(names):
-        raise ValueError(f"special tokens must be different from each other and not empty, unlike {names}")
+    if len(set(names)) < len(names) or any(name.split() != [name] for name in names):
+        raise ValueError(f"special tokens must be different, not empty and without white space, unlike {names}")
     least = len(names) + (256 if kind in BYTE_KINDS else 1)
     if vocab_size < least:
         raise ValueError(f"vocab_size={vocab_size} is too small: {kind} with {len(names)} special tokens needs {least}")
@@ -415,15 +373,15 @@ def train(kind: str, documents: Iterable[str], vocab_size: int, pattern: str = "
         raise ValueError("there is no text to train on")
     vocab, merges = TRAINERS[kind](counts, vocab_size - len(names))
     specials = {name: i for i, name in enumerate(names, len(vocab))}
-    if len(vocab) + len(names) < vocab_size:
-        print(f"{kind}: this text gives {len(vocab) + len(names)} tokens, not {vocab_size}", file=sys.stderr)
+    if kind == "bpe" and len(vocab) + len(names) < vocab_size:
+        print(f"stopped at {len(vocab) + len(names)} tokens: no pair is left to merge in this text", file=sys.stderr)
     return Tokenizer(kind, pattern, vocab + [name.encode() for name in names], merges, specials)
 
 
 class Cache(dict):
     """piece -> ids as bytes; computes what it lacks, and begins anew when it is full."""
 
-    def __init__(self, compute: Callable[[str], bytes]):
+    def __init__(self, compute: Callable):
         self.compute = compute
 
     def __missing__(self, piece: str) -> bytes:
@@ -451,31 +409,25 @@ class Tokenizer:
     ['low', ' low', 's']
     """
 
-    def __init__(self, kind: str, pattern: str, vocab: list[bytes], merges: list[tuple[bytes, bytes]],
-                 special_tokens: dict[str, int]):
-        self.kind, self.pattern, self.vocab, self.merges = kind, pattern, vocab, merges
+    def __init__(self, kind: str, pattern: str, vocab: list, merges: list, special_tokens: dict[str, int]):
+        self.kind, self.pattern = kind, pattern
+        self.vocab, self.merges = vocab, merges
         self.special_tokens = special_tokens
-        self.index = {token: i for i, token in enumerate(vocab) if i not in special_tokens.values()}  # bytes -> id
-        named = {i: name.encode() for name, i in special_tokens.items()}
-        if dict(enumerate(vocab)) != {**{i: token for token, i in self.index.items()}, **named}:
+        self.vocab_size = len(vocab)
+        self.index = index = {token: i for i, token in enumerate(vocab) if i not in special_tokens.values()}  # bytes -> id
+        right = [vocab[i] for i in special_tokens.values()] == [name.encode() for name in special_tokens]
+        if not right or len(index) + len(special_tokens) != self.vocab_size:
             raise ValueError("two tokens are the same, or a special token is not in its place")
-        self.byte_ids = [self.index.get(bytes([byte])) for byte in range(256)]
+        self.byte_ids = [index.get(bytes([byte])) for byte in range(256)]
         self.unknown = special_tokens[UNKNOWN] if None in self.byte_ids else None
+        self.known = frozenset(range(self.vocab_size))
         self.lengths = [*map(len, vocab), 0]  # the last one, at -1, is that of no token
-        self.ranks, self.merged, known = {}, [], {bytes([byte]) for byte in range(256)}
-        for left, right in merges:
-            if not {left, right} <= known or left + right in known:
-                raise ValueError(f"the merge of {left!r} and {right!r} comes twice or before its parts")
-            known.add(left + right)
-            self.ranks[self.index[left], self.index[right]] = len(self.merged)  # pair of ids -> rank
-            self.merged.append(self.index[left + right])  # rank -> id
-        self.dtype = np.dtype(np.uint16 if len(vocab) <= 1 << 16 else np.uint32)
+        self.ranks = {(index[left], index[right]): rank for rank, (left, right) in enumerate(merges)}
+        self.merged = [index[left + right] for left, right in merges]  # rank -> id
+        if self.unknown is None and not len(set(self.merged)) == len(merges) == len(index) - 256:
+            raise ValueError("a merge is missing or comes twice")
+        self.dtype = np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
         self.cache = Cache(self._piece_ids)
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of tokens, special ones included."""
-        return len(self.vocab)
 
     def encode(self, text: str, allowed_special: str | set[str] = "none") -> list[int]:
         """Ids of a text. What looks like a special token in it is ordinary text ("none"), an error ("none_raise"), or
@@ -483,19 +435,18 @@ class Tokenizer:
         names = self.special_tokens
         if allowed_special == "none_raise" and (found := regex.search(any_of(names), text)):
             raise ValueError(f"the text holds the special token {found.group()!r}, which is not allowed here")
-        none = allowed_special in ("none", "none_raise")
-        allowed = () if none else names if allowed_special == "all" else allowed_special
+        allowed = {"none": (), "none_raise": (), "all": names}.get(str(allowed_special), allowed_special)
         if wrong := set(allowed) - names.keys():
-            raise ValueError(f"{sorted(wrong)} are no special tokens of this tokenizer, which has {sorted(names)}")
+            raise ValueError(f"this tokenizer has no special tokens {sorted(wrong)}")
         ids = []
-        for i, part in enumerate(regex.split(f"({any_of(allowed)})", text) if allowed else [text]):
+        for i, part in enumerate(regex.split(f"({any_of(allowed) or '(?!)'})", text)):  # (?!) is found nowhere
             ids += [names[part]] if i % 2 else self.encode_ordinary(part).tolist()
         return ids
 
     def encode_ordinary(self, text: str) -> np.ndarray:
         """Ids of a text, special tokens in it as ordinary text: uint16, or uint32 for more than 65,536 tokens."""
         ids = bytearray()
-        for chunk in chunks([text], self.pattern) if len(text) > CHUNK else [text]:
+        for chunk in chunks([text], self.pattern):
             ids += b"".join(map(self.cache.__getitem__, split(chunk, self.pattern)))
         return np.frombuffer(ids, self.dtype)
 
@@ -515,9 +466,8 @@ class Tokenizer:
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes of tokens; ValueError names an id that is not in the vocabulary."""
         ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
-        if ids and not 0 <= min(ids) <= max(ids) < len(self.vocab):
-            wrong = next(i for i in ids if not 0 <= i < len(self.vocab))
-            raise ValueError(f"id {wrong} is not in this vocabulary of {len(self.vocab)} tokens")
+        if wrong := set(ids) - self.known:
+            raise ValueError(f"id {min(wrong)} is not in this vocabulary of {self.vocab_size} tokens")
         return b"".join(map(self.vocab.__getitem__, ids))
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -526,16 +476,15 @@ class Tokenizer:
 
     def to_dict(self) -> dict:
         """What `save` writes. Tokens are written as Latin-1, in which character n is byte n; merges as pairs of ids."""
-        ids = [[self.index[left], self.index[right]] for left, right in self.merges]
         return {"version": VERSION, "kind": self.kind, "pattern": self.pattern, "special_tokens": self.special_tokens,
-                "merges": ids, "vocab": [token.decode("latin-1") for token in self.vocab]}
+                "merges": list(map(list, self.ranks)), "vocab": [token.decode("latin-1") for token in self.vocab]}
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the tokenizer as JSON, for `load`."""
         with replacing(path) as file:
             file.write(json.dumps(self.to_dict()).encode())
 
-    def _piece_ids(self, piece: str) -> bytes:
+    def _piece_ids(self, piece):
         """Ids of one piece, as the bytes of an array."""
         data = piece.encode()
         ids = [self.index.get(data, self.unknown)]
@@ -543,18 +492,20 @@ class Tokenizer:
             ids = self._merge([self.byte_ids[byte] for byte in data])
         return np.array(ids, self.dtype).tobytes()
 
-    def _merge(self, ids: list[int]) -> list[int]:
+    def _merge(self, ids):
         """Merge the pair of lowest rank, of several the first one, until no pair of neighbours has a rank.
 
         The pairs wait in a queue, so that n bytes take about n log n steps. Tokens stay at the places of their bytes,
-        as in PieceRow. A pair is one number there: rank << 32 | place.
+        as in train_bpe. A pair is one number there: rank << 32 | place.
         """
-        first, last, ranks, lengths = [*ids, -1], [*ids, -1], self.ranks, self.lengths
+        first, last = [*ids, -1], [*ids, -1]
+        ranks, lengths = self.ranks, self.lengths
         queue = [ranks[pair] << 32 | place for place, pair in enumerate(zip(ids, ids[1:])) if pair in ranks]
-        heapq.heapify(queue)
+        heapify(queue)
         while queue:
-            rank, place = divmod(heapq.heappop(queue), 1 << 32)
-            left, new = first[place], self.merged[rank]
+            rank, place = divmod(heappop(queue), 1 << 32)
+            left = first[place]
+            new = self.merged[rank]
             middle = place + lengths[left]
             if ranks.get((left, first[middle])) == rank:  # else one of the two is part of another token by now
                 first[middle] = last[middle - 1] = -1
@@ -562,7 +513,7 @@ class Tokenizer:
                 for start in (place - lengths[last[place - 1]], place):
                     pair = first[start], first[start + lengths[first[start]]]
                     if pair in ranks:
-                        heapq.heappush(queue, ranks[pair] << 32 | start)
+                        heappush(queue, ranks[pair] << 32 | start)
         return [token for token in first if token >= 0]
 
 
@@ -589,22 +540,22 @@ def load(path: str | os.PathLike) -> Tokenizer:
 
 def main():
     o = options(Options, sys.argv[1:])
-    if o.tokenizer in TRAINERS:
+    if o.tokenizer not in TRAINERS:
+        tokenizer = load(o.tokenizer)
+    else:
         began, counts, errors = time.time(), Counter(), {}
-        texts = read_documents(find_files(o.input), o.separator, errors)
-        specials = o.special_tokens.split(",") if o.special_tokens else []
-        tokenizer = train(o.tokenizer, texts, o.vocab_size, o.pattern, specials, o.workers, counts)
+        parts = read_parts(find_files(o.input), o.separator, errors)
+        # Joined by special tokens, which are boundaries, documents of any length can be cut to chunks.
+        texts = chunks((text + END * ends for text, ends in parts), PATTERNS.get(o.pattern, o.pattern))
+        tokenizer = train(o.tokenizer, texts, o.vocab_size, o.pattern, o.special_tokens.split(","), o.workers,
+                          counts)
         tokenizer.save(o.output)
-        print(f"{o.output}: {o.tokenizer}, {tokenizer.vocab_size} tokens, trained in {time.time() - began:.1f} s")
         for path, number in errors.items():
             print(f"{path}: {number} errors in UTF-8, replaced by U+FFFD", file=sys.stderr)
+        print(f"{o.output}: {o.tokenizer}, {tokenizer.vocab_size} tokens, trained in {time.time() - began:.1f} s")
         size = sum(len(piece.encode()) * number for piece, number in counts.items())
         tokens = sum(len(tokenizer.encode_ordinary(piece)) * number for piece, number in counts.items())
         print(f"{size} bytes in {tokens} tokens: {size / tokens:.3f} bytes per token")
-    elif os.path.exists(o.tokenizer):
-        tokenizer = load(o.tokenizer)
-    else:
-        raise ValueError(f"--tokenizer={o.tokenizer} is neither a kind ({', '.join(TRAINERS)}) nor a file")
     for i in tokenizer.encode(o.show, "all"):
         print(f"{i:6} {tokenizer.vocab[i]!r}")
 

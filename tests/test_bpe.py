@@ -1,0 +1,737 @@
+"""Tests of bpe.py: a brute force, the peers where they are installed, random text, and each refusal."""
+import collections
+import doctest
+import itertools
+import json
+import os
+import pickle
+import random
+import unicodedata
+
+import numpy as np
+import pytest
+import regex
+
+import bpe
+from bpe import END, PATTERNS, UNKNOWN
+
+GPT2 = PATTERNS["gpt2"]
+
+
+def brute_train(words, size):
+    """The definition of BPE training: count every pair anew for each merge. words: {piece: count}"""
+    words, merges = {tuple(bytes([b]) for b in word.encode()): count for word, count in words.items()}, []
+    while 256 + len(merges) < size:
+        pairs = collections.Counter()
+        for word, count in words.items():
+            for pair in zip(word, word[1:]):
+                pairs[pair] += count
+        if not pairs:
+            break
+        merges.append(max(pairs, key=lambda pair: (pairs[pair], pair)))
+        words = {brute_merge(word, merges[-1]): count for word, count in words.items()}
+    return merges
+
+
+def brute_merge(word, pair):
+    word, i = list(word), 0
+    while i < len(word) - 1:
+        if (word[i], word[i + 1]) == pair:
+            word[i:i + 2] = [word[i] + word[i + 1]]
+        i += 1
+    return tuple(word)
+
+
+def brute_encode(text, pattern, merges):
+    """The definition of BPE encoding: all merges, one after the other, on each piece."""
+    out = []
+    for piece in regex.findall(pattern, text):
+        word = tuple(bytes([b]) for b in piece.encode())
+        for pair in merges:
+            word = brute_merge(word, pair)
+        out += word
+    return out
+
+
+# Characters that pre-tokenisers and encoders stumble over: marks, controls, NUL, odd spaces, astral, ligatures, U+FFFD.
+ALPHABETS = ["ab", "aab ", "abcdefgh  \n", "the cat in hat'slvr \n\t", "a1 ²½Ⅷ٣.!?_-",
+             "e\u0301\u0327\u200d\ufe0f\u202e\ufeff a", "\0\x01\x1c\x1d\x1e\x1f\x7f\x85\xa0\u2028\u3000 a\r\n",
+             "你好世界。，日本語한국 ", "😀🌍👩‍👩‍👧‍👦🇩🇪 x", "\ufffd\U0010ffff\ufdfa\u1e9e'’S'll 'D"]
+
+
+def random_text(rng, length):
+    alphabet = rng.choice([*ALPHABETS, "".join(ALPHABETS)])
+    return "".join(rng.choices(alphabet, k=length))
+
+
+def random_unicode(rng, length):
+    """Any characters but surrogates."""
+    points = (rng.choice([rng.randrange(0x80), rng.randrange(0x3000), rng.randrange(0x110000)]) for _ in range(length))
+    return "".join(chr(point) for point in points if not 0xD800 <= point < 0xE000)
+
+
+def documents_of(files, separator="", errors=None):
+    """The whole documents of some files."""
+    texts, held = [], ""
+    for text, ends in bpe.read_parts(files, separator, {} if errors is None else errors):
+        held += text
+        if ends:
+            texts.append(held)
+            held = ""
+    assert held == ""
+    return texts
+
+
+@pytest.fixture(scope="module")
+def library():
+    """About 2 MB of the default corpus as documents."""
+    files = bpe.find_files("")
+    return documents_of(files[:: max(1, len(files) // 100)])
+
+
+@pytest.fixture(scope="module")
+def tokenizer(library):
+    return bpe.train("bpe", library, 2000, workers=1)
+
+
+def test_docstring_examples():
+    result = doctest.testmod(bpe)
+    assert result.attempted >= 7 and result.failed == 0
+
+
+# ---------------------------------------------------------------------------------------------------------- training
+
+def test_training_equals_brute_force():
+    rng = random.Random(1)
+    for round in range(300):
+        words = collections.Counter(random_text(rng, rng.randrange(1, 12)) for _ in range(rng.randrange(1, 30)))
+        for word in list(words):
+            words[word] *= rng.choice([1, 1, 2, 50])
+        size = 256 + rng.choice([1, 5, 40, 400])
+        vocab, merges = bpe.train_bpe(words, size)
+        assert merges == brute_train(words, size), words
+        assert vocab == [bytes([b]) for b in range(256)] + [a + b for a, b in merges]
+
+
+def test_worked_example():
+    """The counts and merges of the usual classroom example, by hand: (s, t) ties with (e, s) and is the greater."""
+    words = {"low": 5, "lower": 2, "widest": 3, "newest": 6}
+    merges = bpe.train_bpe(collections.Counter(words), 256 + 6)[1]
+    assert [a + b" " + b for a, b in merges] == [b"s t", b"e st", b"o w", b"l ow", b"w est", b"n e"]
+
+
+def test_ties_go_to_the_greater_pair_of_byte_strings():
+    # as byte strings (b"ab", b"x") > (b"a", b"z") though "abx" < "az"; bytes above 127 are greater than letters
+    words = collections.Counter({"pq": 3, "pr": 3, "é": 3, "qa": 3})
+    assert bpe.train_bpe(words, 260)[1] == [(b"\xc3", b"\xa9"), (b"q", b"a"), (b"p", b"r"), (b"p", b"q")]
+    words = collections.Counter({"ab": 9, "abx": 2, "az": 2})
+    assert bpe.train_bpe(words, 259)[1] == [(b"a", b"b"), (b"ab", b"x"), (b"a", b"z")]
+
+
+def test_runs_of_one_letter_merge_from_the_left():
+    for length in range(1, 40):
+        words = collections.Counter({"a" * length: 1, "b" + "a" * (length // 2): 2})
+        assert bpe.train_bpe(words, 264)[1] == brute_train(words, 264)
+
+
+def test_workers_and_order_of_documents_do_not_matter(monkeypatch, library):
+    monkeypatch.setattr(bpe, "CHUNK", 50_000)  # many batches
+    one = bpe.train("bpe", library, 700, workers=1).to_dict()
+    assert bpe.train("bpe", library, 700, workers=2).to_dict() == one
+    assert bpe.train("bpe", iter(library[::-1]), 700, workers=3).to_dict() == one
+    assert len(one["merges"]) == 700 - 257
+
+
+def test_few_texts_are_in_memory_while_counting(monkeypatch):
+    monkeypatch.setattr(bpe, "CHUNK", 1000)
+    alive, most, waiting = [0], [0], collections.deque()
+
+    class Text(str):
+        def __del__(self):
+            alive[0] -= 1
+
+    def texts():
+        for i in range(3000):
+            alive[0] += 1
+            most[0] = max(most[0], alive[0])
+            yield Text("word " * 20)
+    counts = collections.Counter()
+    bpe.count_pieces(counts, texts(), r"\w+| +", [END], 1)
+    assert counts == {"word": 3000 * 20, " ": 3000 * 20}
+    assert most[0] < 20
+    before, most[0] = counts["word"], 0
+    bpe.count_pieces(counts, texts(), GPT2, [END], 1)
+    assert counts["word"] == before + 3000 and counts[" word"] == 3000 * 19 and most[0] < 20
+
+
+def test_special_tokens_in_training_text_are_boundaries():
+    text = "low<|endoftext|>low<|endoftext|>lo<|fim|>w"
+    tokenizer = bpe.train("bpe", [text], 400, special_tokens=(END, "<|fim|>"))
+    assert tokenizer.to_dict()["merges"] == bpe.train("bpe", ["low", "low", "lo", "w"], 400).to_dict()["merges"]
+    assert not any(b"|" in a + b for a, b in tokenizer.merges)
+    without = bpe.train("bpe", [text], 400)
+    assert any(b"|" in a + b for a, b in without.merges)  # the same text where <|fim|> is ordinary
+
+
+def test_ids_of_special_tokens_come_last():
+    tokenizer = bpe.train("bpe", ["abcabc"], 260, special_tokens=("<a>", END))
+    assert tokenizer.special_tokens == {"<a>": 258, END: 259} and tokenizer.vocab_size == 260
+    assert tokenizer.vocab[258:] == [b"<a>", END.encode()]
+    assert bpe.train("bpe", ["abcabc"], 259, special_tokens=("<a>",)).special_tokens == {"<a>": 257, END: 258}
+    assert bpe.train("word", ["a b"], 9).special_tokens == {UNKNOWN: 2, END: 3}
+
+
+def test_growth_of_training(monkeypatch):
+    """Twice the distinct words, about twice the places that are indexed: merging touches only the pairs it changes."""
+    def places(count):
+        seen, argsort = [0], np.argsort
+        monkeypatch.setattr(np, "argsort", lambda keys, **how: (seen.__setitem__(0, seen[0] + len(keys)), argsort(keys, **how))[1])
+        rng = random.Random(3)
+        words = collections.Counter("".join(rng.choices("abcdefghij", k=8)) for _ in range(count))
+        bpe.train_bpe(words, 256 + 300)
+        monkeypatch.setattr(np, "argsort", argsort)
+        return seen[0]
+    small, large = places(2000), places(8000)
+    assert large < 5 * small
+    assert large < 8000 * 8 * 12  # recounting everything for each of 300 merges would be 300 times the row
+
+
+# ---------------------------------------------------------------------------------------------------------- encoding
+
+def test_encoding_equals_brute_force():
+    rng = random.Random(2)
+    for round in range(120):
+        corpus = [random_text(rng, 200) for _ in range(5)]
+        pattern = rng.choice(list(PATTERNS))
+        tokenizer = bpe.train("bpe", corpus, 256 + rng.choice([10, 100, 300]), pattern)
+        for text in [rng.choice(corpus)[:80], random_text(rng, 60), random_unicode(rng, 20), "", "a" * 70]:
+            expected = brute_encode(text, tokenizer.pattern, tokenizer.merges)
+            assert [tokenizer.vocab[i] for i in tokenizer.encode(text)] == expected, text
+
+
+@pytest.mark.parametrize("kind", list(bpe.TRAINERS))
+def test_round_trip_of_what_was_trained_on(kind):
+    rng = random.Random(kind)
+    texts = [random_text(rng, 300) for _ in range(20)] + [random_unicode(rng, 300)]
+    tokenizer = bpe.train(kind, texts, 5000)
+    for text in texts:
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@pytest.mark.parametrize("pattern", list(PATTERNS))
+def test_round_trip_of_anything(pattern):
+    rng = random.Random(pattern)
+    tokenizer = bpe.train("bpe", [random_text(rng, 3000)], 400, pattern)
+    for round in range(300):
+        text = random_unicode(rng, rng.randrange(40)) + random_text(rng, rng.randrange(40))
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text and tokenizer.decode_bytes(np.array(ids, int)) == text.encode()
+    every = "".join(chr(point) for point in range(0, 0x110000, 13) if not 0xD800 <= point < 0xE000)
+    assert tokenizer.decode(tokenizer.encode_ordinary(every)) == every
+
+
+def test_lone_surrogates_become_the_replacement_character():
+    tokenizer = bpe.train("bpe", ["a\ud800b " * 20, "\ud83d\ude00 " * 20], 300)
+    assert tokenizer.decode(tokenizer.encode("x\ud800y\udfff")) == "x\ufffdy\ufffd"
+    assert tokenizer.encode("\ud83d\ude00 \ud835\udc00b") == tokenizer.encode("😀 𝐀b")  # pairs are joined before splitting
+    assert bpe.train("char", ["\ud800"], 9).encode("\ufffd") == [0]
+
+
+def test_pieces_never_hold_a_place_where_text_is_cut():
+    """CUT is right for each shipped pattern: split(a) + split(b) == split(a + b) at each of its places."""
+    rng, seen = random.Random(5), collections.Counter()
+    place = regex.compile(bpe.CUT.pattern.replace("(?r)", ""))
+    for round in range(1500):
+        text = random_text(rng, 30) if round % 3 else random_unicode(rng, 20) + random_text(rng, 20)
+        for name, pattern in PATTERNS.items():
+            whole = bpe.split(text, pattern)
+            for match in place.finditer(text):
+                assert bpe.split(text[:match.end()], pattern) + bpe.split(text[match.end():], pattern) == whole
+                seen[name] += 1
+    assert min(seen.values()) > 1000
+    with pytest.raises(AssertionError):  # a cut inside a word would show
+        assert bpe.split("ab", GPT2) == bpe.split("a", GPT2) + bpe.split("b", GPT2)
+
+
+@pytest.mark.parametrize("kind,pattern", [("bpe", "gpt2"), ("bpe", "code"), ("char", ""), ("word", "gpt2"),
+                                          ("bpe", r"\w+\s+\w+|\s*\w+|\W")])
+def test_encode_iterable_equals_the_whole(kind, pattern, monkeypatch):
+    rng = random.Random(pattern)
+    tokenizer = bpe.train(kind, [random_text(rng, 2000) for _ in range(3)], 600, pattern)
+    for chunk in (7, 64, 1 << 20):
+        monkeypatch.setattr(bpe, "CHUNK", chunk)
+        for round in range(60):
+            text = random_text(rng, 200) + "\ud83d\ude00" + random_unicode(rng, 20)
+            cuts = sorted(rng.choices(range(len(text) + 1), k=rng.randrange(12)))
+            parts = [text[i:j] for i, j in zip([0, *cuts], [*cuts, len(text)])]
+            whole = tokenizer.encode_ordinary(text).tolist()
+            assert list(tokenizer.encode_iterable(parts)) == whole
+            assert list(tokenizer.encode_iterable(text)) == whole  # one character at a time
+
+
+def test_encode_iterable_is_lazy_and_holds_little():
+    tokenizer = bpe.train("bpe", ["a few words"], 260)
+    taken = []
+
+    def endless():
+        for i in itertools.count():
+            taken.append(i)
+            yield "a few words and\nmore, "
+    ids = tokenizer.encode_iterable(endless())
+    for _ in range(1000):
+        next(ids)
+    assert len(taken) < 100
+    longest = max(map(len, itertools.islice(bpe.chunks(endless(), GPT2), 1000)))
+    assert longest < 50
+    longest = max(map(len, itertools.islice(bpe.chunks(itertools.islice(endless(), 100), r"\w+|\W"), 1000)))
+    assert longest == 100 * 22  # of a pattern of the user's own nothing is known
+
+
+def test_memory_of_encoding_a_long_text(monkeypatch):
+    """The pieces of a long text are never all in memory: split sees at most a chunk and the rest of the one before."""
+    monkeypatch.setattr(bpe, "CHUNK", 1000)
+    sizes, split = [], bpe.split
+    monkeypatch.setattr(bpe, "split", lambda text, pattern: (sizes.append(len(text)), split(text, pattern))[1])
+    tokenizer = bpe.train("byte", ["x"], 257)
+    sizes.clear()
+    text = "some words and a, b\n" * 5000
+    assert tokenizer.decode(tokenizer.encode_ordinary(text)) == text
+    assert sum(sizes) == len(text) and max(sizes) <= 1100 and len(sizes) > 90
+
+
+class Counting(dict):
+    """A dict that counts how often it is asked."""
+    asked = 0
+
+    def __contains__(self, key):
+        self.asked += 1
+        return super().__contains__(key)
+
+    def get(self, key, default=None):
+        self.asked += 1
+        return super().get(key, default)
+
+
+@pytest.mark.parametrize("text", ["a" * 20000, " " * 20000, "ab" * 10000, "random", "\u0301" * 10000])
+def test_growth_of_encoding_one_long_piece(text, tokenizer):
+    rng = random.Random(4)
+    text = "".join(rng.choices("etaoinshr", k=20000)) if text == "random" else text
+    asked = []
+    for part in (text[:len(text) // 10], text):
+        copy = bpe.from_dict(tokenizer.to_dict())
+        copy.ranks = Counting(copy.ranks)
+        ids = copy.encode(part)
+        assert copy.decode(ids) == part
+        asked.append(copy.ranks.asked / len(part.encode()))
+    assert asked[1] < 1.2 * asked[0] + 0.1 and asked[1] < 6  # questions per byte do not grow
+
+
+def test_the_cache_is_bounded_and_changes_nothing(monkeypatch, tokenizer):
+    monkeypatch.setattr(bpe, "CACHE", 50)
+    copy = bpe.from_dict(tokenizer.to_dict())
+    rng = random.Random(6)
+    for _ in range(30):
+        text = random_text(rng, 300) + "x" * (bpe.LONG + 1)
+        assert copy.encode(text) == tokenizer.encode(text)
+        assert len(copy.cache) <= 50 and max(map(len, copy.cache)) <= bpe.LONG
+
+
+def test_types_of_what_encode_gives(tokenizer):
+    assert type(tokenizer.encode("a b")) is list and type(tokenizer.encode("a b")[0]) is int
+    ids = tokenizer.encode_ordinary("a b")
+    assert ids.dtype == np.uint16 and ids.flags.writeable
+    assert [list(ids) for ids in tokenizer.encode_batch(["a b", "", "c"])] == [tokenizer.encode(t) for t in ("a b", "", "c")]
+    words = bpe.train("char", ["".join(map(chr, range(0x10000, 0x22000)))], 1 << 20)
+    assert words.vocab_size == 0x12002 and words.encode_ordinary("a").dtype == np.uint32
+    assert words.decode(words.encode_ordinary("\U00010000\U00021fff")) == "\U00010000\U00021fff"
+
+
+def test_a_tokenizer_can_be_pickled(tokenizer):
+    copy = pickle.loads(pickle.dumps(tokenizer))
+    assert copy.encode("pickled words") == tokenizer.encode("pickled words") and copy.to_dict() == tokenizer.to_dict()
+
+
+# ---------------------------------------------------------------------------------------------------- special tokens
+
+@pytest.fixture(scope="module")
+def special():
+    plain = bpe.train("bpe", ["some text to train on"], 270)
+    names = ("<|a|>", "<|a|><|b|>", "b c", END)  # a file of others may have white space in a name
+    vocab = plain.vocab[:-1] + [name.encode() for name in names]
+    return bpe.Tokenizer("bpe", GPT2, vocab, plain.merges, {name: vocab.index(name.encode()) for name in names})
+
+
+def test_special_tokens_are_text_unless_allowed(special):
+    text = "x<|a|><|b|>y<|endoftext|> b c"
+    ids = special.special_tokens
+    assert not set(special.encode(text)) & set(ids.values())
+    assert special.decode(special.encode(text)) == special.decode(special.encode(text, "all")) == text
+    assert [i for i in special.encode(text, "all") if i in ids.values()] == [ids["<|a|><|b|>"], ids[END], ids["b c"]]
+    assert [i for i in special.encode(text, {"<|a|>"}) if i in ids.values()] == [ids["<|a|>"]]
+    assert special.encode(text, set()) == special.encode(text)
+    with pytest.raises(ValueError, match=r"'<\|a\|><\|b\|>'"):
+        special.encode(text, "none_raise")
+    assert special.encode("plain", "none_raise") == special.encode("plain")
+    with pytest.raises(ValueError, match="<nope>"):
+        special.encode(text, {"<nope>"})
+
+
+def test_nothing_merges_across_a_special_token():
+    tokenizer = bpe.train("bpe", ["abab" * 9], 258, pattern=r"(?s).+")
+    a, b = tokenizer.encode("a"), tokenizer.encode("b")
+    assert len(tokenizer.encode("ab")) == 1
+    assert tokenizer.encode(f"a{END}b", "all") == [*a, tokenizer.special_tokens[END], *b]
+
+
+def test_a_special_token_that_is_also_ordinary_text():
+    tokenizer = bpe.train("bpe", ["thethethe the"], 300, special_tokens=("the",))
+    ordinary = bpe.train("bpe", ["abcabcabc"], 300)
+    named = bpe.Tokenizer("bpe", GPT2, [*ordinary.vocab[:-1], b"abc", END.encode()], ordinary.merges,
+                          {"abc": len(ordinary.vocab) - 1, END: len(ordinary.vocab)})
+    assert named.encode("abc") == ordinary.encode("abc") != [named.special_tokens["abc"]]
+    assert named.encode("abc", "all") == [named.special_tokens["abc"]]
+    assert tokenizer.decode(tokenizer.encode("the")) == "the" and tokenizer.merges == []
+
+
+# -------------------------------------------------------------------------------------------- characters, words, bytes
+
+def test_the_four_kinds():
+    text = "the cat in the hat. the cat!"
+    char, word, byte = (bpe.train(kind, [text], 300) for kind in ("char", "word", "byte"))
+    assert char.vocab[0] == b" " and len(char.vocab) == len(set(text)) + 2  # the most frequent character comes first
+    assert [char.vocab[i] for i in char.encode("taxi")] == [b"t", b"a", b"<|unk|>", b"i"]
+    assert char.decode(char.encode("taxi")) == "ta<|unk|>i"
+    assert word.decode(word.encode("the dog in the hat")) == "the<|unk|> in the hat"
+    assert word.vocab[:3] == [b" cat", b" the", b" hat"]  # twice, twice, once and the first of the alphabet
+    assert byte.encode("né") == [ord("n"), 0xC3, 0xA9] and byte.vocab_size == 257
+
+
+def test_rare_words_give_way():
+    word = bpe.train("word", ["a a a b b c"], 5, pattern=r"\w|\s")
+    assert word.vocab == [b" ", b"a", b"b", UNKNOWN.encode(), END.encode()]
+
+
+def test_one_more_kind_is_one_more_entry(monkeypatch, tmp_path):
+    """The extension test: a trainer from outside is trained, saved, loaded and used."""
+    def train_longest(counts, size):
+        return [piece.encode() for piece in sorted(counts, key=len)[-size:]], []
+    monkeypatch.setitem(bpe.TRAINERS, "longest", train_longest)
+    tokenizer = bpe.train("longest", ["a bb ccc dddd"], 4)
+    tokenizer.save(tmp_path / "t.json")
+    again = bpe.load(tmp_path / "t.json")
+    assert again.decode(again.encode("x ccc dddd")) == "<|unk|> ccc dddd" and again.to_dict() == tokenizer.to_dict()
+
+
+# -------------------------------------------------------------------------------------------------------------- decode
+
+def test_decode_never_fails_on_bytes_that_are_not_utf8(tokenizer):
+    rng = random.Random(7)
+    for _ in range(300):
+        ids = rng.choices(range(tokenizer.vocab_size), k=20)
+        data = b"".join(tokenizer.vocab[i] for i in ids)
+        assert tokenizer.decode_bytes(ids) == data and tokenizer.decode(ids) == data.decode("utf-8", "replace")
+    assert tokenizer.decode([0xF0, 0x9F]) == "\ufffd"
+    assert tokenizer.decode(iter([104, 105])) == "hi" and tokenizer.decode([]) == ""
+    assert tokenizer.decode(np.array([104, 105], np.uint16)) == "hi"
+
+
+@pytest.mark.parametrize("wrong", [-1, 2000, 10 ** 12, -10 ** 30])
+def test_decode_names_an_id_out_of_range(wrong, tokenizer):
+    with pytest.raises(ValueError, match=f"id {wrong} "):
+        tokenizer.decode([5, wrong, 7])
+    assert tokenizer.decode([tokenizer.vocab_size - 1]) == END
+
+
+# ----------------------------------------------------------------------------------------------------------- the peers
+
+def unicode_of_bytes():
+    """GPT-2's printable stand-ins: byte -> character, as in its vocab.json."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = [b for b in range(256) if b not in plain]
+    return {**{b: chr(b) for b in plain}, **{b: chr(256 + i) for i, b in enumerate(rest)}}
+
+
+@pytest.fixture(scope="module")
+def gpt2(test_data):
+    """GPT-2's own tokenizer from its two files."""
+    back = {char: byte for byte, char in unicode_of_bytes().items()}
+    table = json.loads((test_data / "gpt2/vocab.json").read_text(encoding="utf-8"))
+    lines = (test_data / "gpt2/merges.txt").read_text(encoding="utf-8").splitlines()
+    vocab = [b""] * len(table)
+    for name, i in table.items():
+        vocab[i] = name.encode() if name == END else bytes(back[char] for char in name)
+    merges = [tuple(bytes(back[char] for char in half) for half in line.split()) for line in lines if not line.startswith("#version")]
+    return bpe.Tokenizer("bpe", GPT2, vocab, merges, {END: table[END]})
+
+
+def test_gpt2_known_ids(gpt2):
+    assert gpt2.vocab_size == 50257 and gpt2.dtype == np.uint16
+    assert gpt2.encode("Hello world") == [15496, 995]
+    assert gpt2.encode("Hello, 🌍! 你好!") == [15496, 11, 12520, 234, 235, 0, 220, 19526, 254, 25001, 121, 0]
+    assert gpt2.encode("<|endoftext|>", "all") == [50256]
+
+
+def test_gpt2_ids_equal_tiktoken(gpt2, library):
+    tiktoken = pytest.importorskip("tiktoken")
+    ranks = {token: i for i, token in enumerate(gpt2.vocab) if token != END.encode()}
+    peer = tiktoken.Encoding("gpt2", pat_str=GPT2, mergeable_ranks=ranks, special_tokens={END: 50256})
+    rng = random.Random(8)
+    texts = [random_text(rng, 100) + random_unicode(rng, 30) for _ in range(1500)] + library[:40]
+    for text in texts:
+        assert gpt2.encode(text) == peer.encode_ordinary(text)
+    text = f"a{END}b"
+    assert gpt2.encode(text, "all") == peer.encode(text, allowed_special="all")
+    assert gpt2.encode("a\ud800b") == peer.encode_ordinary("a\ud800b")
+
+
+def test_ids_equal_tokenizers_with_the_same_merges(tokenizer, library):
+    """The peer breaks ties in another way, so it is given our merges."""
+    tokenizers = pytest.importorskip("tokenizers")
+    names = unicode_of_bytes()
+
+    def name(token):
+        return "".join(names[byte] for byte in token)
+    vocab = {name(token): i for i, token in enumerate(tokenizer.vocab[:-1])}
+    peer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[(name(a), name(b)) for a, b in tokenizer.merges]))
+    peer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    rng = random.Random(9)
+    for text in library[:30] + [random_text(rng, 200) for _ in range(300)]:
+        assert tokenizer.encode(text) == peer.encode(text).ids
+
+
+def test_training_compresses_as_well_as_tokenizers(library):
+    """Ties aside both make the same merges, so the number of tokens agrees closely."""
+    tokenizers = pytest.importorskip("tokenizers")
+    peer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    peer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=1999, show_progress=False,
+                                             initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    peer.train_from_iterator(library, trainer)
+    ours = bpe.train("bpe", library, 2000)
+    count = sum(len(ours.encode_ordinary(text)) for text in library)
+    assert abs(sum(len(ids.ids) for ids in peer.encode_batch(library)) / count - 1) < 2e-3
+
+
+def test_the_code_pattern_suits_source_code(library):
+    """Fewer tokens for Python than GPT-2's pattern, at each size."""
+    size = sum(len(text.encode()) for text in library)
+    for vocab_size in (1024, 2048):
+        ratio = {name: size / sum(len(ids) for ids in bpe.train("bpe", library, vocab_size, name).encode_batch(library))
+                 for name in ("gpt2", "code")}
+        assert ratio["code"] > 1.03 * ratio["gpt2"] > 2
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+@pytest.mark.parametrize("kind", list(bpe.TRAINERS))
+def test_save_and_load(kind, tmp_path):
+    rng = random.Random(kind)
+    texts = [random_text(rng, 500) for _ in range(5)] + [random_unicode(rng, 500)]
+    tokenizer = bpe.train(kind, texts, 700, special_tokens=("<|ab|>", "ünï\0", END))
+    tokenizer.save(tmp_path / "t.json")
+    again = bpe.load(tmp_path / "t.json")
+    assert vars(again).keys() == vars(tokenizer).keys()
+    for name in ("kind", "pattern", "vocab", "merges", "special_tokens", "ranks", "index", "dtype"):
+        assert getattr(again, name) == getattr(tokenizer, name), name
+    assert [again.encode(text, "all") for text in texts] == [tokenizer.encode(text, "all") for text in texts]
+    assert json.loads((tmp_path / "t.json").read_bytes())["version"] == 1
+    assert os.listdir(tmp_path) == ["t.json"]
+
+
+def test_a_file_of_the_first_version_stays_readable():
+    vocab = [chr(i) for i in range(256)] + ["th", "the", END]
+    data = {"version": 1, "kind": "bpe", "pattern": GPT2, "special_tokens": {END: 258},
+            "merges": [[116, 104], [256, 101]], "vocab": vocab}
+    assert bpe.from_dict(data).encode("the then é") == [257, 32, 257, 110, 32, 0xC3, 0xA9]
+    assert bpe.from_dict(data).to_dict() == data
+
+
+def damaged(**changes):
+    data = bpe.train("bpe", ["the cat in the hat"], 262).to_dict()
+    for key, value in changes.items():
+        data[key] = value(data[key]) if callable(value) else value
+    return data
+
+
+DAMAGE = {
+    "version": damaged(version=2), "not a dict": [1, 2], "number": 7, "no merges": {"version": 1}, "foreign": {"model": {"type": "BPE"}},
+    "no vocab": damaged(vocab=None), "kind": damaged(vocab=lambda v: v[:-1]), "short vocab": damaged(vocab=lambda v: v[:200]),
+    "merge twice": damaged(merges=lambda m: m + m[:1]),
+    "id out of range": damaged(merges=lambda m: m + [[5, 9999]]), "negative id": damaged(special_tokens={END: -1}),
+    "wrong place": damaged(special_tokens={END: 5}),
+    "merge missing": damaged(merges=lambda m: m[:-1]), "product missing": damaged(merges=lambda m: m + [[1, 2]]), "same token twice": damaged(vocab=lambda v: [*v[:-1], v[-1], v[97]]),
+    "token that is no latin-1": damaged(vocab=lambda v: ["\u0100", *v[1:]]), "pattern": damaged(pattern="(unclosed"),
+    "pattern is no text": damaged(pattern=3), "special id is text": damaged(special_tokens={END: "261"}),
+    "merges are text": damaged(merges=[["a", "b"]]), "three in a merge": damaged(merges=[[1, 2, 3]]),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_file_is_refused_in_one_line(name, tmp_path):
+    path = tmp_path / "t.json"
+    path.write_text(json.dumps(DAMAGE[name]))
+    with pytest.raises(ValueError) as error:
+        bpe.load(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    path.write_text(json.dumps(damaged()))
+    bpe.load(path)
+
+
+def test_a_truncated_or_foreign_file_is_refused(tmp_path):
+    path = tmp_path / "t.json"
+    bpe.train("bpe", ["the cat in the hat"], 262).save(path)
+    whole = path.read_bytes()
+    for data in [whole[:-1], whole[:len(whole) // 2], b"", b"\x80\x04pickle", b"\xff\xfe"]:
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match="t.json"):
+            bpe.load(path)
+
+
+def test_saving_keeps_the_old_file_when_it_fails(tmp_path):
+    path = tmp_path / "t.json"
+    path.write_text("old")
+    with pytest.raises(RuntimeError):
+        with bpe.replacing(path) as file:
+            file.write(b"half")
+            raise RuntimeError
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["t.json"]
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+def test_find_files(tmp_path):
+    for name in ["b.txt", "a.txt", "sub/c.py", ".hidden/d.txt", "site-packages/e.py"]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / "binary.bin").write_bytes(b"\x7fELF\0\0")
+    (tmp_path / "broken").symlink_to(tmp_path / "nowhere")
+    found = [tmp_path / name for name in ("a.txt", "b.txt", "sub/c.py")]
+    assert bpe.find_files(str(tmp_path)) == found
+    assert bpe.find_files(f"{tmp_path}/b.txt,{tmp_path}") == [tmp_path / "b.txt", *found]
+    library = bpe.find_files("")
+    assert len(library) > 500 and {path.suffix for path in library} == {".py"}
+    assert not any("site-packages" in path.parts for path in library) and library == sorted(library)
+
+
+@pytest.mark.parametrize("separator", ["", "<|endoftext|>", "\n\n", "x"])
+def test_read_parts(separator, tmp_path, monkeypatch):
+    rng = random.Random(separator)
+    for chunk in (3, 50, 1 << 20):
+        monkeypatch.setattr(bpe, "CHUNK", chunk)
+        for round in range(20):
+            documents = [random_text(rng, rng.choice([1, 5, 40])).translate({0: "", 10: "\r", 120: ""}) for _ in range(9)]
+            path = tmp_path / "t.txt"
+            path.write_bytes(separator.join(documents).encode())
+            assert documents_of([path], separator) == (documents if separator else ["".join(documents)])
+            parts = list(bpe.read_parts([path], separator, {}))
+            assert max(len(text) for text, _ in parts) <= chunk + len(separator)
+
+
+def test_newlines_are_not_translated(tmp_path):
+    (tmp_path / "t.txt").write_bytes(b"a\r\nb\rc\nd\r")
+    assert documents_of([tmp_path / "t.txt"]) == ["a\r\nb\rc\nd\r"]
+
+
+def test_utf8_errors_are_counted_and_replaced(tmp_path, monkeypatch):
+    monkeypatch.setattr(bpe, "CHUNK", 2)
+    (tmp_path / "t.txt").write_bytes("é\ufffd".encode() + b"\xff ok \xe2\x82 \xf0\x9f\x98\x80 \xc3")
+    errors = {}
+    assert documents_of([tmp_path / "t.txt"], "", errors) == ["é\ufffd\ufffd ok \ufffd 😀 \ufffd"]
+    assert errors == {str(tmp_path / "t.txt"): 3}
+    (tmp_path / "good.txt").write_bytes("é\ufffd".encode())
+    documents_of([tmp_path / "good.txt"], "", errors)
+    assert len(errors) == 1
+
+
+def test_jsonl(tmp_path):
+    path = tmp_path / "t.jsonl"
+    path.write_text('{"text": "one\\ntwo", "id": 1}\n\n{"text": "\\ud800"}\n{"text": ""}\n{"text": "three"}')
+    assert documents_of([path]) == ["one\ntwo", "", "\ud800", "", "three"]
+    for line in ['{"txt": 1}', "[1]", "{", '{"text": 5}', "3"]:
+        path.write_text('{"text": "fine"}\n' + line)
+        with pytest.raises(ValueError, match=r"t\.jsonl:2: "):
+            documents_of([path])
+
+
+# ------------------------------------------------------------------------------------------------------------ refusals
+
+@pytest.mark.parametrize("change,words", [
+    (dict(kind="bpx"), "bpx"), (dict(vocab_size=256), "at least 257|needs 257"), (dict(kind="char", vocab_size=2), "needs 3"),
+    (dict(documents=[]), "no text"), (dict(documents=["", ""]), "no text"), (dict(documents=[END]), "no text"),
+    (dict(special_tokens=("a", "a")), "different"), (dict(special_tokens=("",)), "not empty"),
+    (dict(special_tokens=("<a b>",)), "white space"),
+    (dict(kind="word", special_tokens=(UNKNOWN,)), "different"), (dict(pattern="[a-z]+"), "drops"),
+    (dict(pattern="(a|b)|(?s:.)"), "group"), (dict(pattern="(a"), "regular expression"),
+])
+def test_training_refuses(change, words):
+    good = dict(kind="bpe", documents=["some text"], vocab_size=260, pattern="gpt2", special_tokens=(END,))
+    bpe.train(**good)
+    with pytest.raises(ValueError, match=words) as error:
+        bpe.train(**{**good, **change})
+    assert "\n" not in str(error.value)
+
+
+def test_a_pattern_that_drops_text_later_is_refused():
+    tokenizer = bpe.train("bpe", ["abc"], 258, pattern="[a-z]+|[0-9]")
+    assert tokenizer.decode(tokenizer.encode("abc1")) == "abc1"
+    with pytest.raises(ValueError, match="drops"):
+        tokenizer.encode("abc 1")
+
+
+def test_training_stops_early_and_says_so(capsys):
+    tokenizer = bpe.train("bpe", ["abc abc"], 1000)
+    assert tokenizer.vocab_size == 256 + 3 + 1 and "260" in capsys.readouterr().err
+    bpe.train("bpe", ["abc abc"], 258)
+    assert capsys.readouterr().err == ""
+
+
+# ---------------------------------------------------------------------------------------------------------------- main
+
+def test_command_line(run_script, tmp_path):
+    (tmp_path / "a.txt").write_bytes("the cat in the hat ".encode() * 50 + b"\xff")
+    done = run_script("bpe.py", "--input=a.txt", "--vocab_size=270", "--output=t.json", "--show=the cat", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    tokenizer = bpe.load(tmp_path / "t.json")
+    text = "the cat in the hat " * 50 + "\ufffd"
+    tokens = len(tokenizer.encode(text))
+    assert f"{len(text.encode())} bytes in {tokens} tokens: {len(text.encode()) / tokens:.3f} bytes per token" in done.stdout
+    assert "1 errors in UTF-8" in done.stderr
+    assert [int(line.split()[0]) for line in done.stdout.splitlines()[2:]] == tokenizer.encode("the cat")
+    shown = run_script("bpe.py", "--tokenizer=t.json", f"--show=hat{END}", cwd=tmp_path)
+    assert shown.stdout.splitlines()[-1].split() == [str(tokenizer.special_tokens[END]), f"b'{END}'"]
+    for words in (["--tokenizer=word"], ["--tokenizer=char"], ["--tokenizer=byte"], ["--pattern=code", "--workers=1"],
+                  ["--separator=in", "--special_tokens=<a>,<b>"], [r"--pattern=\w+|\W"]):
+        done = run_script("bpe.py", "--input=a.txt", "--vocab_size=270", "--output=t.json", *words, cwd=tmp_path)
+        assert done.returncode == 0 and bpe.load(tmp_path / "t.json").vocab_size <= 270, done.stderr
+    assert sorted(os.listdir(tmp_path)) == ["a.txt", "t.json"]
+
+
+@pytest.mark.parametrize("words,message", [
+    (["--input=missing.txt"], "missing.txt"), (["--input=empty.txt"], "no text"), (["--input=binary.bin"], "binary"),
+    (["--input=."], "no text"), (["--input=a.txt", "--vocab_size=200"], "vocab_size=200"), (["--input=bad.jsonl"], "bad.jsonl:1"),
+    (["--input=a.txt", "--special_tokens=x,x"], "special"), (["--input=a.txt", "--pattern=a"], "pattern"),
+    (["--tokenizer=bpx"], "bpx"), (["--tokenizer=a.txt"], "a.txt"),
+    (["--input=a.txt", "--vocab_size=260", "--output=no/where.json"], "no/where"),
+])
+def test_bad_input_ends_in_one_line(words, message, run_script, tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "a.txt").write_text("some text") if words[0] != "--input=." else None
+    (tmp_path / "empty.txt").write_text("")
+    if words[0] != "--input=.":
+        (tmp_path / "bad.jsonl").write_text("{}")
+    (tmp_path / "binary.bin").write_bytes(b"\0\1\2")
+    before = sorted(os.listdir(tmp_path))
+    done = run_script("bpe.py", *words, cwd=tmp_path)
+    assert done.returncode == 1 and message in done.stderr, done.stderr
+    assert done.stderr.strip().count("\n") == 0 and sorted(os.listdir(tmp_path)) == before
+
+
+def test_options_are_refused_by_name(run_script, tmp_path):
+    done = run_script("bpe.py", "--vocabsize=300", cwd=tmp_path)
+    assert done.returncode == 2 and "--vocab_size" in done.stderr
+
+
+def test_combining_marks_are_in_the_random_texts():
+    """The alphabets hold what they promise."""
+    kinds = {unicodedata.category(char) for char in "".join(ALPHABETS)}
+    assert {"Mn", "Cc", "Cf", "Zs", "Zl", "Nd", "No", "Nl", "So", "Lo", "Cn"} <= kinds
