@@ -288,6 +288,27 @@ def batches(pieces: Iterable[tuple[int, str, bool]]) -> Iterator[list[tuple[int,
     yield batch
 
 
+def counter(kind: str, pattern: str) -> Callable:
+    """A function that counts in batches what a tokenizer learns from: the pieces of the training documents."""
+    specials = [bpe.END] + [bpe.UNKNOWN] * (kind not in bpe.BYTE_KINDS)
+    pattern = bpe.PATTERNS["char"] if kind == "char" else bpe.PATTERNS.get(pattern, pattern)
+
+    def count(batch: list[tuple[int, str, bool]]) -> Counter:
+        # One long text is counted faster than many short ones; special tokens are boundaries that do not count.
+        return bpe.count_text(bpe.END.join(text for side, text, _ in batch if side == 0), pattern, specials)
+    return count
+
+
+def train_tokenizer(corpus: Corpus, kind: str, vocab_size: int, pattern: str, workers: int) -> bpe.Tokenizer:
+    """The tokenizer that bpe.train makes of the training documents."""
+    counts = Counter()
+    pieces = batches(corpus.sided("training the tokenizer"))
+    with contextlib.closing(in_order(counter, (kind, pattern), pieces, workers)) as answers:
+        for answer in answers:
+            counts.update(answer)
+    return bpe.train(kind, [], vocab_size, pattern, counts=counts)
+
+
 def write_header(file: BinaryIO, dtype: np.dtype, length: int) -> None:
     """The first 128 bytes of a .npy file of one axis; numpy pads them so that any length fits."""
     file.seek(0)
@@ -343,7 +364,7 @@ def earlier(folder: Path, wanted: dict) -> dict:
         return {}
 
 
-def check(options: dict, workers: int, folder: Path) -> None:
+def check_options(options: dict, workers: int, folder: Path) -> None:
     """Raise ValueError for options that cannot work, before anything is read."""
     tokenizer, kinds = options["tokenizer"], ", ".join(bpe.TRAINERS)
     if tokenizer not in bpe.TRAINERS and not os.path.exists(tokenizer):
@@ -388,7 +409,7 @@ def prepare(input: str, tokenizer: str, output: str, vocab_size: int, pattern: s
     options = {"tokenizer": tokenizer, "vocab_size": vocab_size, "pattern": pattern, "separator": separator,
                "val_fraction": val_fraction, "seed": seed, "steps": steps}
     kind = tokenizer in bpe.TRAINERS
-    check(options, workers, folder)
+    check_options(options, workers, folder)
     # An output folder that lies in an input folder is no input.
     files = [path for path in bpe.find_files(input) if folder.resolve() not in path.resolve().parents]
     inputs = [fingerprint(path) for path in files]
@@ -403,12 +424,10 @@ def prepare(input: str, tokenizer: str, output: str, vocab_size: int, pattern: s
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = min(workers or cores, 1 + size // PIECE)
     with rebuilding(folder) as part:
-        coder = None if kind else bpe.load(tokenizer)
+        coder = None if kind else bpe.load(tokenizer)  # a bad file is told before the work
         corpus = Corpus(files, separator, size)
         corpus.split(val_fraction, seed)
-        if kind:
-            texts = (text for side, text, _ in corpus.sided("training the tokenizer") if side == 0)
-            coder = bpe.train(tokenizer, texts, vocab_size, pattern, workers=workers)
+        coder = coder or train_tokenizer(corpus, tokenizer, vocab_size, pattern, workers)
         if bpe.END not in coder.special_tokens:
             raise ValueError(f"--tokenizer={tokenizer} has no {bpe.END}, which ends each document")
         encoding = time.monotonic()

@@ -578,18 +578,22 @@ def long_run(tmp_path, documents):
     prepare(tmp_path / "small.txt", tmp_path / "out", separator="<sep>")
     started = []
 
-    def start():
-        process = subprocess.Popen([sys.executable, str(ROOT / "data.py"), "--input=large.txt", "--output=out", "--workers=2",
-                                    f"--tokenizer={tmp_path}/out/tokenizer.json"],
+    def start(stage="encoding"):
+        words = {"encoding": [f"--tokenizer={tmp_path}/out/tokenizer.json"], "training": ["--vocab_size=300"]}[stage]
+        process = subprocess.Popen([sys.executable, str(ROOT / "data.py"), "--input=large.txt", "--output=out", "--workers=2", *words],
                                    cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
                                    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # `pytest &` ignores it
         started.append(process)
         part, deadline = tmp_path / "out/new.part/train.npy", time.monotonic() + 30
-        while not (part.exists() and part.stat().st_size > 128):
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        if not children.parent.exists():
+            pytest.skip("the system does not tell the children of a process")
+        ready = {"encoding": lambda: part.exists() and part.stat().st_size > 128,
+                 "training": lambda: len(children.read_text().split()) == 2}[stage]
+        while not ready():
             assert process.poll() is None and time.monotonic() < deadline, "the run ended before it could be disturbed"
             time.sleep(0.005)
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-        return process, [int(pid) for pid in children.read_text().split()] if children.exists() else []
+        return process, [int(pid) for pid in children.read_text().split()]
     yield start
     for process in started:
         if process.poll() is None:
@@ -607,9 +611,10 @@ def gone(pids):
     return False
 
 
-def test_kill_leaves_the_old_files_and_no_workers(long_run, tmp_path):
+@pytest.mark.parametrize("stage", ["training", "encoding"])
+def test_kill_leaves_the_old_files_and_no_workers(stage, long_run, tmp_path):
     before = state(tmp_path / "out")
-    process, workers = long_run()
+    process, workers = long_run(stage)
     process.kill()
     process.communicate()
     assert gone(workers)
@@ -628,11 +633,10 @@ def test_ctrl_c_leaves_the_old_files_and_no_workers(long_run, tmp_path):
     assert state(tmp_path) == before
 
 
-def test_a_killed_worker_ends_the_run_in_one_line(long_run, tmp_path):
+@pytest.mark.parametrize("stage", ["training", "encoding"])
+def test_a_killed_worker_ends_the_run_in_one_line(stage, long_run, tmp_path):
     before = state(tmp_path)
-    process, workers = long_run()
-    if not workers:
-        pytest.skip("the system does not tell the children of a process")
+    process, workers = long_run(stage)
     os.kill(workers[0], signal.SIGKILL)
     out, err = process.communicate(timeout=20)
     assert process.returncode == 1 and err.startswith("data.py: a worker process was killed") and err.count("\n") == 1
