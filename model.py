@@ -251,7 +251,7 @@ class Position(nn.Identity):
         return x
 
     def turn(self, at):
-        """The function that queries and keys (B, H, T, hd) of all layers pass through"""
+        """The function that queries and keys (B, T, H, hd) of all layers pass through"""
         return lambda x: x
 
 
@@ -275,7 +275,7 @@ class Rope(Position):
         self.register_buffer("table", table, persistent=False)
 
     def turn(self, at):
-        cos, sin = self.table[:, at].unsqueeze(-3)  # (1, T, hd) each or, ragged, (B, 1, T, hd)
+        cos, sin = self.table[:, at].unsqueeze(-2)  # (T, 1, hd) each or, ragged, (B, T, 1, hd)
         return lambda x: x * cos + x.roll(x.shape[3] // 2, 3) * sin
 
 
@@ -325,27 +325,27 @@ class Fresh:
 
 
 class KVCache(Fresh):
-    """The keys and values of one attention layer: two tensors (B, H_kv, capacity, hd), filled to `lengths[row]`."""
+    """The keys and values of one attention layer: two tensors (B, capacity, H_kv, hd), filled to `lengths[row]`."""
 
     def __init__(self, k: Tensor, v: Tensor, lengths: list[int]):
         self.k, self.v, self.lengths = k, v, lengths
 
     def append(self, k, v):
-        """Take in k and v (B, H_kv, T, hd) of the next T tokens; return all that is filled, (B, H_kv, S, hd) each."""
-        start, room = max(self.lengths), self.k.shape[2]
-        T = k.shape[2]
+        """Take in k and v (B, T, H_kv, hd) of the next T tokens; return all that is filled, (B, S, H_kv, hd) each."""
+        T, room = k.shape[1], self.k.shape[1]
+        start = max(self.lengths)
         S = start + T
         require(S <= room, f"the state holds {room} tokens, {S} are needed: ask new_state for more")
         if start == min(self.lengths):
-            self.k[:, :, start:S] = k
-            self.v[:, :, start:S] = v
+            self.k[:, start:S] = k
+            self.v[:, start:S] = v
         else:
             rows = torch.arange(len(k), device=k.device)[:, None]
             at = self.positions(T, k.device)  # (B, T): behind the end of each row
-            self.k[rows, :, at] = k.transpose(1, 2)  # (B, T, H_kv, hd)
-            self.v[rows, :, at] = v.transpose(1, 2)
+            self.k[rows, at] = k
+            self.v[rows, at] = v
         self.lengths = [length + T for length in self.lengths]
-        return self.k[:, :, :S], self.v[:, :, :S]
+        return self.k[:, :S], self.v[:, :S]
 
     def truncate(self, lengths: list[int]) -> None:
         """Forget what lies beyond `lengths`, one a row (rejected drafts, the padding of a ragged prompt)."""
@@ -401,11 +401,12 @@ class Attention(nn.Module):
 
     def forward(self, x, at, turn, state):
         B, T, _ = x.shape
-        qkv = self.qkv(x).view(B, T, -1, self.width).transpose(1, 2)  # (B, H + 2 H_kv, T, hd)
-        q, k, v = qkv.split(self.heads, dim=1)
-        q, k = turn(self.q_norm(q)), turn(self.k_norm(k))
-        k, v = state.append(k, v)  # (B, H_kv, S, hd)
-        y = ops.attention(q, k, v, self.mask(at, k.shape[2]))  # (B, H, T, hd)
+        q, k, v = self.qkv(x).view(B, T, -1, self.width).split(self.heads, dim=2)  # (B, T, H or H_kv, hd)
+        q = turn(self.q_norm(q))
+        k = turn(self.k_norm(k))
+        k, v = state.append(k, v)  # (B, S, H_kv, hd)
+        # heads go to the front only here: the result keeps the layout of q, and so the next line copies nothing
+        y = ops.attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), self.mask(at, k.shape[1]))
         return self.out(y.transpose(1, 2).reshape(B, T, -1))
 
     def mask(self, at: Tensor, S: int) -> Tensor | None:
@@ -418,7 +419,7 @@ class Attention(nn.Module):
 
     def state(self, batch: int, capacity: int) -> KVCache:
         """An empty cache for `batch` sequences of up to `capacity` tokens"""
-        shape, like = (batch, self.heads[1], capacity, self.width), self.qkv.weight
+        shape, like = (batch, capacity, self.heads[1], self.width), self.qkv.weight
         return KVCache(like.new_zeros(shape), like.new_zeros(shape), [0] * batch)
 
 

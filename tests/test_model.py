@@ -1,0 +1,1112 @@
+"""model.py against torch's own layers, models written in another way, published counts, and invariants over all its keys.
+
+Everything runs in float64 unless a test says otherwise, so that what is equal on paper is equal to 1e-9 here.
+"""
+import dataclasses
+import itertools
+import math
+import os
+import pickle
+import subprocess
+import sys
+import textwrap
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+import model
+from conftest import ROOT
+from model import GPT, Config
+
+TINY = dict(vocab_size=23, block_size=16, n_layer=2, n_head=4, n_embd=16)
+GPT2 = dict(norm="layernorm", position="learned", ffn="gelu", qk_norm=False, init="gpt2", norm_eps=1e-5)
+WINDOW = dict(mixer="window", window=4)
+HYBRID = dict(mixer="window,attention", window=4)
+
+
+@pytest.fixture(autouse=True)
+def double():
+    """float64, a fixed seed and one thread (tiny tensors only wait for a second one) in every test."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(torch.float32)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def single(double):
+    """float32, the dtype of training."""
+    torch.set_default_dtype(torch.float32)
+
+
+def make(**changes):
+    """A tiny model whose every parameter is far from zero, so that nothing is hidden by an initialisation."""
+    gpt = GPT(Config(**{**TINY, **changes}))
+    with torch.no_grad():
+        for weight in gpt.parameters():
+            weight.add_(torch.randn_like(weight) * 0.3)
+    return gpt.eval()
+
+
+def tokens(batch=3, T=12, vocab=23):
+    return torch.randint(vocab, (batch, T))
+
+
+def loss_of(gpt, x):
+    return F.cross_entropy(gpt(x[:, :-1]).flatten(0, 1), x[:, 1:].flatten())
+
+
+def close(a, b, tolerance=1e-9):
+    assert a.shape == b.shape and a.dtype == b.dtype
+    assert (a - b).abs().max() <= tolerance, (a - b).abs().max()
+
+
+# every key of every axis alone, then the pairs that interact
+SINGLES = [{}, *({axis: key} for axis, table in model.AXES.items() for key in list(table)[1:] if key != "window")]
+SINGLES += [WINDOW, dict(n_kv_head=1), dict(n_inner=20), dict(bias=True), dict(qk_norm=False), dict(tie_embeddings=False),
+            GPT2, dict(GPT2, bias=True), dict(n_layer=5, **HYBRID)]
+PAIRS = [dict(position=position, n_kv_head=2, head_dim=6, **HYBRID) for position in model.POSITIONS]
+PAIRS += [dict(position=position, qk_norm=False, **WINDOW) for position in model.POSITIONS]
+PAIRS += [dict(norm=norm, placement=placement, bias=True) for norm in model.NORMS for placement in model.PLACEMENTS]
+PAIRS += [dict(ffn=ffn, bias=True, placement="post", position="learned") for ffn in model.FFNS]
+VARIANTS = {",".join(f"{k}={v}" for k, v in changes.items()) or "default": changes for changes in SINGLES + PAIRS}
+every_variant = pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
+
+
+# ------------------------------------------------------------------------------- each operation: plain, fast, torch's own
+
+def results(function, inputs):
+    """Output and gradients of `function` under a fixed upstream gradient."""
+    inputs = [x.detach().clone().requires_grad_(x.is_floating_point()) for x in inputs]
+    y = function(*inputs)
+    y.backward(torch.cos(torch.arange(y.numel(), dtype=y.dtype)).view_as(y))
+    return [y.detach(), *(x.grad for x in inputs if x.requires_grad)]
+
+
+def agree(functions, inputs, tolerance=1e-11):
+    first, *others = [results(function, inputs) for function in functions]
+    for other in others:
+        for a, b in zip(first, other, strict=True):
+            close(a, b, tolerance)
+
+
+def with_weights(module, *names):
+    """module(x) as a function of x and its parameters."""
+    return lambda x, *weights: torch.func.functional_call(module, dict(zip(names, weights)), x)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_linear(bias):
+    inputs = [torch.randn(2, 5, 7), torch.randn(3, 7)] + [torch.randn(3)] * bias
+    own = [lambda x, w, b=None, ops=ops: ops.linear(x, w, b) for ops in (model.Plain, model.Fast)]
+    agree([*own, with_weights(nn.Linear(7, 3, bias=bias), "weight", "bias")], inputs)
+
+
+def test_embedding():
+    inputs = [torch.tensor([[0, 4, 4], [1, 2, 0]]), torch.randn(6, 5)]
+    agree([model.Plain.embedding, model.Fast.embedding, with_weights(nn.Embedding(6, 5), "weight")], inputs)
+
+
+@pytest.mark.parametrize("eps", [1e-6, 0.1])
+def test_rms_norm(eps):
+    own = [lambda x, w, ops=ops: ops.rms_norm(x, w, eps) for ops in (model.Plain, model.Fast)]
+    agree([*own, with_weights(nn.RMSNorm(6, eps=eps), "weight")], [torch.randn(2, 3, 6) + 1, torch.randn(6)])
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("eps", [1e-6, 0.1])
+def test_layer_norm(bias, eps):
+    inputs = [torch.randn(2, 3, 6) + 1, torch.randn(6)] + [torch.randn(6)] * bias
+    own = [lambda x, w, b=None, ops=ops: ops.layer_norm(x, w, b, eps) for ops in (model.Plain, model.Fast)]
+    agree([*own, with_weights(nn.LayerNorm(6, eps=eps, bias=bias), "weight", "bias")], inputs)
+
+
+def test_softmax():
+    agree([model.Plain.softmax, model.Fast.softmax, lambda x: torch.softmax(x, -1)], [torch.randn(2, 3, 6)])
+    huge = torch.tensor([[1e4, 1e4, -1e4, float("-inf")]])
+    close(model.Plain.softmax(huge), torch.tensor([[0.5, 0.5, 0.0, 0.0]]))
+
+
+def attention_by_loops(q, k, v, sees):
+    """One query at a time: sees(b, t, s) says whether the query t of row b looks at key s."""
+    B, H, T, hd = q.shape
+    rows = []
+    for b, h, t in itertools.product(range(B), range(H), range(T)):
+        group = h // (H // k.shape[1])
+        seen = [s for s in range(k.shape[2]) if sees(b, t, s)]
+        scores = torch.stack([q[b, h, t] @ k[b, group, s] for s in seen]) / math.sqrt(hd)
+        weights = scores.exp() / scores.exp().sum()
+        rows.append(sum(w * v[b, group, s] for w, s in zip(weights, seen)))
+    return torch.stack(rows).view(B, H, T, hd)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("T,S,masked", [(5, 5, None), (1, 5, None), (1, 1, None), (5, 5, "rows"), (2, 5, "shared"), (1, 5, "shared")])
+def test_attention(kv_heads, T, S, masked):
+    q, k, v = torch.randn(2, 4, T, 6), torch.randn(2, kv_heads, S, 6), torch.randn(2, kv_heads, S, 6)
+    mask = {None: None, "rows": torch.rand(2, 1, T, S) < 0.5, "shared": torch.rand(T, S) < 0.5}[masked]
+    if masked:
+        mask[..., 0] = True  # a query that sees nothing has no softmax
+
+    def sees(b, t, s):
+        return s <= t + S - T if mask is None else bool(mask.expand(2, 1, T, S)[b, 0, t, s])
+
+    agree([lambda q, k, v, ops=ops: ops.attention(q, k, v, mask) for ops in (model.Plain, model.Fast)]
+          + [lambda q, k, v: attention_by_loops(q, k, v, sees)], [q, k, v])
+
+
+def test_gradients_by_finite_differences():
+    gpt = make(n_layer=1, n_kv_head=2, **WINDOW)
+    gpt.requires_grad_(False)
+    x = torch.randn(1, 6, 16, requires_grad=True)
+    at = torch.arange(6)
+    block = gpt.blocks[0]
+    assert torch.autograd.gradcheck(lambda x: block(x, at, gpt.position.turn(at), model.Fresh()), [x])
+
+
+@every_variant
+def test_plain_model_equals_fast_model(changes, monkeypatch):
+    gpt, x = make(**changes), tokens(T=9)
+    names = [name for name, _ in gpt.named_parameters()]
+
+    def logits(*weights):
+        return torch.func.functional_call(gpt, dict(zip(names, weights)), x)
+
+    fast = results(logits, gpt.parameters())
+    monkeypatch.setattr(model, "ops", model.Plain)
+    for a, b in zip(fast, results(logits, gpt.parameters()), strict=True):
+        close(a, b)
+
+
+# -------------------------------------------------------------------------------- whole models, written in another way
+
+class TorchGPT2(nn.Module):
+    """GPT-2 out of torch.nn's modules."""
+
+    def __init__(self, c, bias):
+        super().__init__()
+        self.c = c
+        self.wte, self.wpe = nn.Embedding(c.vocab_size, c.n_embd), nn.Embedding(c.block_size, c.n_embd)
+        self.layers = nn.ModuleList(nn.ModuleDict(dict(
+            ln1=nn.LayerNorm(c.n_embd, bias=bias), attn=nn.Linear(c.n_embd, 3 * c.n_embd, bias=bias),
+            proj=nn.Linear(c.n_embd, c.n_embd, bias=bias), ln2=nn.LayerNorm(c.n_embd, bias=bias),
+            fc=nn.Linear(c.n_embd, 4 * c.n_embd, bias=bias), fc2=nn.Linear(4 * c.n_embd, c.n_embd, bias=bias),
+            gelu=nn.GELU("tanh"))) for _ in range(c.n_layer))
+        self.ln = nn.LayerNorm(c.n_embd, bias=bias)
+
+    def forward(self, ids):
+        B, T = ids.shape
+        x = self.wte(ids) + self.wpe.weight[:T]
+        for layer in self.layers:
+            q, k, v = layer.attn(layer.ln1(x)).view(B, T, 3, self.c.n_head, -1).permute(2, 0, 3, 1, 4)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            x = x + layer.proj(y.transpose(1, 2).flatten(2))
+            x = x + layer.fc2(layer.gelu(layer.fc(layer.ln2(x))))
+        return self.ln(x) @ self.wte.weight.T
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_gpt2_equals_torch_modules(bias):
+    ours = make(**GPT2, bias=bias)
+    theirs = TorchGPT2(ours.config, bias)
+    name = {"embedding": "wte", "position.table": "wpe", "norm": "ln"}
+    inside = {"norm1": "ln1", "norm2": "ln2", "mixer.qkv": "attn", "mixer.out": "proj", "ffn.up": "fc", "ffn.down": "fc2"}
+    name |= {f"blocks.{i}.{a}": f"layers.{i}.{b}" for i in range(2) for a, b in inside.items()}
+    pairs = {own: f"{name[own.rsplit('.', 1)[0]]}.{own.rsplit('.', 1)[1]}" for own, _ in ours.named_parameters()}
+    theirs.load_state_dict({theirs_: ours.get_parameter(own).detach() for own, theirs_ in pairs.items()})
+    x = tokens(T=16)
+    close(ours(x), theirs(x))
+    loss_of(ours, x).backward()
+    loss_of(theirs, x).backward()
+    for own, other in pairs.items():
+        close(ours.get_parameter(own).grad, theirs.get_parameter(other).grad)
+
+
+def default_by_hand(gpt, ids):
+    """The default model (rope, RMSNorm before, QK-norm, SwiGLU) with rope as a product of complex numbers."""
+    c, T = gpt.config, ids.shape[1]
+    p = dict(gpt.named_parameters())
+    hd = c.n_embd // c.n_head
+
+    def rms(x, weight):
+        return x / (x.pow(2).mean(-1, keepdim=True) + c.norm_eps).sqrt() * weight
+
+    def turned(x):  # (B, T, H, hd)
+        speed = torch.tensor([c.rope_base ** (-2 * i / hd) for i in range(hd // 2)])
+        turn = torch.polar(torch.ones(T, hd // 2), torch.arange(T)[:, None] * speed)[:, None]
+        z = torch.complex(x[..., :hd // 2], x[..., hd // 2:]) * turn
+        return torch.cat((z.real, z.imag), -1)
+
+    x = p["embedding.weight"][ids]
+    for i in range(c.n_layer):
+        w = {name.removeprefix(f"blocks.{i}."): weight for name, weight in p.items()}
+        kv = c.kv_heads
+        q, k, v = (rms(x, w["norm1.weight"]) @ w["mixer.qkv.weight"].T).unflatten(-1, (-1, hd)).split((c.n_head, kv, kv), 2)
+        q, k = turned(rms(q, w["mixer.q_norm.weight"])), turned(rms(k, w["mixer.k_norm.weight"]))
+        k, v = (t.repeat_interleave(c.n_head // kv, 2) for t in (k, v))
+        scores = torch.einsum("bthd,bshd->bhts", q, k) / hd**0.5 + torch.full((T, T), -torch.inf).triu(1)
+        x = x + torch.einsum("bhts,bshd->bthd", scores.softmax(-1), v).flatten(2) @ w["mixer.out.weight"].T
+        gate, up = (rms(x, w["norm2.weight"]) @ w["ffn.up.weight"].T).chunk(2, -1)
+        x = x + (gate * torch.sigmoid(gate) * up) @ w["ffn.down.weight"].T
+    return rms(x, p["norm.weight"]) @ p["embedding.weight"].T
+
+
+@pytest.mark.parametrize("changes", [{}, dict(n_kv_head=2), dict(n_kv_head=1, rope_base=100.0)])
+def test_default_model_equals_formulas(changes):
+    gpt, x = make(**changes), tokens(T=16)
+    close(gpt(x), default_by_hand(gpt, x))
+
+
+def test_post_norm_is_the_original_order():
+    gpt, x = make(placement="post", n_layer=1, position="none"), tokens()
+    block, h = gpt.blocks[0], gpt.embedding.weight[x]
+    at = torch.arange(x.shape[1])
+    h = block.norm1(h + block.mixer(h, at, gpt.position.turn(at), model.Fresh()))
+    close(gpt(x), block.norm2(h + block.ffn(h)) @ gpt.head.weight.T)  # and no norm after the last block
+
+
+@pytest.mark.parametrize("key,f", [
+    ("relu", lambda x: x.clamp(min=0)), ("relu2", lambda x: x.clamp(min=0) ** 2),
+    ("gelu", lambda x: 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))),
+    ("swiglu", lambda x: x[..., :24] / (1 + torch.exp(-x[..., :24])) * x[..., 24:])])
+def test_feed_forward(key, f):
+    gpt, x = make(ffn=key, n_inner=24, bias=True), torch.randn(2, 3, 16)
+    ffn = gpt.blocks[0].ffn
+    close(ffn(x), f(x @ ffn.up.weight.T + ffn.up.bias) @ ffn.down.weight.T + ffn.down.bias)
+
+
+def test_gated_width_gives_the_parameters_of_the_plain_form():
+    for n_embd in (64, 128, 768, 4096):
+        gated, plain = Config(n_embd=n_embd), Config(n_embd=n_embd, ffn="relu")
+        assert gated.inner % 8 == 0 and abs(3 * gated.inner / (2 * plain.inner) - 1) < 0.1
+    assert Config(n_inner=77).inner == Config(n_inner=77, ffn="relu").inner == 77
+
+
+# ----------------------------------------------------------------------------------------------------------- positions
+
+def test_rope_scores_depend_on_distance_only():
+    gpt = make(block_size=40)
+    q, k = torch.randn(1, 1, 1, 4), torch.randn(1, 1, 1, 4)
+
+    def score(i, j):
+        return (gpt.position.turn(torch.tensor([i]))(q) * gpt.position.turn(torch.tensor([j]))(k)).sum()
+
+    for distance in (0, 1, 7):
+        for j in (0, 5, 30):
+            close(score(j + distance, j), score(distance, 0))
+    assert abs(score(3, 0) - score(4, 0)) > 1e-3
+    close(score(0, 0), (q * k).sum())  # position 0 turns nothing
+
+
+def test_rope_keeps_lengths_and_knows_rows():
+    turn, x = make().position.turn, torch.randn(2, 4, 3, 4)  # (B, T, H, hd)
+    at = torch.tensor([[0, 1, 2, 3], [5, 6, 7, 8]])
+    y = turn(at)(x)
+    close(y.norm(dim=-1), turn(at[1])(x).norm(dim=-1))
+    for row in range(2):
+        close(y[row:row + 1], turn(at[row])(x[row:row + 1]))
+
+
+def test_rope_is_exact_at_far_positions(single):
+    gpt = GPT(Config(block_size=20001, n_embd=8, n_head=1, n_layer=1))
+    cos, sin = gpt.position.table[:, 20000]
+    for i in range(4):
+        angle = 20000 * 10000.0 ** (-2 * i / 8)
+        assert abs(cos[i] - math.cos(angle)) < 1e-6 and abs(sin[i + 4] - math.sin(angle)) < 1e-6
+    assert cos.dtype == torch.float32
+
+
+@pytest.mark.parametrize("n_embd", [16, 12])
+def test_sinusoidal_formula(n_embd):
+    gpt = GPT(Config(**{**TINY, "n_embd": n_embd}, position="sinusoidal"))
+    added = gpt.position.add(torch.zeros(1, 16, n_embd), torch.arange(16))[0]
+    for t in range(16):
+        for i in range(0, n_embd, 2):
+            angle = t / 10000 ** (i / n_embd)
+            assert abs(added[t, i] - math.sin(angle)) < 1e-12 and abs(added[t, i + 1] - math.cos(angle)) < 1e-12
+
+
+def test_sinusoidal_of_odd_width():
+    gpt = make(position="sinusoidal", n_embd=15, head_dim=4)
+    added = gpt.position.add(torch.zeros(1, 16, 15), torch.arange(16))[0]
+    assert abs(added[3, 14] - math.sin(3 / 10000 ** (14 / 15))) < 1e-12
+
+
+def test_order_matters_except_without_position():
+    x = tokens(1, 8)
+    swapped = x[:, [1, 0, *range(2, 8)]]
+    assert x[0, 0] != x[0, 1]
+    for position in model.POSITIONS:
+        gpt = make(position=position, n_layer=1)  # one layer of attention alone sees a set, with no position
+        same = (gpt(x)[:, -1] - gpt(swapped)[:, -1]).abs().max() < 1e-9
+        assert same == (position == "none"), position
+
+
+# ---------------------------------------------------------------------------------------- invariants over all variants
+
+@every_variant
+def test_causal(changes):
+    gpt, x = make(**changes), tokens(2, 12)
+    before = gpt(x)
+    for t in (0, 5, 11):
+        changed = x.clone()
+        changed[:, t] = (changed[:, t] + 1) % 23
+        difference = (gpt(changed) - before).abs().amax((0, 2))  # (T,)
+        assert (difference[:t] == 0).all() if t else True
+        assert difference[t] > 1e-6
+        if t < 11:
+            assert difference[t + 1] > 1e-9  # the next token looks back
+
+
+def sees(gpt, T=14):
+    """sees[s][t]: whether a change of token s changes the output at t."""
+    x = tokens(1, T)
+    before, table = gpt(x), []
+    for s in range(T):
+        changed = x.clone()
+        changed[:, s] = (changed[:, s] + 1) % 23
+        table.append(((gpt(changed) - before).abs().amax((0, 2)) > 0).tolist())
+    return table
+
+
+@pytest.mark.parametrize("position", model.POSITIONS)
+@pytest.mark.parametrize("n_layer,window", [(1, 1), (1, 3), (2, 3), (3, 2)])
+def test_window_limits_sight(position, n_layer, window):
+    gpt = make(n_layer=n_layer, mixer="window", window=window, position=position)
+    reach = n_layer * (window - 1)
+    assert sees(gpt) == [[s <= t <= s + reach for t in range(14)] for s in range(14)]
+
+
+def test_window_twins():
+    full = make()
+    assert sees(full) == [[s <= t for t in range(14)] for s in range(14)]
+    wide = make(mixer="window", window=16)
+    wide.load_state_dict(full.state_dict())
+    x = tokens(T=16)
+    close(wide(x), full(x))
+    assert Config(n_layer=5, **HYBRID).mixers == ["window", "attention", "window", "attention", "window"]
+    assert [block.mixer.window for block in make(n_layer=3, **HYBRID).blocks] == [4, 0, 4]
+
+
+@every_variant
+@torch.no_grad()
+def test_cached_decoding_equals_full_forward(changes):
+    gpt, x = make(**changes), tokens(3, 14)
+    full = gpt(x)
+    for chunks in ([1] * 14, [14], [5, 1, 1, 3, 4], [1, 13]):
+        state = gpt.new_state(3, 14)
+        parts = [gpt(part, state) for part in x.split(chunks, 1)]
+        close(torch.cat(parts, 1), full)
+        assert state.lengths == [14] * 3
+
+
+@every_variant
+@torch.no_grad()
+def test_ragged_decoding(changes):
+    """A padded prompt is cut to each row's length; then rows of different lengths go on together."""
+    gpt, x = make(**changes), tokens(4, 16)
+    lengths = [7, 3, 7, 1]
+    padded = x[:, :7].clone()
+    for row, n in enumerate(lengths):
+        padded[row, n:] = 22
+    state = gpt.new_state(4)
+    first = gpt(padded, state)
+    state.truncate(lengths)
+    assert state.lengths == lengths and all(layer.lengths == lengths for layer in state)
+    full = gpt(x)
+    for row, n in enumerate(lengths):
+        close(first[row, :n], full[row, :n])
+    for T in (1, 2, 1, 3):
+        part = torch.stack([x[row, n:n + T] for row, n in enumerate(lengths)])
+        out = gpt(part, state)
+        for row, n in enumerate(lengths):
+            close(out[row], full[row, n:n + T])
+        lengths = [n + T for n in lengths]
+
+
+@every_variant
+@torch.no_grad()
+def test_truncate_then_go_on(changes):
+    """Rejected drafts leave nothing behind."""
+    gpt, x = make(**changes), tokens(2, 12)
+    state = gpt.new_state(2, 12)
+    gpt(x[:, :6], state)
+    gpt(torch.full((2, 4), 7), state)
+    state.truncate([6, 6])
+    close(gpt(x[:, 6:], state), gpt(x)[:, 6:])
+    state.truncate([0, 0])
+    close(gpt(x, state), gpt(x))
+
+
+@every_variant
+@torch.no_grad()
+def test_fork(changes):
+    gpt, x = make(**changes), tokens(3, 12)
+    state = gpt.new_state(3, 12)
+    gpt(x[:, :7], state)
+    state.truncate([7, 4, 7])
+    rows = [2, 1, 1, 0]
+    forked = state.fork(rows)
+    assert forked.lengths == [7, 4, 4, 7]
+    assert forked.nbytes * 3 == state.nbytes * 4
+    gpt(torch.full((4, 2), 7), forked)  # the copy goes its own way
+    assert state.lengths == [7, 4, 7] and forked.lengths == [9, 6, 6, 9]
+    forked.truncate([7, 4, 4, 7])
+    starts = [7, 4, 4, 7]
+    full = gpt(x)
+    for which, ids in ((forked, rows), (state, [0, 1, 2])):
+        at = [starts[rows.index(row)] for row in ids]
+        part = torch.stack([x[row, n:n + 5] for row, n in zip(ids, at)])
+        out = gpt(part, which)
+        for i, (row, n) in enumerate(zip(ids, at)):
+            close(out[i], full[row, n:n + 5])
+
+
+def train(gpt, steps, x, learning_rate=1e-2):
+    adam = torch.optim.Adam(gpt.parameters(), lr=learning_rate)
+    losses = []
+    for _ in range(steps):
+        loss = loss_of(gpt, x)
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        losses.append(loss.item())
+    return losses
+
+
+@every_variant
+def test_gradients_reach_every_parameter_and_the_loss_falls(changes):
+    gpt = GPT(Config(**{**TINY, **changes}))
+    x = tokens(4, 12)
+    losses = train(gpt, 30, x)
+    if gpt.config.init == "zero" and not gpt.config.tie_embeddings:
+        assert abs(losses[0] - math.log(23)) < 1e-12  # a zero head knows nothing
+    assert abs(losses[0] - math.log(23)) < (1.5 if gpt.config.placement == "post" else 0.3)
+    assert losses[-1] < 0.5 * losses[0]
+    gpt.zero_grad()
+    loss_of(gpt, x).backward()
+    for name, weight in gpt.named_parameters():
+        if name.endswith("k_norm.bias") or name.endswith("qkv.bias"):
+            continue  # without rope, what all keys share does not change a softmax
+        moved = weight.grad if not name.startswith("position.table") else weight.grad[:11]  # positions that were seen
+        assert moved is not None and moved.abs().amax() > 0, name
+        if weight.ndim > 1 and not name.startswith(("embedding", "head", "position")):
+            assert (moved.abs().amax(1) > 0).all() or gpt.config.ffn in ("relu", "relu2"), f"a row of {name} never moves"
+
+
+def test_recall_needs_sight():
+    """Repeat the token of 6 steps ago: full attention learns it, a window that ends before it cannot."""
+    test = torch.randint(23, (64, 6)).repeat(1, 3)[:, :16]
+
+    def accuracy(**changes):
+        torch.manual_seed(1)
+        gpt = GPT(Config(**{**TINY, "n_embd": 32, "n_layer": 1, **changes}))
+        adam = torch.optim.Adam(gpt.parameters(), lr=1e-2)
+        for _ in range(100):
+            x = torch.randint(23, (24, 6)).repeat(1, 3)[:, :16]
+            loss = F.cross_entropy(gpt(x[:, :-1])[:, 5:].flatten(0, 1), x[:, 6:].flatten())
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+        with torch.no_grad():
+            return (gpt(test[:, :-1])[:, 5:].argmax(-1) == test[:, 6:]).double().mean().item()
+
+    assert accuracy() > 0.9
+    assert accuracy(mixer="window", window=6) > 0.9  # the token to repeat is the last that it sees
+    assert accuracy(mixer="window", window=5) < 0.3
+
+
+# ------------------------------------------------------------------------------------------------------------- dropout
+
+def splitmix(key, site, place):
+    """The documented hash in Python's integers."""
+    bits = (place + (site << 40) + key * 0x1E3779B97F4A7C15) % 2**64
+    bits = (bits ^ (bits >> 30)) * 0x3F58476D1CE4E5B9 % 2**64
+    bits = (bits ^ (bits >> 27)) * 0x14D049BB133111EB % 2**64
+    return bits >> 20 & 0xFFFFFF
+
+
+def test_dropout_is_the_hash():
+    keys = [0, 1, 2**62 - 1, 123456789123456789]
+    drop = model.Dropout(0.3, {"keys": torch.tensor(keys)}, 5)
+    y = drop(torch.ones(4, 3, 7))
+    for row, key in enumerate(keys):
+        expected = [(splitmix(key, 5, place) >= 0.3 * 2**24) / 0.7 for place in range(21)]
+        close(y[row].flatten(), torch.tensor(expected))
+
+
+def test_dropout_mask_depends_on_key_site_and_place_alone():
+    noise = {"keys": torch.tensor([11, 12, 13])}
+    drop, x = model.Dropout(0.5, noise, 3), torch.randn(3, 5, 8)
+    y = drop(x)
+    close(y, drop(x))  # again the same
+    noise["keys"] = torch.tensor([13, 11])  # another batch, another order
+    close(drop(x[[2, 0]]), y[[2, 0]])
+    ones = torch.ones(2, 40, 8)
+    masks = []
+    for key, site in ((11, 3), (12, 3), (11, 4), (12, 4), (2**61, 3)):
+        masks.append(model.Dropout(0.5, {"keys": torch.tensor([key])}, site)(ones[:1]).flatten() > 0)
+    for a, b in itertools.combinations(masks, 2):
+        assert 0.4 < (a == b).double().mean() < 0.6  # independent
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_dropout_share_and_expectation(p):
+    drop = model.Dropout(p, {"keys": torch.arange(64) * 7 + 2**50}, 1)
+    y = drop(torch.ones(64, 50, 40))
+    n = y.numel()
+    assert abs((y == 0).double().mean() - p) < 4 * math.sqrt(p * (1 - p) / n)
+    close(y[y != 0], torch.full_like(y[y != 0], 1 / (1 - p)))
+    assert abs(y.mean() - 1) < 4 * math.sqrt(p / (1 - p) / n)
+    for dim in (0, 1, 2):  # no row, place or channel is favoured
+        shares = (y == 0).double().mean([d for d in range(3) if d != dim])
+        assert (shares - p).abs().max() < 5.5 * math.sqrt(p * (1 - p) / (n / len(shares)))
+
+
+def test_dropout_in_the_model():
+    x = tokens(4, 10)
+    gpt, plain = make(dropout=0.2), make()
+    plain.load_state_dict(gpt.state_dict())
+    close(gpt.eval()(x), plain(x))  # identity in evaluation
+    gpt.train()
+    gpt.noise["keys"] = torch.tensor([1, 2, 3, 4])
+    y = gpt(x)
+    assert (y - plain(x)).abs().max() > 0.01
+    gpt.noise["keys"] = torch.tensor([4, 2])
+    close(gpt(x[[3, 1]]), y[[3, 1]])
+    sites = [drop.site for drop in gpt.modules() if isinstance(drop, model.Dropout)]
+    assert len(set(sites)) == len(sites) == 1 + 2 * 2
+    gpt.noise.clear()  # drawn from torch's generator
+    torch.manual_seed(5)
+    a, b = gpt(x), gpt(x)
+    torch.manual_seed(5)
+    close(gpt(x), a)
+    assert (a - b).abs().max() > 0.01
+    assert abs((model.Dropout(0.2, gpt.noise, 0)(torch.ones(8, 50, 50)) == 0).double().mean() - 0.2) < 0.02
+
+
+def test_dropout_gradient():
+    drop, x = model.Dropout(0.5, {"keys": torch.tensor([9])}, 0), torch.randn(1, 4, 4, requires_grad=True)
+    y = drop(x)
+    y.sum().backward()
+    close(x.grad, (y.detach() != 0).double() * 2)
+
+
+# ------------------------------------------------------------------------------------------------ roles and their numbers
+
+def test_initial_standard_deviations():
+    for init, tied in itertools.product(model.INITS, (True, False)):
+        c = Config(n_layer=3, n_embd=192, vocab_size=1000, init=init, tie_embeddings=tied, bias=True, norm="layernorm", position="learned")
+        gpt = GPT(c)
+        expected = {
+            "zero": {"matrix": 192**-0.5, "output": 0, "embedding": 0.02, "head": 0, "gain": 0, "bias": 0},
+            "gpt2": {"matrix": 0.02, "output": 0.02 / math.sqrt(6), "embedding": 0.02, "head": 0.02, "gain": 0, "bias": 0}}[init]
+        assert (gpt.head.weight is gpt.embedding.weight) == tied
+        for name, role in gpt.roles().items():
+            weight = gpt.get_parameter(name)
+            mean, std = (1 if role == "gain" else 0), expected[role]
+            if std == 0:
+                assert (weight == mean).all(), name
+            else:
+                assert abs(weight.std() / std - 1) < 0.03 and abs(weight.mean()) < 4 * std / math.sqrt(weight.numel()), name
+
+
+def test_same_seed_same_weights():
+    torch.manual_seed(3)
+    a = GPT(Config(**TINY))
+    torch.manual_seed(3)
+    b = GPT(Config(**TINY))
+    assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters()))
+    assert not torch.equal(a.embedding.weight, GPT(Config(**TINY)).embedding.weight)
+
+
+@every_variant
+def test_roles_cover_every_parameter(changes):
+    gpt = make(**changes)
+    roles = gpt.roles()
+    assert roles.keys() == dict(gpt.named_parameters()).keys()
+    kinds = {"embedding": "embedding", "table": "embedding", "head": "head", "qkv": "matrix", "up": "matrix", "out": "output",
+             "down": "output", "norm": "gain", "norm1": "gain", "norm2": "gain", "q_norm": "gain", "k_norm": "gain"}
+    for name, role in roles.items():
+        *_, owner, own = name.split(".")
+        assert role == ("bias" if own == "bias" else kinds[owner]), name
+
+
+def test_roles_table():
+    assert {role for role, row in model.ROLES.items() if row.decay} == {"matrix", "output"}
+    assert {role for role, row in model.ROLES.items() if row.muon} == {"matrix", "output"}
+
+
+# ----------------------------------------------------------------------------------------------------------- accounting
+
+LLAMA = dict(qk_norm=False, tie_embeddings=False, block_size=8)
+PUBLISHED = {
+    "gpt2, no biases": (dict(GPT2, n_layer=12, n_head=12, n_embd=768, vocab_size=50257, block_size=1024), 124_337_664),
+    "gpt2": (dict(GPT2, n_layer=12, n_head=12, n_embd=768, vocab_size=50257, block_size=1024, bias=True), 124_439_808),
+    "gpt2-medium": (dict(GPT2, n_layer=24, n_head=16, n_embd=1024, vocab_size=50257, block_size=1024, bias=True), 354_823_168),
+    "gpt2-xl": (dict(GPT2, n_layer=48, n_head=25, n_embd=1600, vocab_size=50257, block_size=1024, bias=True), 1_557_611_200),
+    "llama-2-7b": (dict(LLAMA, n_layer=32, n_head=32, n_embd=4096, n_inner=11008, vocab_size=32000), 6_738_415_616),
+    "mistral-7b": (dict(LLAMA, n_layer=32, n_head=32, n_kv_head=8, n_embd=4096, n_inner=14336, vocab_size=32000), 7_241_732_096),
+    "llama-3-8b": (dict(LLAMA, n_layer=32, n_head=32, n_kv_head=8, n_embd=4096, n_inner=14336, vocab_size=128256), 8_030_261_248),
+    "qwen3-0.6b": (dict(n_layer=28, n_head=16, n_kv_head=8, head_dim=128, n_embd=1024, n_inner=3072, vocab_size=151936,
+                        block_size=8), 596_049_920),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_parameter_counts(name, single):
+    changes, count = PUBLISHED[name]
+    a = model.account(Config(**changes), 1) if changes["n_layer"] == 12 else {}
+    with torch.device("meta"):
+        gpt = GPT(Config(**changes))
+    assert sum(weight.numel() for weight in gpt.parameters()) == count
+    if a:
+        assert a["parameters"] == sum(a["roles"].values()) == count
+        assert a["forward_flops"] == 291_648_307_200
+
+
+@every_variant
+def test_accounting_of_parameters_flops_and_bytes(changes, single, monkeypatch):
+    config = Config(**{**TINY, **changes})
+    gpt, x = GPT(config), tokens(3, 16)
+    a = model.account(config, 3, optimizer="adamw")
+    sizes = {name: weight.numel() for name, weight in gpt.named_parameters()}
+    assert a["parameters"] == sum(sizes.values())
+    assert a["roles"] == {role: sum(n for name, n in sizes.items() if gpt.roles()[name] == role) for role in model.ROLES}
+    # FLOPs: the formula, and torch's counter on a real pass of the plain operations
+    matrices = sum(m.weight.numel() for m in gpt.modules() if type(m) is model.Linear)
+    heads = config.n_head * (config.head_dim or config.n_embd // config.n_head)
+    assert a["forward_flops"] == 2 * 16 * matrices + 4 * config.n_layer * 16 * 16 * heads
+    monkeypatch.setattr(model, "ops", model.Plain)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        gpt(x)
+    assert a["forward_flops"] * 3 == counter.get_total_flops()
+    # bytes: of what a step of torch's AdamW really holds
+    adam = torch.optim.AdamW(gpt.parameters())
+    loss_of(gpt, x).backward()
+    adam.step()
+    moments = sum(t.nbytes for row in adam.state.values() for t in row.values() if t.ndim)
+    assert a["memory"]["weights"] == sum(weight.nbytes for weight in gpt.parameters())
+    assert a["memory"]["gradients"] == sum(weight.grad.nbytes for weight in gpt.parameters())
+    assert a["memory"]["optimizer"] == moments
+    muon = model.account(config, 3)["memory"]["optimizer"]
+    assert moments - muon == 4 * sum(n for name, n in sizes.items() if name.endswith(("qkv.weight", "out.weight", "up.weight", "down.weight")))
+    assert a["memory_total"] == sum(a["memory"].values())
+    assert a["cache_per_token"] == gpt.new_state(1, 1).nbytes == 4 * 2 * config.n_layer * config.kv_heads * heads // config.n_head
+    assert gpt.new_state(2, 5).nbytes == 10 * a["cache_per_token"]
+
+
+def kept_bytes(gpt, x):
+    """Bytes of the distinct storages that a real forward pass on this machine keeps, the logits included."""
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        keep(gpt(x))
+    for tensor in (*gpt.parameters(), *gpt.buffers()):
+        kept.pop(tensor.untyped_storage().data_ptr(), None)
+    return sum(kept.values())
+
+
+@every_variant
+def test_activation_memory_equals_saved_tensors(changes, single):
+    config = Config(**{**TINY, **changes, "n_embd": 32, "vocab_size": 64, "block_size": 64})
+    measured = kept_bytes(GPT(config), tokens(4, 64))
+    counted = model.account(config, 4)["memory"]["activations"]
+    masks = sum(4 * 64 * 64 for mixer in config.mixers if mixer == "window")  # fp32, shared by rows and heads
+    assert counted <= measured <= counted + masks
+
+
+def test_activation_memory_with_dropout(single):
+    config = Config(n_layer=2, dropout=0.1)
+    counted = model.account(config, 2)["memory"]["activations"]
+    assert counted == kept_bytes(GPT(config), tokens(2, 256))
+    assert counted > model.account(Config(n_layer=2), 2)["memory"]["activations"]
+
+
+def test_accounting_restores_the_operations(monkeypatch):
+    monkeypatch.setattr(model, "ops", model.Plain)
+    model.account(Config(**TINY), 1)
+    assert model.ops is model.Plain
+    with pytest.raises(ValueError):
+        model.account(Config(n_head=3), 1)
+    monkeypatch.setitem(model.NORMS, "broken", lambda config, width=0: Broken())
+    with pytest.raises(ZeroDivisionError):
+        model.account(Config(norm="broken"), 1)
+    assert model.ops is model.Plain
+
+
+class Broken(nn.Module):
+    def forward(self, x):
+        return 1 / 0
+
+
+def test_report(single):
+    text = model.report(Config(**PUBLISHED["gpt2"][0]), 8)
+    for part in ("124,439,808", "291,648,307,200", "8 x 1024 tokens", "73,728 bytes a token", "72.00 MiB"):
+        assert part in text
+    assert "head" not in text.splitlines()[0]  # tied: no such parameters
+
+
+# -------------------------------------------------------------------------------------------------------- extension test
+
+class ToyNorm(nn.Module):
+    roles = {"weight": "gain"}
+
+    def __init__(self, config, width=0):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width or config.n_embd))
+
+    def forward(self, x):
+        return x / (1 + x.abs().mean(-1, keepdim=True)) * self.weight
+
+
+class ToyPosition(model.Position):
+    def add(self, x, at):
+        return x + at[..., None] / 16
+
+
+class ToyPlacement(model.PreNorm):
+    def forward(self, x, *past):
+        h = self.norm1(x)
+        return x + self.mixer(h, *past) + self.ffn(self.norm2(x))
+
+
+class ToyState(model.Fresh):
+    """The sum of all that was seen, a row each."""
+
+    nbytes = 8
+
+    def __init__(self, total, lengths):
+        self.total, self.lengths = total, lengths
+
+
+class ToyMixer(nn.Module):
+    """The mean over all tokens before, with a learned decay that names its own role."""
+
+    roles = {"scale": "gain"}
+
+    def __init__(self, config):
+        super().__init__()
+        self.scale = nn.Parameter(torch.empty(config.n_embd))
+        self.out = model.Linear(config.n_embd, config.n_embd, role="output")
+
+    def forward(self, x, at, turn, state):
+        total = getattr(state, "total", 0) + x.cumsum(1)
+        if isinstance(state, ToyState):
+            state.total, state.lengths = total[:, -1:], [n + x.shape[1] for n in state.lengths]
+        return self.out(total / (at[..., None] + 1) * self.scale)
+
+    def state(self, batch, capacity):
+        return ToyState(self.out.weight.new_zeros(batch, 1, len(self.scale)), [0] * batch)
+
+
+TOYS = {"norm": ToyNorm, "position": ToyPosition, "placement": ToyPlacement, "mixer": ToyMixer,
+        "ffn": lambda config: model.MLP(torch.sin, config)}
+
+
+@pytest.mark.parametrize("axis", TOYS)
+def test_a_key_added_from_outside(axis, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=f"--{axis}=toy: choose from"):
+        make(**{axis: "toy"})
+    monkeypatch.setitem(model.AXES[axis], "toy", TOYS[axis])
+    gpt, x = GPT(Config(**{**TINY, axis: "toy"})), tokens()
+    losses = train(gpt, 3, x)
+    assert losses[2] < losses[0]
+    assert gpt.roles().keys() == dict(gpt.named_parameters()).keys()
+    model.save_checkpoint(tmp_path / "toy.pt", gpt, step=3)
+    again = model.from_checkpoint(model.load_checkpoint(tmp_path / "toy.pt"))
+    close(again(x), gpt(x))
+    with torch.no_grad():
+        state = again.new_state(3)
+        close(torch.cat([again(part, state) for part in x.split([5, 1, 6], 1)], 1), gpt(x))
+    assert model.account(gpt.config, 2)["parameters"] == sum(weight.numel() for weight in gpt.parameters())
+
+
+def test_a_parameter_without_a_role_is_refused(monkeypatch):
+    class Roleless(ToyNorm):
+        roles = {}
+    monkeypatch.setitem(model.NORMS, "toy", Roleless)
+    with pytest.raises(KeyError, match="weight"):
+        make(norm="toy")
+
+
+# ---------------------------------------------------------------------------------------------------------- checkpoints
+
+@every_variant
+def test_checkpoint_round_trip(changes, tmp_path):
+    gpt, x = make(**changes), tokens()
+    model.save_checkpoint(tmp_path / "a.pt", gpt, step=7, tokenizer={"kind": "char"})
+    checkpoint = model.load_checkpoint(tmp_path / "a.pt")
+    assert checkpoint["step"] == 7 and checkpoint["tokenizer"] == {"kind": "char"}
+    assert checkpoint["config"] == dataclasses.asdict(gpt.config)
+    again = model.from_checkpoint(checkpoint)
+    assert again.config == gpt.config and torch.equal(again.eval()(x), gpt(x))
+    assert os.listdir(tmp_path) == ["a.pt"]
+
+
+def test_checkpoint_holds_a_tied_matrix_once(tmp_path):
+    gpt = GPT(Config(vocab_size=10000, n_layer=1))
+    model.save_checkpoint(tmp_path / "a.pt", gpt)
+    assert (tmp_path / "a.pt").stat().st_size < 1.05 * sum(weight.nbytes for weight in gpt.parameters())
+
+
+@pytest.fixture
+def saved(tmp_path):
+    path = tmp_path / "ckpt.pt"
+    model.save_checkpoint(path, GPT(Config(**TINY)), step=1)
+    return path
+
+
+def test_truncated_checkpoint_is_refused(saved, tmp_path):
+    content, cut = saved.read_bytes(), tmp_path / "cut.pt"
+    sizes = sorted({0, 1, 2, 10, 100, len(content) - 1, *range(0, len(content), len(content) // 40)})
+    for size in sizes:
+        cut.write_bytes(content[:size])
+        with pytest.raises(ValueError, match="cut.pt is not a checkpoint, or is truncated"):
+            model.load_checkpoint(cut)
+    cut.write_bytes(content)
+    assert model.load_checkpoint(cut)["step"] == 1
+
+
+def test_missing_checkpoint(tmp_path):
+    with pytest.raises(FileNotFoundError, match="none.pt"):
+        model.load_checkpoint(tmp_path / "none.pt")
+    with pytest.raises(OSError):
+        model.load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("foreign", [[1, 2], {"a": 1}, {"version": 99, "config": {}, "weights": {}}, torch.zeros(3), "text", 1])
+def test_foreign_file_is_refused(foreign, tmp_path):
+    torch.save(foreign, tmp_path / "f.pt")
+    with pytest.raises(ValueError, match="f.pt is not a checkpoint of format 1"):
+        model.load_checkpoint(tmp_path / "f.pt")
+
+
+@pytest.mark.parametrize("content", [b"hello", b"PK\x03\x04" + b"\0" * 100, bytes(range(256)) * 8, pickle.dumps(object, 2)])
+def test_what_torch_cannot_read_is_refused(content, tmp_path):
+    (tmp_path / "f.pt").write_bytes(content)
+    with pytest.raises(ValueError, match="f.pt"):
+        model.load_checkpoint(tmp_path / "f.pt")
+
+
+class Evil:
+    """Unpickling it creates a file."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_malicious_checkpoint_is_not_executed(saved, tmp_path, legacy):
+    bad, trace = tmp_path / "evil.pt", tmp_path / "trace"
+    checkpoint = {**model.load_checkpoint(saved), "train": Evil(trace)}
+    torch.save(checkpoint, bad, _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(ValueError, match="nothing in it was executed"):
+        model.load_checkpoint(bad)
+    assert not trace.exists()
+    torch.load(bad, weights_only=False)["train"].close()  # the twin: a trusting reader runs it
+    assert trace.exists()
+
+
+@pytest.mark.parametrize("change,message", [
+    (lambda c: c["config"].update(n_future=3), "n_future"),
+    (lambda c: c["config"].update(n_embd=32), "size mismatch"),
+    (lambda c: c["config"].update(n_embd="32"), "does not fit"),
+    (lambda c: c["config"].update(n_layer=3), "blocks.2"),
+    (lambda c: c["config"].update(norm="other"), "--norm=other: choose from rmsnorm, layernorm"),
+    (lambda c: c["weights"].pop("norm.weight"), "norm.weight"),
+    (lambda c: c["weights"].update(extra=torch.zeros(1)), "extra"),
+    (lambda c: c["weights"].update({"norm.weight": torch.zeros(3)}), "norm.weight"),
+    (lambda c: c.pop("config"), "config"), (lambda c: c.pop("weights"), "weights"), (lambda c: c.update(config=3), "does not fit")])
+def test_checkpoint_that_does_not_fit(saved, change, message):
+    checkpoint = model.load_checkpoint(saved)
+    model.from_checkpoint(checkpoint)
+    change(checkpoint)
+    with pytest.raises(ValueError, match=message) as caught:
+        model.from_checkpoint(checkpoint)
+    assert "\n" not in str(caught.value)
+
+
+DISK_FULL = """
+    import resource, sys, torch
+    sys.path.insert(0, {root!r})
+    import model
+    path = sys.argv[1]
+    small, large = (model.GPT(model.Config(n_layer=1, n_embd=n, n_head=1, vocab_size=64)) for n in (8, 256))
+    model.save_checkpoint(path, small, step=1)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
+    try:
+        model.save_checkpoint(path, large, step=2)
+    except OSError as error:
+        print("OSError:", error)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="resource limits are of Unix")
+def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
+    path = tmp_path / "ckpt.pt"
+
+    def save(limit):
+        code = textwrap.dedent(DISK_FULL).format(root=str(ROOT))
+        done = subprocess.run([sys.executable, "-c", code, str(path), str(limit)], capture_output=True, text=True, timeout=100)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert "OSError:" in save(100_000)
+    assert model.load_checkpoint(path)["step"] == 1
+    assert os.listdir(tmp_path) == ["ckpt.pt"]
+    assert save(100_000_000) == ""  # the twin: with room it is replaced
+    assert model.load_checkpoint(path)["step"] == 2
+
+
+def test_replacing(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with pytest.raises(KeyboardInterrupt):
+        with model.replacing(path) as file:
+            file.write(b"half")
+            raise KeyboardInterrupt
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
+    with model.replacing(path) as file:
+        file.write(b"new")
+        assert path.read_bytes() == b"old"  # until the block ends
+    assert path.read_bytes() == b"new" and os.listdir(tmp_path) == ["file"]
+
+
+# -------------------------------------------------------------------------------------------------------------- refusals
+
+@pytest.mark.parametrize("changes,message", [
+    (dict(n_embd=10, n_head=4), "--n_embd=10 is no multiple of --n_head=4: set --head_dim"),
+    (dict(n_head=4, n_kv_head=3), "--n_head=4: no multiple of --n_kv_head=3"),
+    (dict(n_head=4, n_kv_head=8), "--n_head=4: no multiple of --n_kv_head=8"),
+    (dict(head_dim=3), "--position=rope turns pairs of channels, a head of 3 is odd: set --head_dim"),
+    (dict(mixer="window"), "a window needs both --mixer=window and --window=TOKENS"),
+    (dict(window=5), "a window needs both --mixer=window and --window=TOKENS"),
+    (dict(dropout=1.0), "--dropout=1.0 must be below 1"),
+    *((dict([(name, 0)]), f"--{name}=0 is too small") for name in
+      ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "rope_base", "norm_eps")),
+    *((dict([(name, -1)]), f"--{name}=-1 is too small") for name in
+      ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "n_kv_head", "head_dim", "n_inner", "window", "dropout",
+       "rope_base", "norm_eps")),
+    (dict(dropout=float("nan")), "--dropout=nan is too small"),
+    (dict(norm="no"), "--norm=no: choose from rmsnorm, layernorm"),
+    (dict(placement="no"), "--placement=no: choose from pre, post"),
+    (dict(position="no"), "--position=no: choose from rope, sinusoidal, learned, none"),
+    (dict(ffn="no"), "--ffn=no: choose from swiglu, relu, gelu, relu2"),
+    (dict(init="no"), "--init=no: choose from zero, gpt2"),
+    (dict(mixer="no"), "--mixer=no: choose from attention, window"),
+    (dict(mixer="attention,attention,no"), "--mixer=no: choose from attention, window"),
+    (dict(mixer=""), "--mixer=: choose from attention, window"),
+    (dict(norm="rmsnorm,layernorm"), "--norm=rmsnorm,layernorm: choose from"),
+])
+def test_refused(changes, message):
+    make()
+    with pytest.raises(ValueError) as caught:
+        make(**changes)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("changes", [dict(n_embd=10, n_head=4, head_dim=2), dict(head_dim=3, position="none"), dict(n_kv_head=4)])
+def test_not_refused(changes):
+    gpt, x = make(**changes), tokens()
+    close(gpt(x, gpt.new_state(3)), gpt(x))
+
+
+def test_context_beyond_the_block():
+    gpt = make()
+    with pytest.raises(ValueError, match="longer than the block_size of 16 tokens"):
+        gpt(tokens(1, 17))
+    with torch.no_grad():
+        state = gpt.new_state(1, 40)
+        gpt(tokens(1, 16), state)
+        with pytest.raises(ValueError, match="longer than the block_size of 16 tokens"):
+            gpt(tokens(1, 1), state)
+        assert state.lengths == [16]
+        short = gpt.new_state(2, 5)
+        gpt(tokens(2, 5), short)
+        with pytest.raises(ValueError, match="the state holds 5 tokens, 6 are needed"):
+            gpt(tokens(2, 1), short)
+
+
+def test_truncate_refuses():
+    state = make().new_state(2)
+    gpt = make()
+    with torch.no_grad():
+        gpt(tokens(2, 5), state)
+    for lengths in ([6, 5], [-1, 5]):
+        with pytest.raises(ValueError, match="cannot truncate"):
+            state.truncate(lengths)
+    with pytest.raises(ValueError):
+        state.truncate([5])
+    assert state.lengths == [5, 5]
+
+
+# -------------------------------------------------------------------------------------------- dtypes, compilation, command
+
+@every_variant
+def test_bfloat16_autocast(changes, single):
+    gpt, x = make(**changes), tokens(2, 16)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error")  # "cannot dispatch to fused implementation"
+        exact = gpt(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            rough = gpt(x)
+            state = gpt.new_state(2)
+            cached = torch.cat([gpt(part, state) for part in x.split([9, 1, 6], 1)], 1)
+        whole = gpt.bfloat16()(x)
+    assert rough.dtype == cached.dtype == whole.dtype == torch.bfloat16
+    scale = exact.abs().max()
+    for y in (rough, cached, whole):
+        assert 0 < (y.float() - exact).abs().max() / scale < 0.1
+        assert (y.float() - exact).abs().mean() / scale < 0.01
+
+
+def test_cache_may_be_filled_with_gradients_on():
+    gpt, x = make(), tokens()
+    close(gpt(x, gpt.new_state(3)), gpt(x))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, dict(GPT2, bias=True), dict(HYBRID, n_kv_head=2, dropout=0.2), dict(placement="post", position="sinusoidal")])
+def test_compiled_model_is_the_same(changes):
+    gpt, x = make(**changes).train(), tokens()
+    gpt.noise["keys"] = torch.arange(3)
+    compiled = torch.compile(gpt, fullgraph=True)
+    try:
+        y = compiled(x)
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        pytest.skip(f"no C++ compiler: {error}")
+    close(y, gpt(x))
+    names = dict(gpt.named_parameters())
+    ours = torch.autograd.grad(gpt(x).square().sum(), names.values())
+    theirs = torch.autograd.grad(compiled(x).square().sum(), names.values())
+    for a, b in zip(ours, theirs):
+        close(a, b, 1e-6)
+    gpt.noise["keys"] = torch.arange(3) + 5  # new keys are seen, not baked in
+    close(compiled(x), gpt(x))
+
+
+def test_command_line(tmp_path, run_script):
+    done = run_script("model.py", "--n_layer=12", "--n_head=12", "--n_embd=768", "--vocab_size=50257", "--block_size=1024", "--norm=layernorm",
+                      "--position=learned", "--ffn=gelu", "--qk_norm=False", "--batch_size=1", cwd=tmp_path)
+    assert done.returncode == 0 and done.stderr == ""
+    assert "124,337,664" in done.stdout and "291,648,307,200" in done.stdout
+    for word, code, message in [("--n_layr=2", 2, "--n_layer=..."), ("--n_head=3", 1, "model.py: --n_embd=128 is no multiple of --n_head=3"),
+                                ("--batch_size=0", 1, "model.py: --batch_size=0 is too small")]:
+        done = run_script("model.py", word, cwd=tmp_path)
+        assert done.returncode == code and message in done.stderr and len(done.stderr.splitlines()) == 1 and not done.stdout
+    assert os.listdir(tmp_path) == []
