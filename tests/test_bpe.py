@@ -142,6 +142,11 @@ def test_workers_and_order_of_documents_do_not_matter(monkeypatch, library):
     assert len(one["merges"]) == 700 - 257
 
 
+def test_an_unknown_kind_is_named():
+    with pytest.raises(KeyError, match="bpx"):
+        bpe.train("bpx", [], 300)
+
+
 def test_few_texts_are_in_memory_while_counting(monkeypatch):
     monkeypatch.setattr(bpe, "CHUNK", 1000)
     alive, most, waiting = [0], [0], collections.deque()
@@ -235,6 +240,25 @@ def test_lone_surrogates_become_the_replacement_character():
     assert tokenizer.decode(tokenizer.encode("x\ud800y\udfff")) == "x\ufffdy\ufffd"
     assert tokenizer.encode("\ud83d\ude00 \ud835\udc00b") == tokenizer.encode("😀 𝐀b")  # pairs are joined before splitting
     assert bpe.train("char", ["\ud800"], 9).encode("\ufffd") == [0]
+
+
+def test_ascii_text_has_the_same_pieces():
+    """The shortcut for ASCII text against the pattern itself, over all ASCII characters."""
+    rng, ascii_characters = random.Random(11), "".join(map(chr, range(128)))
+    assert set(bpe.ASCII) == set(PATTERNS.values())
+    for round in range(6000):
+        text = "".join(rng.choices(rng.choice([ascii_characters, "ab1 '.\n\t\r\x0b\x1c\0_", "a '\nsdl"]), k=rng.randrange(30)))
+        for pattern, short in bpe.ASCII.items():
+            assert short.findall(text) == regex.findall(pattern, text), repr(text)
+
+
+def test_the_pattern_of_gpt2_is_gpt2s():
+    """The pattern as OpenAI published it; ours has brackets more."""
+    published = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+    rng = random.Random(12)
+    for round in range(2000):
+        text = random_text(rng, 40) + random_unicode(rng, 10)
+        assert bpe.split(text, GPT2) == regex.findall(published, text)
 
 
 def test_pieces_never_hold_a_place_where_text_is_cut():
@@ -372,8 +396,7 @@ def test_special_tokens_are_text_unless_allowed(special):
     with pytest.raises(ValueError, match=r"'<\|a\|><\|b\|>'"):
         special.encode(text, "none_raise")
     assert special.encode("plain", "none_raise") == special.encode("plain")
-    with pytest.raises(ValueError, match="<nope>"):
-        special.encode(text, {"<nope>"})
+    assert special.encode(text, {"<nope>"}) == special.encode(text, []) == special.encode(text)
 
 
 def test_nothing_merges_across_a_special_token():
@@ -656,7 +679,7 @@ def test_jsonl(tmp_path):
 # ------------------------------------------------------------------------------------------------------------ refusals
 
 @pytest.mark.parametrize("change,words", [
-    (dict(kind="bpx"), "bpx"), (dict(vocab_size=256), "at least 257|needs 257"), (dict(kind="char", vocab_size=2), "needs 3"),
+    (dict(vocab_size=256), "at least 257|needs 257"), (dict(kind="char", vocab_size=2), "needs 3"),
     (dict(documents=[]), "no text"), (dict(documents=["", ""]), "no text"), (dict(documents=[END]), "no text"),
     (dict(special_tokens=("a", "a")), "different"), (dict(special_tokens=("",)), "not empty"),
     (dict(special_tokens=("<a b>",)), "white space"),
