@@ -260,8 +260,9 @@ def train_lookup(counts: Counter, size: int) -> tuple[list[bytes], list]:
 
 
 # In train_bpe the distinct pieces stand in one row, tokens at the places of their bytes: first[i] is the token that
-# begins at i, last[i] the one that ends there, or -1, as also between two pieces. So the neighbours of a token are
-# last[i - 1] and first[i + length]. A pair is one number, left << 32 | right; it is negative where there is no right.
+# begins at i, last[i] the one that ends there, both -1 between two pieces; inside a token first is -1, and last is not
+# asked. So the neighbours of a token are last[i - 1] and first[i + length]. A pair is one number, left << 32 | right,
+# which is negative where there is no right.
 # A pair gets all its places when the newer of its tokens is made, and later only loses some. So what is on the heap is
 # an upper bound, and the pair on top is counted again before it is merged; and a pair below `floor` stays below, so it
 # is left out until no other is left. Then the floor falls and all pairs are counted anew, about ten times in all.
@@ -319,7 +320,7 @@ def train_bpe(counts: Counter, size: int) -> tuple[list[bytes], list]:
         merges.append((vocab[left], vocab[right]))
         vocab.append(b"".join(merges[-1]))
         length[new] = len(vocab[new])
-        first[middle] = last[middle - 1] = -1
+        first[middle] = -1
         first[places] = last[places + length[new] - 1] = new
         before = last[places - 1]
         others = (before >= 0) & (before != new)  # where a new token stands before, that one's pair is this
@@ -511,7 +512,7 @@ class Tokenizer:
             new = self.merged[rank]
             middle = place + lengths[left]
             if ranks.get((left, first[middle])) == rank:  # else one of the two is part of another token by now
-                first[middle] = last[middle - 1] = -1
+                first[middle] = -1
                 first[place] = last[place + lengths[new] - 1] = new
                 for start in (place - lengths[last[place - 1]], place):
                     pair = first[start], first[start + lengths[first[start]]]
