@@ -35,12 +35,12 @@ def run_script():
     """A function that runs a script with this interpreter and returns the CompletedProcess (text; nothing is checked).
 
     run_script("data.py", "--workers=1", cwd=tmp_path): `root` is the folder of the script, `python` holds flags of the
-    interpreter, `env` adds variables.
+    interpreter, `env` adds variables. One thread: the models of tests are tiny, and the cores may be shared.
     """
     def run(name, *words, cwd, root=ROOT, python=(), env=(), timeout=120):
         return subprocess.run([sys.executable, *python, str(Path(root) / name), *map(str, words)], cwd=cwd, text=True,
                               encoding="utf-8", errors="replace", capture_output=True, timeout=timeout,
-                              stdin=subprocess.DEVNULL, env={**os.environ, **dict(env)})
+                              stdin=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1", **dict(env)})
     return run
 
 
