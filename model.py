@@ -235,8 +235,8 @@ class Dropout(nn.Module):
         keys = self.noise["keys"] if self.noise else torch.randint(2**62, (len(x),))
         place = torch.arange(x[0].numel(), device=x.device) + (self.site << 40)
         bits = place + keys.to(x.device)[:, None] * 0x1E3779B97F4A7C15  # (B, T C)
-        bits = (bits ^ bits >> 30 & 2**34 - 1) * 0x3F58476D1CE4E5B9  # torch shifts the sign in, the mask takes it out
-        bits = (bits ^ bits >> 27 & 2**37 - 1) * 0x14D049BB133111EB
+        bits = (bits ^ (bits >> 30 & 2**34 - 1)) * 0x3F58476D1CE4E5B9  # & takes out the sign shifted in
+        bits = (bits ^ (bits >> 27 & 2**37 - 1)) * 0x14D049BB133111EB
         keep = (bits >> 20 & 2**24 - 1) >= self.p * 2**24
         return x * keep.view_as(x) / (1 - self.p)
 

@@ -286,6 +286,7 @@ def test_gated_width_gives_the_parameters_of_the_plain_form():
     for n_embd in (64, 128, 768, 4096):
         gated, plain = Config(n_embd=n_embd), Config(n_embd=n_embd, ffn="relu")
         assert gated.inner % 8 == 0 and abs(3 * gated.inner / (2 * plain.inner) - 1) < 0.1
+    assert [Config(n_embd=n).inner for n in (64, 128, 768)] == [176, 344, 2048]  # 8/3 n_embd, up to a multiple of 8
     assert Config(n_inner=77).inner == Config(n_inner=77, ffn="relu").inner == 77
 
 
@@ -534,9 +535,10 @@ def splitmix(key, site, place):
 
 
 def test_dropout_is_the_hash():
-    keys = [0, 1, 2**62 - 1, 123456789123456789]
+    keys = [0, 1, 5, 6, 7, 2**62 - 1, 123456789123456789]
+    assert any(key * 0x1E3779B97F4A7C15 >> 63 & 1 for key in keys)  # a product that torch sees as negative
     drop = model.Dropout(0.3, {"keys": torch.tensor(keys)}, 5)
-    y = drop(torch.ones(4, 3, 7))
+    y = drop(torch.ones(7, 3, 7))
     for row, key in enumerate(keys):
         expected = [(splitmix(key, 5, place) >= 0.3 * 2**24) / 0.7 for place in range(21)]
         close(y[row].flatten(), torch.tensor(expected))
@@ -581,8 +583,14 @@ def test_dropout_in_the_model():
     assert (y - plain(x)).abs().max() > 0.01
     gpt.noise["keys"] = torch.tensor([4, 2])
     close(gpt(x[[3, 1]]), y[[3, 1]])
-    sites = [drop.site for drop in gpt.modules() if isinstance(drop, model.Dropout)]
-    assert len(set(sites)) == len(sites) == 1 + 2 * 2
+    drops = [drop for drop in gpt.modules() if isinstance(drop, model.Dropout)]
+    assert len({drop.site for drop in drops}) == len(drops) == 1 + 2 * 2
+    for alone in drops:  # each is in use
+        for drop in drops:
+            drop.p = 0.2 * (drop is alone)
+        assert (gpt(x[:2]) - plain(x[:2])).abs().max() > 0.01
+    for drop in drops:
+        drop.p = 0.2
     gpt.noise.clear()  # drawn from torch's generator
     torch.manual_seed(5)
     a, b = gpt(x), gpt(x)
@@ -981,9 +989,11 @@ def test_replacing(tmp_path):
             file.write(b"half")
             raise KeyboardInterrupt
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
-    with model.replacing(path) as file:
-        file.write(b"new")
-        assert path.read_bytes() == b"old"  # until the block ends
+    with open(path, "rb") as reader:
+        with model.replacing(path) as file:
+            file.write(b"new")
+            assert path.read_bytes() == b"old"  # until the block ends
+        assert reader.read() == b"old"  # renamed over, not written over: no moment with half a file
     assert path.read_bytes() == b"new" and os.listdir(tmp_path) == ["file"]
 
 
