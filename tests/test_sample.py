@@ -169,6 +169,9 @@ def test_filters_come_in_the_order_of_the_table():
     logits = torch.tensor([[4.0, 3.0, 0.0]])
     hot = Sampling(temperature=3.0, top_k=0, top_p=0.6)
     assert sample.choose(logits, hot, torch.tensor([1.0]), [[]]).item() == 1
+    # top_k before top_p: of 0.4 0.3 0.2 0.1 it leaves 0.57 0.43, of which the first is enough for top_p=0.5.
+    four = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
+    assert sample.choose(four, Sampling(1.0, 2, 0.5), torch.tensor([1.0]), [[]]).item() == 0
     # The penalty first: it moves token 0 below token 1, which top_k=1 then keeps.
     assert sample.choose(logits, Sampling(top_k=1, repetition_penalty=2.0), torch.tensor([1.0]), [[0]]).item() == 1
 
@@ -342,6 +345,9 @@ def test_the_cache_is_used_and_left_out():
         recorder = Recorder(make_model())
         decode(recorder, [Request([4, 2, 9], 3, GREEDY)], cache)
         assert recorder.shapes == shapes
+    recorder = Recorder(make_model())
+    decode(recorder, [Request([4, 2, 9], 2, GREEDY), Request([5], 4, GREEDY)])
+    assert recorder.shapes == [(2, 3), (2, 1), (1, 1), (1, 1)], "when a row leaves, the others keep their state"
     recorder = Recorder(make_model(block_size=4))
     decode(recorder, [Request([4, 2, 9], 8, GREEDY)])
     assert recorder.shapes == [(1, 3), (1, 1), (1, 3), (1, 1), (1, 3), (1, 1), (1, 3), (1, 1)] and recorder.capacities[0] == (1, 4)
