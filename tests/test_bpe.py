@@ -305,6 +305,11 @@ def test_encode_iterable_is_lazy_and_holds_little():
     for _ in range(1000):
         next(ids)
     assert len(taken) < 100
+    characters = (char for part in endless() for char in part)
+    ids = tokenizer.encode_iterable(itertools.islice(characters, 50_000))
+    for _ in range(1000):
+        next(ids)
+    assert len(taken) < 200
     longest = max(map(len, itertools.islice(bpe.chunks(endless(), GPT2), 1000)))
     assert longest < 50
     longest = max(map(len, itertools.islice(bpe.chunks(itertools.islice(endless(), 100), r"\w+|\W"), 1000)))
@@ -727,6 +732,9 @@ def test_command_line(run_script, tmp_path):
         done = run_script("bpe.py", "--input=a.txt", "--vocab_size=270", "--output=t.json", *words, cwd=tmp_path)
         assert done.returncode == 0 and bpe.load(tmp_path / "t.json").vocab_size <= 270, done.stderr
     assert sorted(os.listdir(tmp_path)) == ["a.txt", "t.json"]
+    (tmp_path / "a.txt").write_text("abab|abab|abc")
+    run_script("bpe.py", "--input=a.txt", "--vocab_size=260", "--output=t.json", "--separator=|", cwd=tmp_path)
+    assert bpe.load(tmp_path / "t.json").to_dict() == bpe.train("bpe", ["abab", "abab", "abc"], 260).to_dict()
 
 
 @pytest.mark.parametrize("words,message", [
