@@ -501,12 +501,14 @@ class Role(NamedTuple):
     mean: float = 0.0
     decay: bool = False  # weight decay pulls it to 0
     muon: bool = False  # Muon may update it: a matrix between hidden vectors
+    rate: float = 1.0  # times the learning rate; each row of an embedding is seldom used, so it moves faster
 
 
 ROLES = {
     "matrix": Role(lambda n, L: n**-0.5, 0.02, decay=True, muon=True),
     "output": Role(0.0, lambda n, L: 0.02 / (2 * L) ** 0.5, decay=True, muon=True),  # writes to the residual stream
-    "embedding": Role(0.02, 0.02),
+    "embedding": Role(0.02, 0.02, rate=10.0),
+    "tied": Role(0.02, 0.02),  # token embedding and head in one
     "head": Role(0.0, 0.02),
     "gain": Role(0.0, 0.0, mean=1.0),
     "bias": Role(0.0, 0.0),
@@ -532,6 +534,7 @@ class GPT(nn.Module):
         self.head = Linear(config.n_embd, config.vocab_size, role="head")
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
+            self.embedding.roles = {"weight": "tied"}
         self.initialise()
 
     @torch.no_grad()

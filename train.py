@@ -1,0 +1,541 @@
+"""Train a language model: text or tokens in, a checkpoint out. With no options: on the Python standard library's text.
+
+Reads: text files, folders, jsonl; or a folder with train.npy and val.npy (and tokenizer.json).
+Writes: OUTPUT/ckpt.pt (last), best.pt, log.jsonl, tokenizer.json; train.npy and val.npy where the data was text.
+Usage: python train.py
+       python train.py --data=shakespeare.txt --tokenizer=char
+       torchrun --nproc_per_node=2 train.py --data=tokens --output=run
+References: Loshchilov and Hutter 2019 (AdamW); Jordan et al. 2024 (Muon); Hu et al. 2024 (WSD schedule).
+"""
+import argparse
+import contextlib
+import ctypes
+import dataclasses
+import difflib
+import hashlib
+import inspect
+import io
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+import tokenize
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Callable
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import model
+from model import GPT, ROLES, Config, replacing, require
+
+
+@dataclasses.dataclass
+class Options(Config):
+    vocab_size: int = 0  # token ids of a tokenizer that is trained here (0: 2048)
+    block_size: int = 0  # context in tokens (0: chosen by recipe, as below)
+    n_layer: int = 0  # number of layers (0: recipe)
+    n_head: int = 0  # number of query heads (0: one for each 32 channels)
+    n_embd: int = 0  # width of the residual stream (0: recipe)
+    ffn: str = "relu2"  # relu2, swiglu, relu, gelu
+    tie_embeddings: bool = False  # one matrix for the token embedding and the head
+    data: str = ""  # text files, folders, jsonl (a comma list), or a folder of token files; empty: standard library
+    tokenizer: str = "bpe"  # bpe, char, byte, word, or a tokenizer file
+    pattern: str = ""  # how bpe cuts text before merging (empty: gpt2; code for the default data)
+    separator: str = ""  # text between the documents of a file, such as <|endoftext|>
+    output: str = "out"  # folder of the run
+    resume: bool = False  # go on from OUTPUT/ckpt.pt, with its options where none are given
+    max_iters: int = 0  # training steps (0: recipe)
+    batch_size: int = 0  # sequences of a step, over all ranks and micro-batches (0: recipe)
+    micro_batch: int = 0  # sequences that a rank runs at a time (0: as many as fit in memory)
+    optimizer: str = "muon"  # of hidden matrices: muon, adamw; all else has adamw
+    learning_rate: float = 0.01  # at its peak
+    weight_decay: float = 0.1  # of matrices; a step shrinks them by learning rate x weight decay
+    beta1: float = 0.9  # AdamW's memory of the gradient
+    beta2: float = 0.95  # AdamW's memory of the squared gradient
+    momentum: float = 0.95  # Muon's memory of the gradient
+    grad_clip: float = 1.0  # largest norm of the gradient (0: any)
+    schedule: str = "wsd"  # of the learning rate: wsd, cosine
+    warmup_iters: int = 0  # steps in which the learning rate rises
+    decay_share: float = 0.6  # share of the steps in which wsd falls
+    eval_interval: int = 0  # steps between evaluations, a checkpoint before each (0: recipe)
+    eval_tokens: int = 2**20  # validation tokens that are used, at most
+    seed: int = 0  # of weights, data order and dropout
+    device: str = ""  # cpu, cuda, mps (empty: the best there is)
+    dtype: str = ""  # float32, bfloat16 (autocast), float64 (empty: bfloat16 on cuda, else float32)
+    compile: bool = False  # use torch.compile where it works
+
+
+# ---- data: what step s trains on is a pure function of (seed, s)
+
+def open_tokens(path: Path) -> np.ndarray:
+    """Map a token file into memory. Raises OSError, or ValueError where it holds something else."""
+    try:
+        tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path} is not a .npy file of tokens, or is truncated") from error
+    good = tokens.ndim == 1 and tokens.dtype in (np.uint16, np.uint32) and len(tokens) > 1
+    require(good, f"{path} holds {tokens.dtype} {tokens.shape}; token files are 1-D uint16 or uint32, 2 tokens or more")
+    return tokens
+
+
+def batch_starts(seed: int, step: int, batch: int, n_tokens: int, T: int) -> np.ndarray:
+    """Where the `batch` windows of T + 1 tokens of a step start: drawn at random, all places alike."""
+    return np.random.default_rng((seed, step)).integers(n_tokens - T, size=batch)
+
+
+def read_windows(tokens: np.ndarray, starts: np.ndarray, T: int, vocab_size: int) -> Tensor:
+    """The T + 1 tokens from each start, (B, T + 1) int64; -1 beyond the end. Raises ValueError for an id too large."""
+    windows = np.full((len(starts), T + 1), -1)
+    for row, start in zip(windows, starts):
+        part = tokens[start:start + T + 1]
+        row[:len(part)] = part
+    last = windows.max()
+    require(last < vocab_size, f"the tokens hold id {last}, the vocabulary has {vocab_size}: another tokenizer's?")
+    return torch.from_numpy(windows)
+
+
+# ---- loss: model and loss are one module, so that compiling or sharding wraps both
+
+class Objective(nn.Module):
+    """(tokens (B, T), targets (B, T)) -> (loss sum in nats, count); targets of -1 do not count."""
+
+    def __init__(self, gpt: GPT):
+        super().__init__()
+        self.gpt = gpt
+
+    def forward(self, tokens, targets):
+        logits = self.gpt(tokens).flatten(0, 1)  # (B T, V)
+        loss = F.cross_entropy(logits, targets.flatten(), ignore_index=-1, reduction="sum")
+        return loss, (targets >= 0).sum()
+
+
+# ---- optimizers: (weight, list of state tensors, learning rate, step t from 1, options) change a weight in place
+
+@torch.no_grad()
+def adamw(weight, state, rate, t, o) -> None:
+    """Move by the mean gradient over the root of the mean squared gradient (Kingma and Ba 2015).
+
+    m = b1 m + (1 - b1) g,  v = b2 v + (1 - b2) g^2,  w = w - rate M / (sqrt(V) + 1e-8),
+    where M = m / (1 - b1^t) and V = v / (1 - b2^t) make up for the start at zero.
+    """
+    if not state:  # at the first step
+        state += torch.zeros(2, *weight.shape).to(weight)
+    m, v = state
+    m.lerp_(weight.grad, 1 - o.beta1)
+    v.lerp_(weight.grad.square(), 1 - o.beta2)
+    root = (v / (1 - o.beta2**t)).sqrt_().add_(1e-8)
+    weight.addcdiv_(m, root, value=-rate / (1 - o.beta1**t))
+
+
+# five odd polynomials a x + b x^3 + c x^5 that together send (0, 1] close to 1 (Amsel et al. 2025, Polar Express)
+POLAR = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+
+
+def orthogonalise(g: Tensor) -> Tensor:
+    """U V^T, about, of each matrix U S V^T in g (..., n, m): all singular values near 1, by matrix products alone."""
+    if g.shape[-2] > g.shape[-1]:
+        return orthogonalise(g.mT).mT
+    x = g / (1.02 * g.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # no singular value is above the norm
+    for a, b, c in POLAR:
+        square = x @ x.mT
+        x = a * x + (b * square + c * square @ square) @ x
+    return x
+
+
+@torch.no_grad()
+def muon(weight, state, rate, t, o) -> None:
+    """Move by the orthogonalised momentum (Jordan et al. 2024), in steps of AdamW's size (Liu et al. 2025)."""
+    if not state:
+        state.append(torch.zeros_like(weight))
+    m = state[0].lerp_(weight.grad, 1 - o.momentum)
+    ahead = weight.grad.lerp(m, o.momentum)  # Nesterov's momentum
+    size = 0.2 * max(weight.shape) ** 0.5  # U V^T has entries of 1 / sqrt(max(shape)), AdamW's steps of about 0.2
+    weight.sub_(orthogonalise(ahead), alpha=rate * size)
+
+
+OPTIMIZERS = {"muon": muon, "adamw": adamw}
+
+
+# ---- schedules: the learning rate as a share of its peak, a pure function of the step
+
+def wsd(step: int, o: Options) -> float:
+    """Stable, then down in a line over the last decay_share of the steps (Hu et al. 2024)."""
+    return min(1.0, (o.max_iters - step) / max(1.0, o.decay_share * o.max_iters))
+
+
+def cosine(step: int, o: Options) -> float:
+    """Half a cosine from the end of the warm-up to the last step (Loshchilov and Hutter 2017)."""
+    done = (step - o.warmup_iters) / max(1, o.max_iters - o.warmup_iters)
+    return 0.5 + 0.5 * math.cos(math.pi * max(0.0, done))
+
+
+SCHEDULES = {"wsd": wsd, "cosine": cosine}
+
+
+def rate(step: int, o: Options) -> float:
+    """The learning rate of a step."""
+    warm = min(1.0, (step + 1) / (o.warmup_iters + 1))
+    return o.learning_rate * warm * SCHEDULES[o.schedule](step, o)
+
+
+# ---- ranks: under torchrun each process takes its share of a batch and of the validation windows
+
+def ranks() -> tuple[int, int]:
+    """This process's rank and how many there are; (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def sum_over_ranks(tensors: list[Tensor]) -> None:
+    """Replace each tensor by its sum over all ranks."""
+    for tensor in tensors if dist.is_initialized() else ():
+        dist.all_reduce(tensor)
+
+
+# ---- before the first step: shape, device, memory
+
+def recipe(o: Options, n_tokens: int) -> Options:
+    """Fill what was left at 0, for a few minutes on two cores: a small text gets a small model."""
+    chosen = dict(block_size=128, n_layer=2, n_embd=64, batch_size=8, max_iters=1200, eval_interval=50)
+    if n_tokens > 4_000_000:
+        chosen |= dict(block_size=256, n_embd=128, max_iters=800, eval_interval=160)
+    o = dataclasses.replace(o, **{name: getattr(o, name) or value for name, value in chosen.items()})
+    o.n_head = o.n_head or math.gcd(o.n_embd, o.n_embd // 64 or 1)
+    return o
+
+
+def refuse(o: Options, n_tokens: int) -> None:
+    """Raise ValueError where an option cannot be followed."""
+    tables = dict(optimizer=OPTIMIZERS, schedule=SCHEDULES, dtype=("", "float32", "bfloat16", "float64"))
+    for name, table in tables.items():
+        require(getattr(o, name) in table, f"--{name}={getattr(o, name)}: choose from {', '.join(table)}")
+    for name in ("max_iters", "batch_size", "eval_interval", "eval_tokens", "learning_rate"):
+        require(getattr(o, name) > 0, f"--{name}={getattr(o, name)} must be above 0")
+    require(o.batch_size >= ranks()[1], f"--batch_size={o.batch_size} is below the number of ranks")
+    require(n_tokens > o.block_size, f"{n_tokens} training tokens are too few for --block_size={o.block_size}")
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of this name, or the best there is. Raises ValueError where it cannot be used."""
+    try:
+        return torch.zeros(1, device=name or torch.accelerator.current_accelerator() or "cpu").device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device={name} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that can still be had on a GPU or a Linux machine; elsewhere infinite."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    with contextlib.suppress(FileNotFoundError):
+        return 1024 * int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0])
+    return math.inf
+
+
+def fit_micro_batch(o: Options, config: Config, rows: int, free: float) -> int:
+    """How many of `rows` sequences to run at a time, in `free` bytes. Raises ValueError where it cannot be."""
+    micro = min(rows, o.micro_batch or rows)
+    while (need := model.account(config, micro, o.optimizer)["memory_total"]) > free:
+        smaller = "--micro_batch" if micro > 1 else "--n_embd, --n_layer or --block_size"
+        sizes = f"{need / 2**30:.1f} GiB, {free / 2**30:.1f} are free"
+        require(micro > 1 and not o.micro_batch, f"training needs {sizes}; use a smaller {smaller}")
+        micro = (micro + 1) // 2
+    return micro
+
+
+def prepare_tokens(o: Options) -> Path:
+    """The folder of the token files; data.py makes them from text, on rank 0 while the others wait."""
+    if o.data and (Path(o.data) / "train.npy").exists():
+        return Path(o.data)
+    if ranks()[0] == 0:
+        import data
+        pattern = o.pattern or ("gpt2" if o.data else "code")
+        data.prepare(o.data, o.tokenizer, o.output, o.vocab_size or 2048, pattern, o.separator)
+    if dist.is_initialized():
+        dist.barrier()
+    return Path(o.output)
+
+
+# ---- the run
+
+class Run:
+    """A training run: all that a checkpoint holds, and what a step does to it."""
+
+    def __init__(self, o, tokenizer, checkpoint):
+        self.device, (rank, world) = pick_device(o.device), ranks()
+        config = Config(**{name: getattr(o, name) for name in Config.__annotations__})
+        torch.manual_seed(o.seed)
+        self.gpt = GPT(config)
+        if checkpoint:
+            self.gpt = model.from_checkpoint(checkpoint | dict(config=vars(config)))
+            require(checkpoint["train"]["optimizer"] == o.optimizer, "the checkpoint is of another --optimizer")
+        self.gpt.to(self.device)
+        self.rows = np.array_split(np.arange(o.batch_size), world)[rank]  # this rank's, of each batch
+        micro = fit_micro_batch(o, config, len(self.rows), free_memory(self.device))
+        self.o = dataclasses.replace(o, micro_batch=micro)  # kept: a resumed run must cut, and round, alike
+        self.flops = 3 * model.account(config, 1)["forward_flops"] // o.block_size  # of a token
+        start = dict(step=0, seconds=0.0, loss=0.0, count=0, grad_norm=0.0, best=math.inf)
+        self.progress = checkpoint.get("progress", start)
+        self.roles = self.gpt.roles()
+        self.weights = dict(self.gpt.named_parameters())
+        self.state = {name: [] for name in self.weights}
+        for name, tensors in checkpoint.get("optimizer", {}).items():
+            self.state[name] = [tensor.to(self.device) for tensor in tensors]
+        self.tokenizer = tokenizer
+        self.bytes_of = np.array([len(token) for token in tokenizer.vocab] or [0] * o.vocab_size)
+        self.bytes_of[list(tokenizer.special_tokens.values())] = 0
+        half = o.dtype == "bfloat16" or self.device.type == "cuda" and not o.dtype
+        self.precision = torch.autocast(self.device.type, torch.bfloat16, enabled=half)
+        self.objective = Objective(self.gpt)
+        if o.compile:
+            self.compile()
+
+    def compile(self) -> None:
+        """Put the objective under torch.compile; where that fails on a first window, say so and go on without."""
+        usual, self.objective = self.objective, torch.compile(self.objective)
+        try:
+            self.loss(torch.zeros(1, self.o.block_size + 1, dtype=torch.long))[0].backward()
+        except Exception as error:  # no C++ compiler, a device it does not know: many kinds
+            print(f"torch.compile does not work here ({type(error).__name__}); going on without")
+            self.objective = usual
+        self.gpt.zero_grad(set_to_none=True)
+
+    def loss(self, windows):
+        """Loss sum and count of windows (B, T + 1), in which each token predicts the next."""
+        windows = windows.to(self.device)
+        with self.precision:
+            return self.objective(windows[:, :-1].clamp(min=0), windows[:, 1:])
+
+    def train_step(self, tokens, stop):
+        """One step: (mean loss, whether any rank was told to stop). Raises ValueError for a loss that is not finite.
+
+        Micro-batches and ranks add up gradients of loss *sums*; dividing by the count of all of them gives the
+        gradient of the mean over the whole batch, however it was cut.
+        """
+        o, p, began = self.o, self.progress, time.perf_counter()
+        starts = batch_starts(o.seed, p["step"], o.batch_size, len(tokens), o.block_size)
+        totals = torch.zeros(3, device=self.device)  # loss sum, count, told to stop
+        for rows in np.split(self.rows, range(o.micro_batch, len(self.rows), o.micro_batch)):
+            self.gpt.noise["keys"] = torch.from_numpy((o.seed << 40) + p["step"] * o.batch_size + rows)
+            loss, count = self.loss(read_windows(tokens, starts[rows], o.block_size, o.vocab_size))
+            loss.backward()
+            totals += torch.stack((loss.detach(), count, torch.full_like(count, stop)))
+        sum_over_ranks([weight.grad for weight in self.weights.values()] + [totals])
+        loss, count, stop = totals.tolist()
+        require(math.isfinite(loss), f"the loss is {loss} at step {p['step']}; try a smaller --learning_rate")
+        self.update(count)
+        p.update(step=p["step"] + 1, loss=p["loss"] + loss, count=p["count"] + count)
+        p["seconds"] += time.perf_counter() - began
+        return loss / count, stop > 0
+
+    @torch.no_grad()
+    def update(self, count):
+        """Change each weight once by its gradient over `count`: hidden matrices by --optimizer, all else by AdamW."""
+        o, p = self.o, self.progress
+        speed = rate(p["step"], o)
+        for weight in self.weights.values():
+            weight.grad /= count
+        p["grad_norm"] = nn.utils.clip_grad_norm_(self.weights.values(), o.grad_clip or math.inf).item()
+        for name, weight in self.weights.items():
+            role = ROLES[self.roles[name]]
+            weight.mul_(1 - speed * o.weight_decay * role.decay)
+            step = OPTIMIZERS[o.optimizer] if role.muon else adamw
+            step(weight, self.state[name], speed * role.rate, p["step"] + 1, o)
+            weight.grad = None
+
+    @torch.no_grad()
+    def evaluate(self, val):
+        """A record of the log. The loss is over all of `val` but its first token, in windows that do not overlap."""
+        o, p, (rank, world) = self.o, self.progress, ranks()
+        starts = np.arange(0, len(val) - 1, o.block_size)
+        total = torch.zeros(1, dtype=torch.float64)  # on the CPU, for not every device has float64
+        self.gpt.eval()
+        for i in range(16 * rank, len(starts), 16 * world):
+            total += self.loss(read_windows(val, starts[i:i + 16], o.block_size, o.vocab_size))[0].cpu()
+        self.gpt.train()
+        sum_over_ranks([total])
+        nats, n_bytes = total.item(), int(self.bytes_of[val[1:]].sum())
+        tokens = p["step"] * o.batch_size * o.block_size
+        return dict(
+            step=p["step"],
+            tokens=tokens,
+            flops=tokens * self.flops,
+            seconds=round(p["seconds"], 3),
+            train_loss=p["loss"] / max(1, p["count"]),
+            val_loss=nats / (len(val) - 1),
+            bpb=nats / math.log(2) / n_bytes if n_bytes else None,
+            lr=rate(p["step"] - 1, o),
+            grad_norm=p["grad_norm"],
+            tokens_per_s=round(tokens / p["seconds"]),
+        )
+
+    def save(self, name: str) -> None:
+        """Write a checkpoint of this name, on rank 0."""
+        if ranks()[0] == 0:
+            model.save_checkpoint(
+                Path(self.o.output) / name, self.gpt, step=self.progress["step"], progress=self.progress,
+                train=vars(self.o), optimizer=self.state, tokenizer=self.tokenizer.to_dict(),
+                source=source(),
+            )
+
+
+# ---- the files of a run
+
+def source() -> dict[str, str]:
+    """The text of the files that make a run; a checkpoint keeps it to be looked at, never executed."""
+    return {name: (Path(__file__).parent / name).read_text() for name in ("train.py", "model.py")}
+
+
+def begin(o: Options, step: int, tokens: Path) -> None:
+    """Begin log.jsonl with a record about the run; a resumed run keeps the records before `step` and redoes the rest.
+
+    A run from step 0 first moves an earlier run's checkpoints and log to OUTPUT/previous; token files stay.
+    """
+    folder, log = Path(o.output), Path(o.output) / "log.jsonl"
+    if not step and log.exists():
+        (folder / "previous").mkdir(exist_ok=True)
+        for path in filter(Path.exists, (folder / "ckpt.pt", folder / "best.pt", log)):
+            os.replace(path, folder / "previous" / path.name)
+        print(f"the earlier run in {folder} moved to {folder / 'previous'} (--resume would have gone on with it)")
+    with open(tokens, "rb") as file:
+        corpus = hashlib.sha256(file.read(2**26)).hexdigest()  # of its first 64 MiB
+    about = dict(options=vars(o), command=sys.argv, versions=[sys.version, torch.__version__], corpus=corpus)
+    about["source"] = source()
+    lines = log.read_text().splitlines() if log.exists() else [json.dumps(about)]
+    with replacing(log) as file:
+        file.writelines(f"{line}\n".encode() for line in lines if json.loads(line).get("step", -1) < step)
+
+
+def train_loop(training: Run, tokens: np.ndarray, val: np.ndarray) -> None:
+    """Train up to max_iters; at each interval a checkpoint, then an evaluation and its record.
+
+    Ctrl-C lets the step end, writes a checkpoint and raises KeyboardInterrupt.
+    """
+    o, p, wishes = training.o, training.progress, []
+    signal.signal(signal.SIGINT, lambda *_: wishes.append(True))
+    while True:
+        step, last = p["step"], p["step"] == o.max_iters
+        if step and step % o.eval_interval == 0 or last:
+            training.save("ckpt.pt")
+            record = training.evaluate(val)
+            bits = f", {record['bpb']:.4f} bits a byte" if record["bpb"] else ""
+            nats = f"train {record['train_loss']:.4f}, validation {record['val_loss']:.4f} nats"
+            print(f"step {step:5d}: {nats}{bits}, {record['seconds']:.0f} s")
+            if record["val_loss"] < p["best"]:
+                training.save("best.pt")
+            p.update(best=min(p["best"], record["val_loss"]), loss=0.0, count=0)
+            if ranks()[0] == 0:
+                if last and not o.data:
+                    import data
+                    record |= data.xz_bits_per_byte(o.output)
+                with open(Path(o.output) / "log.jsonl", "a") as file:
+                    file.write(json.dumps(record) + "\n")
+        if last:
+            return
+        loss, stop = training.train_step(tokens, bool(wishes))
+        if sys.stdout.isatty():
+            left = p["seconds"] / p["step"] * (o.max_iters - step)
+            print(f"step {p['step']} of {o.max_iters}: loss {loss:.4f}, {left:.0f} s left   ", end="\r", flush=True)
+        if stop:
+            training.save("ckpt.pt")
+            print(f"\nstopped after step {p['step']}; {o.output}/ckpt.pt is saved, --resume goes on from it")
+            raise KeyboardInterrupt
+
+
+def options(kind: type, words: list[str]):
+    """Fill the dataclass `kind` from --key=value words; a field's trailing comment is its help. A bad word exits 2."""
+    source = io.StringIO("".join(map(inspect.getsource, kind.__mro__[-2::-1])))
+    notes = {t.line.split(":")[0].strip(): t.string[1:].strip() for t in tokenize.generate_tokens(source.readline)
+             if t.type == tokenize.COMMENT}
+    parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__, usage="%(prog)s [--key=value ...]",
+                                     formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False)
+    parser.add_argument("--help", action="help", help=argparse.SUPPRESS)
+    parser.epilog = "options:"
+    parser.error = lambda message: sys.exit(print(f"{parser.prog}: {message}", file=sys.stderr) or 2)
+    for name, of, default in [(field.name, field.type, field.default) for field in dataclasses.fields(kind)]:
+        def read(text, of=of):
+            value = ("false", "true").index(text.lower()) if of is bool else float(text) if of is int else of(text)
+            return of(value) if of is str or abs(value) < float("inf") and of(value) == value else float("none")
+        read.__name__ = of.__name__  # argparse names it where the text is not of this type
+        parser.add_argument(f"--{name}", type=read, default=default, nargs="?", const=of is bool or "",
+                            help=argparse.SUPPRESS)
+        parser.epilog += f"\n  --{name}={default} ".ljust(31) + ("\n" + " " * 30).join(textwrap.wrap(notes[name], 49))
+    for flag, word in zip(["", *words], words):
+        name = word.lstrip("-").partition("=")[0]
+        if not word.startswith("--") or name not in (*notes, "help"):
+            near = f"{flag}={word}" if flag[2:] in notes else f"--{difflib.get_close_matches(name, notes, 1, 0)[0]}=..."
+            parser.error(f"{word!r} is no option; options are written --key=value, the nearest is {near}")
+    return kind(**vars(parser.parse_args(words)))
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call main; a mistake of the user's ends in one line and exit code 1 (`python -X dev` shows the traceback)."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output left, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError) as error:
+        if sys.flags.dev_mode:
+            raise
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+
+
+def main() -> None:
+    o, checkpoint = options(Options, sys.argv[1:]), {}
+    if "LOCAL_RANK" in os.environ:  # torchrun
+        torch.cuda.is_available() and torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if pick_device(o.device).type == "cuda" else "gloo")
+        sys.stdout = sys.stdout if ranks()[0] == 0 else open(os.devnull, "w")  # one of them prints
+    with contextlib.suppress(OSError, TypeError, AttributeError):  # glibc only
+        ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX: keep freed memory, for new pages cost more than
+        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the arithmetic on them
+    output = Path(o.output)
+    output.mkdir(parents=True, exist_ok=True)
+    if o.resume and (output / "ckpt.pt").exists():
+        checkpoint = model.load_checkpoint(output / "ckpt.pt")
+        stored = [f"--{key}={value}" for key, value in checkpoint["train"].items()]
+        o = options(Options, stored + sys.argv[1:])
+    elif o.resume:
+        print(f"nothing to resume in {o.output}: starting at step 0")
+    torch.set_default_dtype(torch.float64 if o.dtype == "float64" else torch.float32)
+    folder = prepare_tokens(o)
+    tokens, val = open_tokens(folder / "train.npy"), open_tokens(folder / "val.npy")[:o.eval_tokens]
+    tokenizer = SimpleNamespace(vocab=[], special_tokens={}, to_dict=dict)
+    if (folder / "tokenizer.json").exists():
+        import bpe
+        tokenizer = bpe.load(folder / "tokenizer.json")
+    vocab_size = len(tokenizer.vocab) or o.vocab_size or 1 + int(max(tokens.max(), val.max()))
+    o = recipe(dataclasses.replace(o, vocab_size=vocab_size), len(tokens))
+    refuse(o, len(tokens))
+    training = Run(o, tokenizer, checkpoint)
+    print(f"{folder}: {len(tokens):,} training tokens, {len(val):,} for validation, of {vocab_size:,} kinds")
+    print(model.report(training.gpt.config, training.o.micro_batch, o.optimizer))
+    if ranks()[0] == 0:
+        begin(training.o, training.progress["step"], folder / "train.npy")
+    train_loop(training, tokens, val)
+    sampler = Path(__file__).parent / "sample.py"
+    if tokenizer.vocab and sampler.exists() and ranks()[0] == 0:
+        subprocess.run([sys.executable, sampler, f"--ckpt={output / 'ckpt.pt'}", "--max_new_tokens=200"])
+        print(f"next: python sample.py --ckpt={output / 'ckpt.pt'} --prompt='def '")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run(main)
