@@ -278,15 +278,15 @@ class Run:
     def __init__(self, o, tokenizer, checkpoint):
         self.device, (rank, world) = pick_device(o.device), ranks()
         config = Config(**{name: getattr(o, name) for name in Config.__annotations__})
+        self.rows = np.array_split(np.arange(o.batch_size), world)[rank]  # this rank's, of each batch
+        micro = fit_micro_batch(o, config, len(self.rows), free_memory(self.device))
+        self.o = dataclasses.replace(o, micro_batch=micro)  # kept: a resumed run must cut, and round, alike
         torch.manual_seed(o.seed)
         self.gpt = GPT(config)
         if checkpoint:
             self.gpt = model.from_checkpoint(checkpoint | dict(config=vars(config)))
             require(checkpoint["train"]["optimizer"] == o.optimizer, "the checkpoint is of another --optimizer")
         self.gpt.to(self.device)
-        self.rows = np.array_split(np.arange(o.batch_size), world)[rank]  # this rank's, of each batch
-        micro = fit_micro_batch(o, config, len(self.rows), free_memory(self.device))
-        self.o = dataclasses.replace(o, micro_batch=micro)  # kept: a resumed run must cut, and round, alike
         self.flops = 3 * model.account(config, 1)["forward_flops"] // o.block_size  # of a token
         start = dict(step=0, seconds=0.0, loss=0.0, count=0, grad_norm=0.0, best=math.inf)
         self.progress = checkpoint.get("progress", start)
