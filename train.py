@@ -121,14 +121,14 @@ class Objective(nn.Module):
 # ---- optimizers: (weight, list of state tensors, learning rate, step t from 1, options) change a weight in place
 
 @torch.no_grad()
-def adamw(weight, state, rate, t, o) -> None:
+def adamw(weight: Tensor, state: list, rate: float, t: int, o: Options) -> None:
     """Move by the mean gradient over the root of the mean squared gradient (Kingma and Ba 2015).
 
     m = b1 m + (1 - b1) g,  v = b2 v + (1 - b2) g^2,  w = w - rate M / (sqrt(V) + 1e-8),
     where M = m / (1 - b1^t) and V = v / (1 - b2^t) make up for the start at zero.
     """
     if not state:  # at the first step
-        state += torch.zeros(2, *weight.shape).to(weight)
+        state += weight.new_zeros(2, *weight.shape)
     m, v = state
     m.lerp_(weight.grad, 1 - o.beta1)
     v.lerp_(weight.grad.square(), 1 - o.beta2)
@@ -158,10 +158,10 @@ def orthogonalise(g: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def muon(weight, state, rate, t, o) -> None:
+def muon(weight: Tensor, state: list, rate: float, t: int, o: Options) -> None:
     """Move by the orthogonalised momentum (Jordan et al. 2024), in steps of AdamW's size (Liu et al. 2025)."""
     if not state:
-        state.append(torch.zeros_like(weight))
+        state += [torch.zeros_like(weight)]
     m = state[0].lerp_(weight.grad, 1 - o.momentum)
     ahead = weight.grad.lerp(m, o.momentum)  # Nesterov's momentum
     size = 0.2 * max(weight.shape) ** 0.5  # U V^T has entries of 1 / sqrt(max(shape)), AdamW's steps of about 0.2
@@ -278,7 +278,7 @@ class Run:
     def __init__(self, o, tokenizer, checkpoint):
         self.device, (rank, world) = pick_device(o.device), ranks()
         config = Config(**{name: getattr(o, name) for name in Config.__annotations__})
-        self.rows = np.array_split(np.arange(o.batch_size), world)[rank]  # this rank's, of each batch
+        self.rows = np.arange(rank, o.batch_size, world)  # this rank's, of each batch
         micro = fit_micro_batch(o, config, len(self.rows), free_memory(self.device))
         self.o = dataclasses.replace(o, micro_batch=micro)  # kept: a resumed run must cut, and round, alike
         torch.manual_seed(o.seed)
@@ -304,7 +304,7 @@ class Run:
         if o.compile:
             self.compile()
 
-    def compile(self) -> None:
+    def compile(self):
         """Put the objective under torch.compile; where that fails on a first window, say so and go on without."""
         usual, self.objective = self.objective, torch.compile(self.objective)
         try:
@@ -383,7 +383,7 @@ class Run:
             tokens_per_s=round(tokens / p["seconds"]),
         )
 
-    def save(self, name: str) -> None:
+    def save(self, name):
         """Write a checkpoint of this name, on rank 0."""
         if ranks()[0] == 0:
             model.save_checkpoint(
@@ -420,7 +420,7 @@ def begin(o: Options, step: int, tokens: Path) -> None:
         file.writelines(f"{line}\n".encode() for line in lines if json.loads(line).get("step", -1) < step)
 
 
-def train_loop(training: Run, tokens: np.ndarray, val: np.ndarray) -> None:
+def train_loop(training: Run, tokens: np.ndarray, val: np.ndarray):
     """Train up to max_iters; at each interval a checkpoint, then an evaluation and its record.
 
     Ctrl-C lets the step end, writes a checkpoint and raises KeyboardInterrupt.

@@ -614,8 +614,9 @@ def test_initial_standard_deviations():
         c = Config(n_layer=3, n_embd=192, vocab_size=1000, init=init, tie_embeddings=tied, bias=True, norm="layernorm", position="learned")
         gpt = GPT(c)
         expected = {
-            "zero": {"matrix": 192**-0.5, "output": 0, "embedding": 0.02, "head": 0, "gain": 0, "bias": 0},
-            "gpt2": {"matrix": 0.02, "output": 0.02 / math.sqrt(6), "embedding": 0.02, "head": 0.02, "gain": 0, "bias": 0}}[init]
+            "zero": {"matrix": 192**-0.5, "output": 0, "embedding": 0.02, "tied": 0.02, "head": 0, "gain": 0, "bias": 0},
+            "gpt2": {"matrix": 0.02, "output": 0.02 / math.sqrt(6), "embedding": 0.02, "tied": 0.02, "head": 0.02, "gain": 0,
+                     "bias": 0}}[init]
         assert (gpt.head.weight is gpt.embedding.weight) == tied
         for name, role in gpt.roles().items():
             weight = gpt.get_parameter(name)
