@@ -48,7 +48,7 @@ ASCII = {pattern: re.compile(pattern.replace(r"\p{L}", "A-Za-z").replace(r"\p{N}
 # Where text may be cut without changing its pieces: between a sign and a space, between a letter or digit and white
 # space. No piece of the patterns above holds such a place or looks across it. (?r) searches from the end.
 CUT = regex.compile(r"(?r)(?:\S(?= )|[\p{L}\p{N}](?=\s))")
-CHUNK = 1 << 20  # characters split at a time, which bounds memory however long the text is
+CHUNK = 1 << 14  # characters read and split at a time: bounds memory, and most are ASCII though the text is not
 CACHE = 1 << 18  # pieces whose ids are remembered while encoding
 LONG = 256  # characters of a piece above which its ids are not remembered
 END, UNKNOWN = "<|endoftext|>", "<|unk|>"
@@ -145,7 +145,7 @@ def is_text(path: Path) -> bool:
 
 
 def read_parts(files: Iterable[Path], separator: str, errors: dict[str, int]) -> Iterator[tuple[str, bool]]:
-    """Yield (text, whether a document ends here), at most a megabyte at a time unless a line of JSON is longer.
+    """Yield (text, whether a document ends here), at most CHUNK characters unless a line of JSON is longer.
 
     A file is one document, or several with `separator` between them if it is not ""; in a .jsonl file each line is one.
     Invalid UTF-8 becomes U+FFFD and is counted in `errors` (path -> number). Newlines are never translated.
@@ -239,7 +239,7 @@ def count_text(text: str, pattern: str, special_tokens: list[str]) -> Counter:
 def count_pieces(counts: Counter, texts: Iterable[str], pattern: str, special_tokens: list[str], workers: int) -> None:
     """Add the pieces of all texts to `counts`, on several processes if there is much; few texts are in memory."""
     if pattern in ASCII:  # then short texts are joined, as long ones are quicker to count
-        texts = chunks((text + END for text in texts), pattern, CHUNK)
+        texts = chunks((text + END for text in texts), pattern, 64 * CHUNK)
     stream, workers = iter(texts), workers or os.cpu_count()
     ignore = signal.signal, (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
     with ProcessPoolExecutor(workers, None, *ignore) as pool:  # starts no process before its first job
@@ -442,8 +442,8 @@ class Tokenizer:
             raise ValueError(f"the text holds the special token {found.group()!r}, which is not allowed here")
         allowed = {"none": (), "none_raise": (), "all": names}.get(str(allowed_special), allowed_special)
         ids = []
-        found = any_of(names.keys() & allowed) or "(?!)"  # which is nowhere
-        for i, part in enumerate(regex.split(f"({found})", text)):
+        found = any_of(names.keys() & allowed)
+        for i, part in enumerate(regex.split(f"({found})", text) if found else [text]):
             ids += [names[part]] if i % 2 else self.encode_ordinary(part).tolist()
         return ids
 

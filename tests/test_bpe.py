@@ -135,7 +135,7 @@ def test_runs_of_one_letter_merge_from_the_left():
 
 
 def test_workers_and_order_of_documents_do_not_matter(monkeypatch, library):
-    monkeypatch.setattr(bpe, "CHUNK", 50_000)  # many batches
+    monkeypatch.setattr(bpe, "CHUNK", 1000)  # many batches
     one = bpe.train("bpe", library, 700, workers=1).to_dict()
     assert bpe.train("bpe", library, 700, workers=2).to_dict() == one
     assert bpe.train("bpe", iter(library[::-1]), 700, workers=3).to_dict() == one
@@ -148,7 +148,7 @@ def test_an_unknown_kind_is_named():
 
 
 def test_few_texts_are_in_memory_while_counting(monkeypatch):
-    monkeypatch.setattr(bpe, "CHUNK", 1000)
+    monkeypatch.setattr(bpe, "CHUNK", 10)
     alive, most, waiting = [0], [0], collections.deque()
 
     class Text(str):
