@@ -641,7 +641,8 @@ def test_roles_cover_every_parameter(changes):
     gpt = make(**changes)
     roles = gpt.roles()
     assert roles.keys() == dict(gpt.named_parameters()).keys()
-    kinds = {"embedding": "embedding", "table": "embedding", "head": "head", "qkv": "matrix", "up": "matrix", "out": "output",
+    kinds = {"embedding": "tied" if gpt.config.tie_embeddings else "embedding", "table": "embedding", "head": "head", "qkv": "matrix", "up": "matrix",
+             "out": "output",
              "down": "output", "norm": "gain", "norm1": "gain", "norm2": "gain", "q_norm": "gain", "k_norm": "gain"}
     for name, role in roles.items():
         *_, owner, own = name.split(".")
