@@ -34,8 +34,9 @@ import regex
 
 # A pattern cuts text into pieces, and tokens never reach from one piece into the next. Its matches hold all of a text.
 PATTERNS = {
-    # contractions; a word, a number, other signs, each with the one space before it; white space but for that space
-    "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?[\p{L}]+| ?[\p{N}]+| ?[^\s\p{L}\p{N}]+|[\s]+(?![^\s])|[\s]+",
+    # a word with the one space before it; contractions; other signs, numbers, with that space; white space without it
+    # (the most frequent come first, which is quicker than OpenAI's order and gives the same pieces)
+    "gpt2": r" ?[\p{L}]+|'(?:[sdmt]|ll|ve|re)| ?[^\s\p{L}\p{N}]+| ?[\p{N}]+|[\s]+(?![^\s])|[\s]+",
     # a word with the one sign before it ("_name", ".join"); up to three digits; signs with the line's end behind them
     # and the next line's indentation ("):\n    "), a line's end with the next indentation
     "code": r"[^\r\n\p{L}\p{N}]?[\p{L}]+|[\p{N}]{1,3}| ?[^\s\p{L}\p{N}]+(?:[\r\n]+[ \t]*)?|[\r\n]+[ \t]*"
