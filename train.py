@@ -80,9 +80,9 @@ def open_tokens(path: Path) -> np.ndarray:
     """Map a token file into memory. Raises OSError, or ValueError where it holds something else."""
     try:
         tokens = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
+        good = tokens.ndim == 1 and tokens.dtype in (np.uint16, np.uint32) and len(tokens) > 1
+    except (ValueError, EOFError, AttributeError) as error:
         raise ValueError(f"{path} is not a .npy file of tokens, or is truncated") from error
-    good = tokens.ndim == 1 and tokens.dtype in (np.uint16, np.uint32) and len(tokens) > 1
     require(good, f"{path} holds {tokens.dtype} {tokens.shape}; token files are 1-D uint16 or uint32, 2 tokens or more")
     return tokens
 
@@ -98,8 +98,7 @@ def read_windows(tokens: np.ndarray, starts: np.ndarray, T: int, vocab_size: int
     for row, start in zip(windows, starts):
         part = tokens[start:start + T + 1]
         row[:len(part)] = part
-    last = windows.max()
-    require(last < vocab_size, f"the tokens hold id {last}, the vocabulary has {vocab_size}: another tokenizer's?")
+    require(windows.max() < vocab_size, f"the tokens hold id {windows.max()}, the vocabulary has {vocab_size}")
     return torch.from_numpy(windows)
 
 
@@ -180,8 +179,7 @@ def wsd(step: int, o: Options) -> float:
 
 def cosine(step: int, o: Options) -> float:
     """Half a cosine from the end of the warm-up to the last step (Loshchilov and Hutter 2017)."""
-    done = (step - o.warmup_iters) / max(1, o.max_iters - o.warmup_iters)
-    return 0.5 + 0.5 * math.cos(math.pi * max(0.0, done))
+    return 0.5 + 0.5 * math.cos(math.pi * max(0, step - o.warmup_iters) / max(1, o.max_iters - o.warmup_iters))
 
 
 SCHEDULES = {"wsd": wsd, "cosine": cosine}
@@ -200,7 +198,7 @@ def ranks() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def sum_over_ranks(tensors: list[Tensor]) -> None:
+def sum_over_ranks(tensors: list[Tensor]):
     """Replace each tensor by its sum over all ranks."""
     for tensor in tensors if dist.is_initialized() else ():
         dist.all_reduce(tensor)
@@ -212,20 +210,20 @@ def recipe(o: Options, n_tokens: int) -> Options:
     """Fill what was left at 0, for a few minutes on two cores: a small text gets a small model."""
     chosen = dict(block_size=128, n_layer=2, n_embd=64, batch_size=8, max_iters=1200, eval_interval=50)
     if n_tokens > 4_000_000:
-        chosen |= dict(block_size=256, n_embd=128, max_iters=800, eval_interval=160)
+        chosen |= dict(block_size=256, n_embd=128, max_iters=720, eval_interval=144)
     o = dataclasses.replace(o, **{name: getattr(o, name) or value for name, value in chosen.items()})
     o.n_head = o.n_head or math.gcd(o.n_embd, o.n_embd // 64 or 1)
     return o
 
 
-def refuse(o: Options, n_tokens: int) -> None:
+def refuse(o: Options, n_tokens: int):
     """Raise ValueError where an option cannot be followed."""
     tables = dict(optimizer=OPTIMIZERS, schedule=SCHEDULES, dtype=("", "float32", "bfloat16", "float64"))
     for name, table in tables.items():
         require(getattr(o, name) in table, f"--{name}={getattr(o, name)}: choose from {', '.join(table)}")
-    for name in ("max_iters", "batch_size", "eval_interval", "eval_tokens", "learning_rate"):
-        require(getattr(o, name) > 0, f"--{name}={getattr(o, name)} must be above 0")
-    require(o.batch_size >= ranks()[1], f"--batch_size={o.batch_size} is below the number of ranks")
+    least = dict(batch_size=ranks()[1], max_iters=1, eval_interval=1, eval_tokens=2)
+    for name, value in dict(learning_rate=0, micro_batch=0, warmup_iters=0, **least).items():
+        require(getattr(o, name) >= value, f"--{name}={getattr(o, name)} must be at least {value}")
     require(n_tokens > o.block_size, f"{n_tokens} training tokens are too few for --block_size={o.block_size}")
 
 
@@ -251,8 +249,8 @@ def fit_micro_batch(o: Options, config: Config, rows: int, free: float) -> int:
     micro = min(rows, o.micro_batch or rows)
     while (need := model.account(config, micro, o.optimizer)["memory_total"]) > free:
         smaller = "--micro_batch" if micro > 1 else "--n_embd, --n_layer or --block_size"
-        sizes = f"{need / 2**30:.1f} GiB, {free / 2**30:.1f} are free"
-        require(micro > 1 and not o.micro_batch, f"training needs {sizes}; use a smaller {smaller}")
+        reason = f"training needs {need / 2**30:.1f} GiB, {free / 2**30:.1f} are free; use a smaller {smaller}"
+        require(micro > 1 and not o.micro_batch, reason)
         micro = (micro + 1) // 2
     return micro
 
@@ -284,8 +282,9 @@ class Run:
         torch.manual_seed(o.seed)
         self.gpt = GPT(config)
         if checkpoint:
-            self.gpt = model.from_checkpoint(checkpoint | dict(config=vars(config)))
-            require(checkpoint["train"]["optimizer"] == o.optimizer, "the checkpoint is of another --optimizer")
+            same = checkpoint["config"] == vars(config) and checkpoint["train"]["optimizer"] == o.optimizer
+            require(same, "the checkpoint has another shape, vocabulary or optimizer; resume with its own")
+            self.gpt = model.from_checkpoint(checkpoint)
         self.gpt.to(self.device)
         self.flops = 3 * model.account(config, 1)["forward_flops"] // o.block_size  # of a token
         start = dict(step=0, seconds=0.0, loss=0.0, count=0, grad_norm=0.0, best=math.inf)
@@ -330,7 +329,7 @@ class Run:
         starts = batch_starts(o.seed, p["step"], o.batch_size, len(tokens), o.block_size)
         totals = torch.zeros(3, device=self.device)  # loss sum, count, told to stop
         for rows in np.split(self.rows, range(o.micro_batch, len(self.rows), o.micro_batch)):
-            self.gpt.noise["keys"] = torch.from_numpy((o.seed << 40) + p["step"] * o.batch_size + rows)
+            self.gpt.noise["keys"] = torch.from_numpy((o.seed % 2**20 << 40) + p["step"] * o.batch_size + rows)
             loss, count = self.loss(read_windows(tokens, starts[rows], o.block_size, o.vocab_size))
             loss.backward()
             totals += torch.stack((loss.detach(), count, torch.full_like(count, stop)))
@@ -360,7 +359,8 @@ class Run:
     @torch.no_grad()
     def evaluate(self, val):
         """A record of the log. The loss is over all of `val` but its first token, in windows that do not overlap."""
-        o, p, (rank, world) = self.o, self.progress, ranks()
+        o, p = self.o, self.progress
+        rank, world = ranks()
         starts = np.arange(0, len(val) - 1, o.block_size)
         total = torch.zeros(1, dtype=torch.float64)  # on the CPU, for not every device has float64
         self.gpt.eval()
@@ -400,7 +400,7 @@ def source() -> dict[str, str]:
     return {name: (Path(__file__).parent / name).read_text() for name in ("train.py", "model.py")}
 
 
-def begin(o: Options, step: int, tokens: Path) -> None:
+def begin(o: Options, step: int, tokens: np.ndarray):
     """Begin log.jsonl with a record about the run; a resumed run keeps the records before `step` and redoes the rest.
 
     A run from step 0 first moves an earlier run's checkpoints and log to OUTPUT/previous; token files stay.
@@ -411,13 +411,13 @@ def begin(o: Options, step: int, tokens: Path) -> None:
         for path in filter(Path.exists, (folder / "ckpt.pt", folder / "best.pt", log)):
             os.replace(path, folder / "previous" / path.name)
         print(f"the earlier run in {folder} moved to {folder / 'previous'} (--resume would have gone on with it)")
-    with open(tokens, "rb") as file:
-        corpus = hashlib.sha256(file.read(2**26)).hexdigest()  # of its first 64 MiB
+    corpus = hashlib.sha256(tokens[:2**25]).hexdigest()  # of that many tokens
     about = dict(options=vars(o), command=sys.argv, versions=[sys.version, torch.__version__], corpus=corpus)
     about["source"] = source()
     lines = log.read_text().splitlines() if log.exists() else [json.dumps(about)]
     with replacing(log) as file:
-        file.writelines(f"{line}\n".encode() for line in lines if json.loads(line).get("step", -1) < step)
+        for line in filter(lambda line: line.endswith("}"), lines):  # the last one may have been cut short
+            file.write(f"{line}\n".encode() if json.loads(line).get("step", -1) < step else b"")
 
 
 def train_loop(training: Run, tokens: np.ndarray, val: np.ndarray):
@@ -428,7 +428,8 @@ def train_loop(training: Run, tokens: np.ndarray, val: np.ndarray):
     o, p, wishes = training.o, training.progress, []
     signal.signal(signal.SIGINT, lambda *_: wishes.append(True))
     while True:
-        step, last = p["step"], p["step"] == o.max_iters
+        step = p["step"]
+        last = step >= o.max_iters
         if step and step % o.eval_interval == 0 or last:
             training.save("ckpt.pt")
             record = training.evaluate(val)
@@ -448,8 +449,8 @@ def train_loop(training: Run, tokens: np.ndarray, val: np.ndarray):
             return
         loss, stop = training.train_step(tokens, bool(wishes))
         if sys.stdout.isatty():
-            left = p["seconds"] / p["step"] * (o.max_iters - step)
-            print(f"step {p['step']} of {o.max_iters}: loss {loss:.4f}, {left:.0f} s left   ", end="\r", flush=True)
+            left = f"{p['seconds'] / p['step'] * (o.max_iters - p['step']):.0f} s left"
+            print(f"step {p['step']} of {o.max_iters}: loss {loss:.4f}, {left}   ", end="\r", flush=True)
         if stop:
             training.save("ckpt.pt")
             print(f"\nstopped after step {p['step']}; {o.output}/ckpt.pt is saved, --resume goes on from it")
@@ -496,7 +497,7 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
 
 
-def main() -> None:
+def main():
     o, checkpoint = options(Options, sys.argv[1:]), {}
     if "LOCAL_RANK" in os.environ:  # torchrun
         torch.cuda.is_available() and torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -505,19 +506,20 @@ def main() -> None:
     with contextlib.suppress(OSError, TypeError, AttributeError):  # glibc only
         ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX: keep freed memory, for new pages cost more than
         ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the arithmetic on them
-    output = Path(o.output)
-    output.mkdir(parents=True, exist_ok=True)
-    if o.resume and (output / "ckpt.pt").exists():
-        checkpoint = model.load_checkpoint(output / "ckpt.pt")
-        stored = [f"--{key}={value}" for key, value in checkpoint["train"].items()]
-        o = options(Options, stored + sys.argv[1:])
+    ckpt = Path(o.output) / "ckpt.pt"
+    ckpt.parent.mkdir(parents=True, exist_ok=True)
+    if o.resume and ckpt.exists():
+        checkpoint = model.load_checkpoint(ckpt)
+        stored = checkpoint["train"]
+        del stored["output"], stored["vocab_size"]  # the folder may have moved; the tokenizer tells its size
+        o = options(Options, [f"--{key}={stored[key]}" for key in stored] + sys.argv[1:])
     elif o.resume:
         print(f"nothing to resume in {o.output}: starting at step 0")
     torch.set_default_dtype(torch.float64 if o.dtype == "float64" else torch.float32)
     folder = prepare_tokens(o)
-    tokens, val = open_tokens(folder / "train.npy"), open_tokens(folder / "val.npy")[:o.eval_tokens]
+    tokens, val = open_tokens(folder / "train.npy"), open_tokens(folder / "val.npy")
     tokenizer = SimpleNamespace(vocab=[], special_tokens={}, to_dict=dict)
-    if (folder / "tokenizer.json").exists():
+    with contextlib.suppress(ImportError, FileNotFoundError):  # no bpe.py, no tokenizer.json
         import bpe
         tokenizer = bpe.load(folder / "tokenizer.json")
     vocab_size = len(tokenizer.vocab) or o.vocab_size or 1 + int(max(tokens.max(), val.max()))
@@ -527,14 +529,12 @@ def main() -> None:
     print(f"{folder}: {len(tokens):,} training tokens, {len(val):,} for validation, of {vocab_size:,} kinds")
     print(model.report(training.gpt.config, training.o.micro_batch, o.optimizer))
     if ranks()[0] == 0:
-        begin(training.o, training.progress["step"], folder / "train.npy")
-    train_loop(training, tokens, val)
+        begin(training.o, training.progress["step"], tokens)
+    train_loop(training, tokens, val[:o.eval_tokens])
     sampler = Path(__file__).parent / "sample.py"
     if tokenizer.vocab and sampler.exists() and ranks()[0] == 0:
-        subprocess.run([sys.executable, sampler, f"--ckpt={output / 'ckpt.pt'}", "--max_new_tokens=200"])
-        print(f"next: python sample.py --ckpt={output / 'ckpt.pt'} --prompt='def '")
-    if dist.is_initialized():
-        dist.destroy_process_group()
+        subprocess.run([sys.executable, sampler, f"--ckpt={ckpt}", "--max_new_tokens=200"])
+        print(f"next: python sample.py --ckpt={ckpt} --prompt='def '")
 
 
 if __name__ == "__main__":
