@@ -1,6 +1,6 @@
 """Text <-> tokens: characters, bytes, words and byte pair encoding (BPE), trained and run in pure Python.
 
-Reads: text files, folders of them, .jsonl with a "text" field; with no --input the Python standard library's text.
+Reads: text files and folders of them; with no --input the Python standard library's text.
 Writes: tokenizer.json, which holds all that encoding and decoding need.
 Usage: python bpe.py --input=shakespeare.txt --vocab_size=1024 --output=tokenizer.json
        python bpe.py --tokenizer=tokenizer.json --show="Hello, world!"
@@ -49,9 +49,9 @@ ASCII = {pattern: re.compile(pattern.replace(r"\p{L}", "A-Za-z").replace(r"\p{N}
 # Where text may be cut without changing its pieces: between a sign and a space, between a letter or digit and white
 # space. No piece of the patterns above holds such a place or looks across it. (?r) searches from the end.
 CUT = regex.compile(r"(?r)(?:\S(?= )|[\p{L}\p{N}](?=\s))")
-CHUNK = 1 << 14  # characters read and split at a time: bounds memory, and most are ASCII though the text is not
+CHUNK = 1 << 12  # characters read and split at a time: bounds memory, and most are ASCII though the text is not
 CACHE = 1 << 18  # pieces whose ids are remembered while encoding
-LONG = 256  # characters of a piece above which its ids are not remembered
+LONG = 256  # characters of a piece above which its ids are not remembered, bytes above which merging takes a queue
 END, UNKNOWN = "<|endoftext|>", "<|unk|>"
 VERSION = 1  # of the tokenizer file
 
@@ -145,10 +145,10 @@ def is_text(path: Path) -> bool:
         return b"\0" not in file.read(8192)
 
 
-def read_parts(files: Iterable[Path], separator: str, errors: dict[str, int]) -> Iterator[tuple[str, bool]]:
-    """Yield (text, whether a document ends here), at most CHUNK characters unless a line of JSON is longer.
+def read_parts(files: Iterable[Path], separator: str, errors: dict) -> Iterator[tuple[str, bool]]:
+    """Yield (text, whether a document ends here), at most CHUNK characters of a document at a time.
 
-    A file is one document, or several with `separator` between them if it is not ""; in a .jsonl file each line is one.
+    A file is one document, or several with `separator` between them if it is not "".
     Invalid UTF-8 becomes U+FFFD and is counted in `errors` (path -> number). Newlines are never translated.
     """
     def replace(error):
@@ -160,9 +160,6 @@ def read_parts(files: Iterable[Path], separator: str, errors: dict[str, int]) ->
         if not is_text(path):
             raise ValueError(f"{path} is no text in UTF-8, but binary or UTF-16")
         with open(path, encoding="utf-8", errors="count", newline="\n") as file:
-            if path.suffix == ".jsonl":
-                yield from ((json_text(line, f"{path}:{i}"), True) for i, line in enumerate(file, 1))
-                continue
             rest = ""
             while block := file.read(CHUNK):
                 *documents, rest = (rest + block).split(separator) if separator else [rest + block]
@@ -173,14 +170,6 @@ def read_parts(files: Iterable[Path], separator: str, errors: dict[str, int]) ->
                 yield rest[:stay], False
                 rest = rest[stay:]
             yield rest, True
-
-
-def json_text(line: str, place: str) -> str:
-    """The "text" field of a line of a .jsonl file; nothing for an empty line."""
-    try:
-        return "" if line.isspace() else json.loads(line)["text"] + ""
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f'{place}: expected a JSON object with a string "text"') from None
 
 
 def chunks(parts: Iterable[str], pattern: str, least: int = 1) -> Iterator[str]:
@@ -229,7 +218,7 @@ def any_of(names: Iterable[str]) -> str:
     return "|".join(map(regex.escape, sorted(names, key=len, reverse=True)))
 
 
-def count_text(text: str, pattern: str, special_tokens: list[str]) -> Counter:
+def count_text(text: str, pattern: str, special_tokens: list) -> Counter:
     """How often each piece occurs in a text. Special tokens are boundaries and not counted."""
     counts = Counter()
     for ordinary in regex.split(any_of(special_tokens), text):
@@ -237,10 +226,10 @@ def count_text(text: str, pattern: str, special_tokens: list[str]) -> Counter:
     return counts
 
 
-def count_pieces(counts: Counter, texts: Iterable[str], pattern: str, special_tokens: list[str], workers: int) -> None:
+def count_pieces(counts: Counter, texts: Iterable[str], pattern: str, special_tokens: list, workers: int) -> None:
     """Add the pieces of all texts to `counts`, on several processes if there is much; few texts are in memory."""
     if pattern in ASCII:  # then short texts are joined, as long ones are quicker to count
-        texts = chunks((text + END for text in texts), pattern, 64 * CHUNK)
+        texts = chunks((text + END for text in texts), pattern, 256 * CHUNK)
     stream, workers = iter(texts), workers or os.cpu_count()
     ignore = signal.signal, (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
     with ProcessPoolExecutor(workers, None, *ignore) as pool:  # starts no process before its first job
@@ -250,7 +239,7 @@ def count_pieces(counts: Counter, texts: Iterable[str], pattern: str, special_to
                 counts.update(part)
 
 
-def train_lookup(counts: Counter, size: int) -> tuple[list[bytes], list]:
+def train_lookup(counts: Counter, size: int) -> tuple:
     """Characters or words: the `size` most frequent pieces are the vocabulary, equal ones in alphabetical order.
 
     >>> train_lookup(Counter("the cat in the hat".split()), 3)
@@ -268,7 +257,7 @@ def train_lookup(counts: Counter, size: int) -> tuple[list[bytes], list]:
 # an upper bound, and the pair on top is counted again before it is merged; and a pair below `floor` stays below, so it
 # is left out until no other is left. Then the floor falls and all pairs are counted anew, about ten times in all.
 # Of equally frequent pairs the greatest wins, (left, right) compared as byte strings. "aaa" has the pair (a, a) twice.
-def train_bpe(counts: Counter, size: int) -> tuple[list[bytes], list]:
+def train_bpe(counts: Counter, size: int) -> tuple:
     """Byte pair encoding: from the 256 bytes on, make the most frequent pair of neighbours a token, until `size`.
 
     >>> train_bpe(Counter({"the": 2, " cat": 1, " in": 1, " the": 1, " hat": 1}), 260)[1]
@@ -315,8 +304,7 @@ def train_bpe(counts: Counter, size: int) -> tuple[list[bytes], list]:
             where[key] = places
             heappush(heap, (-times, name, key))
             continue
-        if left == right:
-            places = every_other(places, length[left])
+        places = every_other(places, length[left])
         new, middle = len(vocab), places + length[left]
         merges.append((vocab[left], vocab[right]))
         vocab.append(b"".join(merges[-1]))
@@ -330,14 +318,15 @@ def train_bpe(counts: Counter, size: int) -> tuple[list[bytes], list]:
 
 
 def every_other(places: np.ndarray, length: int) -> np.ndarray:
-    """Of overlapping places the first, third, ...: "aaaaa" has (a, a) at 0, 1, 2, 3 and merges at 0 and 2.
+    """The places at which a pair is merged, not two that overlap, which are `length` apart: "aaaaa" has (a, a) at 0, 1, 2,
+    3 and merges at 0 and 2. Only a pair of a token with itself can overlap.
 
     >>> every_other(np.array([0, 1, 2, 3, 7, 9, 10]), 1).tolist()
     [0, 2, 7, 9]
     """
-    kept = [-2 * length]
+    kept = [-1 - length]
     for place in places.tolist():
-        if place >= kept[-1] + 2 * length:
+        if place > kept[-1] + length:
             kept.append(place)
     return np.array(kept[1:])
 
@@ -365,7 +354,6 @@ def train(kind: str, documents: Iterable[str], vocab_size: int, pattern: str = "
     <|unk|> for char and word. `pattern` is a name of PATTERNS or a regular expression; char has its own. A Counter
     given as `counts` is filled with the pieces of the documents.
     """
-    trainer = TRAINERS[kind]
     names = [UNKNOWN] * (kind not in BYTE_KINDS) + list(special_tokens)
     names += [END] * (END not in names)
     if len(set(names)) < len(names) or any(name.split() != [name] for name in names):
@@ -377,7 +365,7 @@ def train(kind: str, documents: Iterable[str], vocab_size: int, pattern: str = "
     count_pieces(counts, documents, pattern, names, workers)
     if not counts:
         raise ValueError("there is no text to train on")
-    vocab, merges = trainer(counts, vocab_size - len(names))
+    vocab, merges = TRAINERS[kind](counts, vocab_size - len(names))
     specials = {name: i for i, name in enumerate(names, len(vocab))}
     if kind == "bpe" and len(vocab) + len(names) < vocab_size:
         print(f"stopped at {len(vocab) + len(names)} tokens: no pair is left to merge in this text", file=sys.stderr)
@@ -385,10 +373,7 @@ def train(kind: str, documents: Iterable[str], vocab_size: int, pattern: str = "
 
 
 class Cache(dict):
-    """piece -> ids as bytes; computes what it lacks, and begins anew when it is full."""
-
-    def __init__(self, compute: Callable):
-        self.compute = compute
+    """piece -> ids as bytes; computes what it lacks (with `compute`), and begins anew when it is full."""
 
     def __missing__(self, piece: str) -> bytes:
         ids = self.compute(piece)
@@ -415,7 +400,7 @@ class Tokenizer:
     ['low', ' low', 's']
     """
 
-    def __init__(self, kind: str, pattern: str, vocab: list, merges: list, special_tokens: dict[str, int]):
+    def __init__(self, kind: str, pattern: str, vocab: list, merges: list, special_tokens: dict):
         self.kind, self.pattern = kind, pattern
         self.vocab, self.merges = vocab, merges
         self.special_tokens = special_tokens
@@ -433,14 +418,15 @@ class Tokenizer:
         if self.unknown is None and not len(set(self.merged)) == len(merges) == len(index) - 256:
             raise ValueError("a merge is missing or comes twice")
         self.dtype = np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
-        self.cache = Cache(self._piece_ids)
+        self.cache = Cache()
+        self.cache.compute = self._piece_ids
 
-    def encode(self, text: str, allowed_special: str | set[str] = "none") -> list[int]:
+    def encode(self, text: str, allowed_special: str | set = "none") -> list[int]:
         """Ids of a text. What looks like a special token in it is ordinary text ("none"), an error ("none_raise"), or
         one id if it is allowed ("all", or a set of names); the longest is taken where one begins with another."""
         names = self.special_tokens
-        if allowed_special == "none_raise" and (found := regex.search(any_of(names), text)):
-            raise ValueError(f"the text holds the special token {found.group()!r}, which is not allowed here")
+        if allowed_special == "none_raise" and regex.search(any_of(names), text):
+            raise ValueError("the text holds a special token, which is not allowed here")
         allowed = {"none": (), "none_raise": (), "all": names}.get(str(allowed_special), allowed_special)
         ids = []
         found = any_of(names.keys() & allowed)
@@ -484,7 +470,7 @@ class Tokenizer:
         return {"version": VERSION, "kind": self.kind, "pattern": self.pattern, "special_tokens": self.special_tokens,
                 "merges": list(map(list, self.ranks)), "vocab": [token.decode("latin-1") for token in self.vocab]}
 
-    def save(self, path: str | os.PathLike) -> None:
+    def save(self, path: str | Path) -> None:
         """Write the tokenizer as JSON, for `load`."""
         with replacing(path) as file:
             file.write(json.dumps(self.to_dict()).encode())
@@ -494,19 +480,31 @@ class Tokenizer:
         data = piece.encode()
         ids = [self.index.get(data, self.unknown)]
         if self.unknown is None:
-            ids = self._merge([self.byte_ids[byte] for byte in data])
+            merge = self._merge if len(data) <= LONG else self._merge_long
+            ids = merge([self.byte_ids[byte] for byte in data])
         return np.array(ids, self.dtype).tobytes()
 
     def _merge(self, ids):
-        """Merge the pair of lowest rank, of several the first one, until no pair of neighbours has a rank.
+        """Merge the pair of lowest rank, of several the first one, until no pair of neighbours has a rank."""
+        get, never = self.ranks.get, len(self.merged)
+        ranks = list(map(get, zip(ids, ids[1:]), repeat(never)))
+        while ranks and (rank := min(ranks)) < never:
+            i = ranks.index(rank)
+            ids[i:i + 2] = [self.merged[rank]]
+            del ranks[i]
+            if i:
+                ranks[i - 1] = get((ids[i - 1], ids[i]), never)
+            if i < len(ranks):
+                ranks[i] = get((ids[i], ids[i + 1]), never)
+        return ids
 
-        The pairs wait in a queue, so that n bytes take about n log n steps. Tokens stay at the places of their bytes,
-        as in train_bpe. A pair is one number there: rank << 32 | place.
+    def _merge_long(self, ids):
+        """The same in about n log n steps for n bytes, as the pairs wait in a queue: rank << 32 | place.
+
+        Tokens stay at the places of their bytes, as in train_bpe.
         """
-        first, last = [*ids, -1], [*ids, -1]
-        ranks, lengths = self.ranks, self.lengths
-        pairs = enumerate(zip(ids, ids[1:]))
-        queue = sorted(ranks[pair] << 32 | place for place, pair in pairs if pair in ranks)
+        first, last, ranks, lengths = [*ids, -1], [*ids, -1], self.ranks, self.lengths
+        queue = sorted(ranks[pair] << 32 | place for place, pair in enumerate(zip(ids, ids[1:])) if pair in ranks)
         while queue:
             rank, place = divmod(heappop(queue), 1 << 32)
             left = first[place]
@@ -535,7 +533,7 @@ def from_dict(data: dict) -> Tokenizer:
         raise ValueError(f"not a tokenizer of bpe.py, or a damaged one ({type(error).__name__} {error})") from None
 
 
-def load(path: str | os.PathLike) -> Tokenizer:
+def load(path: str | Path) -> Tokenizer:
     """Read what `save` wrote; ValueError says what is wrong with the file."""
     try:
         return from_dict(json.loads(Path(path).read_bytes()))
@@ -555,8 +553,8 @@ def main():
         tokenizer = train(o.tokenizer, texts, o.vocab_size, o.pattern, o.special_tokens.split(","), o.workers,
                           counts)
         tokenizer.save(o.output)
-        for path, number in errors.items():
-            print(f"{path}: {number} errors in UTF-8, replaced by U+FFFD", file=sys.stderr)
+        if errors:
+            print(f"{sum(errors.values())} errors in UTF-8, replaced by U+FFFD: {', '.join(errors)}", file=sys.stderr)
         print(f"{o.output}: {o.tokenizer}, {tokenizer.vocab_size} tokens, trained in {time.time() - began:.1f} s")
         size = sum(len(piece.encode()) * number for piece, number in counts.items())
         tokens = sum(len(tokenizer.encode_ordinary(piece)) * number for piece, number in counts.items())

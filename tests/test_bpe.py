@@ -144,7 +144,7 @@ def test_workers_and_order_of_documents_do_not_matter(monkeypatch, library):
 
 def test_an_unknown_kind_is_named():
     with pytest.raises(KeyError, match="bpx"):
-        bpe.train("bpx", [], 300)
+        bpe.train("bpx", ["text"], 300)
 
 
 def test_few_texts_are_in_memory_while_counting(monkeypatch):
@@ -212,6 +212,10 @@ def test_encoding_equals_brute_force():
         for text in [rng.choice(corpus)[:80], random_text(rng, 60), random_unicode(rng, 20), "", "a" * 70]:
             expected = brute_encode(text, tokenizer.pattern, tokenizer.merges)
             assert [tokenizer.vocab[i] for i in tokenizer.encode(text)] == expected, text
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(bpe, "LONG", -1)  # with the queue
+                long = bpe.from_dict(tokenizer.to_dict())
+                assert long.encode(text) == tokenizer.encode(text) and not long.cache
 
 
 @pytest.mark.parametrize("kind", list(bpe.TRAINERS))
@@ -398,7 +402,7 @@ def test_special_tokens_are_text_unless_allowed(special):
     assert [i for i in special.encode(text, "all") if i in ids.values()] == [ids["<|a|><|b|>"], ids[END], ids["b c"]]
     assert [i for i in special.encode(text, {"<|a|>"}) if i in ids.values()] == [ids["<|a|>"]]
     assert special.encode(text, set()) == special.encode(text)
-    with pytest.raises(ValueError, match=r"'<\|a\|><\|b\|>'"):
+    with pytest.raises(ValueError, match="special token"):
         special.encode(text, "none_raise")
     assert special.encode("plain", "none_raise") == special.encode("plain")
     assert special.encode(text, {"<nope>"}) == special.encode(text, []) == special.encode(text)
@@ -671,16 +675,6 @@ def test_utf8_errors_are_counted_and_replaced(tmp_path, monkeypatch):
     assert len(errors) == 1
 
 
-def test_jsonl(tmp_path):
-    path = tmp_path / "t.jsonl"
-    path.write_text('{"text": "one\\ntwo", "id": 1}\n\n{"text": "\\ud800"}\n{"text": ""}\n{"text": "three"}')
-    assert documents_of([path]) == ["one\ntwo", "", "\ud800", "", "three"]
-    for line in ['{"txt": 1}', "[1]", "{", '{"text": 5}', "3"]:
-        path.write_text('{"text": "fine"}\n' + line)
-        with pytest.raises(ValueError, match=r"t\.jsonl:2: "):
-            documents_of([path])
-
-
 # ------------------------------------------------------------------------------------------------------------ refusals
 
 @pytest.mark.parametrize("change,words", [
@@ -739,7 +733,7 @@ def test_command_line(run_script, tmp_path):
 
 @pytest.mark.parametrize("words,message", [
     (["--input=missing.txt"], "missing.txt"), (["--input=empty.txt"], "no text"), (["--input=binary.bin"], "binary"),
-    (["--input=."], "no text"), (["--input=a.txt", "--vocab_size=200"], "vocab_size=200"), (["--input=bad.jsonl"], "bad.jsonl:1"),
+    (["--input=."], "no text"), (["--input=a.txt", "--vocab_size=200"], "vocab_size=200"),
     (["--input=a.txt", "--special_tokens=x,x"], "special"), (["--input=a.txt", "--pattern=a"], "pattern"),
     (["--tokenizer=bpx"], "bpx"), (["--tokenizer=a.txt"], "a.txt"),
     (["--input=a.txt", "--vocab_size=260", "--output=no/where.json"], "no/where"),
@@ -748,8 +742,6 @@ def test_bad_input_ends_in_one_line(words, message, run_script, tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "a.txt").write_text("some text") if words[0] != "--input=." else None
     (tmp_path / "empty.txt").write_text("")
-    if words[0] != "--input=.":
-        (tmp_path / "bad.jsonl").write_text("{}")
     (tmp_path / "binary.bin").write_bytes(b"\0\1\2")
     before = sorted(os.listdir(tmp_path))
     done = run_script("bpe.py", *words, cwd=tmp_path)
