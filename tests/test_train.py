@@ -455,7 +455,7 @@ def brute_evaluation(gpt, val):
 
 @pytest.mark.parametrize("length", [2, 16, 17, 18, 256, 257, 258, 333, 600])
 def test_evaluation_is_exact(length, double):
-    run, val = shaken(make(dropout=0.5)), random_ids(length, seed=1)
+    run, val = shaken(make(dropout=0.5, schedule="cosine")), random_ids(length, seed=1)
     run.progress.update(step=3, seconds=2.0, loss=12.0, count=8)
     record = run.evaluate(val)
     assert run.gpt.training
@@ -464,7 +464,7 @@ def test_evaluation_is_exact(length, double):
     assert list(record) == KEYS and record["bpb"] is None
     assert (record["step"], record["tokens"], record["tokens_per_s"], record["train_loss"]) == (3, 3 * 4 * T, 96, 1.5)
     assert record["flops"] == 3 * 4 * 3 * model.account(run.gpt.config, 1)["forward_flops"]
-    assert record["lr"] == train.rate(2, run.o)
+    assert record["lr"] == train.rate(2, run.o) != train.rate(3, run.o)
     assert all(weight.grad is None for weight in run.gpt.parameters())
 
 
@@ -606,6 +606,23 @@ def test_text_is_not_tokenised_again_on_resume(launch, corpus, monkeypatch, tmp_
         assert (tmp_path / "out/train.npy").stat().st_mtime_ns == written and "reus" in again.out
     assert model.load_checkpoint(tmp_path / "out/ckpt.pt")["tokenizer"]["kind"] == "char"
     assert 0 < read_log(tmp_path / "out")[-1]["bpb"] < 10
+
+
+@pytest.mark.xfail(strict=True, reason="the vocabulary that was asked for is not in the checkpoint's options")
+@pytest.mark.parametrize("tokens", ["ready", "text"])
+def test_resume_remembers_the_vocabulary(tokens, launch, corpus, folder, tmp_path, monkeypatch):
+    """--vocab_size need not be given again: not for tokens without a tokenizer, nor for one that was trained here."""
+    monkeypatch.setattr(train.subprocess, "run", lambda *_, **__: None)
+    words = ["--vocab_size=300", "--separator=<|endoftext|>", "--max_iters=2"]
+    data = dict(ready=folder, text=corpus)[tokens]
+    first = launch(*words, data=data)
+    assert first.code == 0, first.message
+    made = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.npy")}
+    again = launch("--resume", "--max_iters=3", shape=[], data=data)
+    assert again.code == 0, again.message
+    checkpoint = model.load_checkpoint(tmp_path / "out/ckpt.pt")
+    assert checkpoint["step"] == 3 and checkpoint["config"]["vocab_size"] == 300
+    assert {name: (tmp_path / "out" / name).read_bytes() for name in made} == made and len(made) == 2 * (tokens == "text")
 
 
 LONG = ["--max_iters=300", "--eval_interval=40", "--dropout=0.1", "--eval_tokens=100"]
@@ -1005,7 +1022,7 @@ def npz(path):
 
 
 @pytest.mark.parametrize("name", ["train.npy", "val.npy"])
-@pytest.mark.parametrize("content, part", [
+@pytest.mark.parametrize("content, part", ids=lambda value: str(value)[:12].encode("ascii", "replace").decode(), argvalues=[
     (np.zeros(3000, np.int64), "int64"), (np.zeros(3000, np.float32), "float32"), (np.zeros(3000, np.uint8), "uint8"),
     (np.zeros(3000, ">u2"), ">u2"), (np.zeros((30, 100), np.uint16), "1-D"), (np.array([1], np.uint16), "2 tokens or more"),
     (np.zeros(0, np.uint16), ""), (np.array(3, np.uint16), ""), (np.array([{}] * 3000), "not a .npy file of tokens"),
