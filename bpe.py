@@ -318,8 +318,8 @@ def train_bpe(counts: Counter, size: int) -> tuple:
 
 
 def every_other(places: np.ndarray, length: int) -> np.ndarray:
-    """The places at which a pair is merged, not two that overlap, which are `length` apart: "aaaaa" has (a, a) at 0, 1, 2,
-    3 and merges at 0 and 2. Only a pair of a token with itself can overlap.
+    """The places at which a pair is merged, not two that overlap, which are `length` apart: "aaaaa" has (a, a) at
+    0, 1, 2, 3 and merges at 0 and 2. Only a pair of a token with itself can overlap.
 
     >>> every_other(np.array([0, 1, 2, 3, 7, 9, 10]), 1).tolist()
     [0, 2, 7, 9]
