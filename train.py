@@ -210,7 +210,7 @@ def recipe(o: Options, n_tokens: int) -> Options:
     """Fill what was left at 0, for a few minutes on two cores: a small text gets a small model."""
     chosen = dict(block_size=128, n_layer=2, n_embd=64, batch_size=8, max_iters=1200, eval_interval=50)
     if n_tokens > 4_000_000:
-        chosen |= dict(block_size=256, n_embd=128, max_iters=720, eval_interval=144)
+        chosen |= dict(block_size=256, n_embd=128, max_iters=800, eval_interval=160)
     o = dataclasses.replace(o, **{name: getattr(o, name) or value for name, value in chosen.items()})
     o.n_head = o.n_head or math.gcd(o.n_embd, o.n_embd // 64 or 1)
     return o
