@@ -51,7 +51,7 @@ ASCII = {pattern: re.compile(pattern.replace(r"\p{L}", "A-Za-z").replace(r"\p{N}
 CUT = regex.compile(r"(?r)(?:\S(?= )|[\p{L}\p{N}](?=\s))")
 CHUNK = 1 << 12  # characters read and split at a time: bounds memory, and most are ASCII though the text is not
 CACHE = 1 << 18  # pieces whose ids are remembered while encoding
-LONG = 256  # characters of a piece above which its ids are not remembered, bytes above which merging takes a queue
+LONG = 256  # characters of a piece above which its ids are not remembered; bytes above which merging takes a queue
 END, UNKNOWN = "<|endoftext|>", "<|unk|>"
 VERSION = 1  # of the tokenizer file
 
