@@ -221,9 +221,11 @@ def refuse(o: Options, n_tokens: int):
     tables = dict(optimizer=OPTIMIZERS, schedule=SCHEDULES, dtype=("", "float32", "bfloat16", "float64"))
     for name, table in tables.items():
         require(getattr(o, name) in table, f"--{name}={getattr(o, name)}: choose from {', '.join(table)}")
-    least = dict(batch_size=ranks()[1], max_iters=1, eval_interval=1, eval_tokens=2)
-    for name, value in dict(learning_rate=0, micro_batch=0, warmup_iters=0, **least).items():
+    least = dict(batch_size=ranks()[1], max_iters=1, eval_interval=1, eval_tokens=2, seed=0, micro_batch=0,
+                 warmup_iters=0, learning_rate=0, weight_decay=0, grad_clip=0)
+    for name, value in least.items():
         require(getattr(o, name) >= value, f"--{name}={getattr(o, name)} must be at least {value}")
+    require(max(o.beta1, o.beta2, o.momentum) < 1, "--beta1, --beta2 and --momentum must be below 1")
     require(n_tokens > o.block_size, f"{n_tokens} training tokens are too few for --block_size={o.block_size}")
 
 
@@ -231,7 +233,7 @@ def pick_device(name: str) -> torch.device:
     """The device of this name, or the best there is. Raises ValueError where it cannot be used."""
     try:
         return torch.zeros(1, device=name or torch.accelerator.current_accelerator() or "cpu").device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device={name} cannot be used: {str(error).splitlines()[0]}") from error
 
 
@@ -273,9 +275,9 @@ def prepare_tokens(o: Options) -> Path:
 class Run:
     """A training run: all that a checkpoint holds, and what a step does to it."""
 
-    def __init__(self, o, tokenizer, checkpoint):
+    def __init__(self, o, vocab_size, tokenizer, checkpoint):
         self.device, (rank, world) = pick_device(o.device), ranks()
-        config = Config(**{name: getattr(o, name) for name in Config.__annotations__})
+        config = Config(**{name: getattr(o, name) for name in Config.__annotations__} | dict(vocab_size=vocab_size))
         self.rows = np.arange(rank, o.batch_size, world)  # this rank's, of each batch
         micro = fit_micro_batch(o, config, len(self.rows), free_memory(self.device))
         self.o = dataclasses.replace(o, micro_batch=micro)  # kept: a resumed run must cut, and round, alike
@@ -288,14 +290,14 @@ class Run:
         self.gpt.to(self.device)
         self.flops = 3 * model.account(config, 1)["forward_flops"] // o.block_size  # of a token
         start = dict(step=0, seconds=0.0, loss=0.0, count=0, grad_norm=0.0, best=math.inf)
-        self.progress = checkpoint.get("progress", start)
+        self.progress = SimpleNamespace(**checkpoint.get("progress", start))
         self.roles = self.gpt.roles()
         self.weights = dict(self.gpt.named_parameters())
         self.state = {name: [] for name in self.weights}
         for name, tensors in checkpoint.get("optimizer", {}).items():
             self.state[name] = [tensor.to(self.device) for tensor in tensors]
-        self.tokenizer = tokenizer
-        self.bytes_of = np.array([len(token) for token in tokenizer.vocab] or [0] * o.vocab_size)
+        self.tokenizer, self.vocab_size = tokenizer, vocab_size
+        self.bytes_of = np.array([len(token) for token in tokenizer.vocab] or [0] * vocab_size)
         self.bytes_of[list(tokenizer.special_tokens.values())] = 0
         half = o.dtype == "bfloat16" or self.device.type == "cuda" and not o.dtype
         self.precision = torch.autocast(self.device.type, torch.bfloat16, enabled=half)
@@ -307,15 +309,15 @@ class Run:
         """Put the objective under torch.compile; where that fails on a first window, say so and go on without."""
         usual, self.objective = self.objective, torch.compile(self.objective)
         try:
-            self.loss(torch.zeros(1, self.o.block_size + 1, dtype=torch.long))[0].backward()
+            self.loss(np.zeros(2, np.uint16), [0])[0].backward()
         except Exception as error:  # no C++ compiler, a device it does not know: many kinds
             print(f"torch.compile does not work here ({type(error).__name__}); going on without")
             self.objective = usual
         self.gpt.zero_grad(set_to_none=True)
 
-    def loss(self, windows):
-        """Loss sum and count of windows (B, T + 1), in which each token predicts the next."""
-        windows = windows.to(self.device)
+    def loss(self, tokens, starts):
+        """Loss sum and count of the windows of `tokens` at `starts`, in which each token predicts the next."""
+        windows = read_windows(tokens, starts, self.o.block_size, self.vocab_size).to(self.device)
         with self.precision:
             return self.objective(windows[:, :-1].clamp(min=0), windows[:, 1:])
 
@@ -326,34 +328,34 @@ class Run:
         gradient of the mean over the whole batch, however it was cut.
         """
         o, p, began = self.o, self.progress, time.perf_counter()
-        starts = batch_starts(o.seed, p["step"], o.batch_size, len(tokens), o.block_size)
+        starts = batch_starts(o.seed, p.step, o.batch_size, len(tokens), o.block_size)
         totals = torch.zeros(3, device=self.device)  # loss sum, count, told to stop
         for rows in np.split(self.rows, range(o.micro_batch, len(self.rows), o.micro_batch)):
-            self.gpt.noise["keys"] = torch.from_numpy((o.seed % 2**20 << 40) + p["step"] * o.batch_size + rows)
-            loss, count = self.loss(read_windows(tokens, starts[rows], o.block_size, o.vocab_size))
+            self.gpt.noise["keys"] = torch.from_numpy((o.seed % 2**20 << 40) + p.step * o.batch_size + rows)
+            loss, count = self.loss(tokens, starts[rows])
             loss.backward()
             totals += torch.stack((loss.detach(), count, torch.full_like(count, stop)))
         sum_over_ranks([weight.grad for weight in self.weights.values()] + [totals])
         loss, count, stop = totals.tolist()
-        require(math.isfinite(loss), f"the loss is {loss} at step {p['step']}; try a smaller --learning_rate")
+        require(math.isfinite(loss), f"the loss is {loss} at step {p.step}; try a smaller --learning_rate")
         self.update(count)
-        p.update(step=p["step"] + 1, loss=p["loss"] + loss, count=p["count"] + count)
-        p["seconds"] += time.perf_counter() - began
+        p.step, p.loss, p.count = p.step + 1, p.loss + loss, p.count + count
+        p.seconds += time.perf_counter() - began
         return loss / count, stop > 0
 
     @torch.no_grad()
     def update(self, count):
         """Change each weight once by its gradient over `count`: hidden matrices by --optimizer, all else by AdamW."""
         o, p = self.o, self.progress
-        speed = rate(p["step"], o)
+        speed = rate(p.step, o)
         for weight in self.weights.values():
             weight.grad /= count
-        p["grad_norm"] = nn.utils.clip_grad_norm_(self.weights.values(), o.grad_clip or math.inf).item()
+        p.grad_norm = nn.utils.clip_grad_norm_(self.weights.values(), o.grad_clip or math.inf).item()
         for name, weight in self.weights.items():
             role = ROLES[self.roles[name]]
             weight.mul_(1 - speed * o.weight_decay * role.decay)
             step = OPTIMIZERS[o.optimizer] if role.muon else adamw
-            step(weight, self.state[name], speed * role.rate, p["step"] + 1, o)
+            step(weight, self.state[name], speed * role.rate, p.step + 1, o)
             weight.grad = None
 
     @torch.no_grad()
@@ -365,32 +367,25 @@ class Run:
         total = torch.zeros(1, dtype=torch.float64)  # on the CPU, for not every device has float64
         self.gpt.eval()
         for i in range(16 * rank, len(starts), 16 * world):
-            total += self.loss(read_windows(val, starts[i:i + 16], o.block_size, o.vocab_size))[0].cpu()
+            total += self.loss(val, starts[i:i + 16])[0].cpu()
         self.gpt.train()
         sum_over_ranks([total])
         nats, n_bytes = total.item(), int(self.bytes_of[val[1:]].sum())
-        tokens = p["step"] * o.batch_size * o.block_size
+        tokens = p.step * o.batch_size * o.block_size
         return dict(
-            step=p["step"],
-            tokens=tokens,
-            flops=tokens * self.flops,
-            seconds=round(p["seconds"], 3),
-            train_loss=p["loss"] / max(1, p["count"]),
+            step=p.step, tokens=tokens, flops=tokens * self.flops, seconds=round(p.seconds, 3),
+            train_loss=p.loss / max(1, p.count),
             val_loss=nats / (len(val) - 1),
             bpb=nats / math.log(2) / n_bytes if n_bytes else None,
-            lr=rate(p["step"] - 1, o),
-            grad_norm=p["grad_norm"],
-            tokens_per_s=round(tokens / p["seconds"]),
+            lr=rate(p.step - 1, o), grad_norm=p.grad_norm, tokens_per_s=round(tokens / p.seconds),
         )
 
     def save(self, name):
         """Write a checkpoint of this name, on rank 0."""
         if ranks()[0] == 0:
             model.save_checkpoint(
-                Path(self.o.output) / name, self.gpt, step=self.progress["step"], progress=self.progress,
-                train=vars(self.o), optimizer=self.state, tokenizer=self.tokenizer.to_dict(),
-                source=source(),
-            )
+                Path(self.o.output) / name, self.gpt, step=self.progress.step, progress=vars(self.progress),
+                train=vars(self.o), optimizer=self.state, tokenizer=self.tokenizer.to_dict(), source=source())
 
 
 # ---- the files of a run
@@ -411,9 +406,8 @@ def begin(o: Options, step: int, tokens: np.ndarray):
         for path in filter(Path.exists, (folder / "ckpt.pt", folder / "best.pt", log)):
             os.replace(path, folder / "previous" / path.name)
         print(f"the earlier run in {folder} moved to {folder / 'previous'} (--resume would have gone on with it)")
-    corpus = hashlib.sha256(tokens[:2**25]).hexdigest()  # of that many tokens
-    about = dict(options=vars(o), command=sys.argv, versions=[sys.version, torch.__version__], corpus=corpus)
-    about["source"] = source()
+    about = dict(options=vars(o), command=sys.argv, versions=[sys.version, torch.__version__], source=source(),
+                 corpus=hashlib.sha256(tokens[:2**25]).hexdigest())  # of that many tokens
     lines = log.read_text().splitlines() if log.exists() else [json.dumps(about)]
     with replacing(log) as file:
         for line in filter(lambda line: line.endswith("}"), lines):  # the last one may have been cut short
@@ -428,7 +422,7 @@ def train_loop(training: Run, tokens: np.ndarray, val: np.ndarray):
     o, p, wishes = training.o, training.progress, []
     signal.signal(signal.SIGINT, lambda *_: wishes.append(True))
     while True:
-        step = p["step"]
+        step = p.step
         last = step >= o.max_iters
         if step and step % o.eval_interval == 0 or last:
             training.save("ckpt.pt")
@@ -436,9 +430,10 @@ def train_loop(training: Run, tokens: np.ndarray, val: np.ndarray):
             bits = f", {record['bpb']:.4f} bits a byte" if record["bpb"] else ""
             nats = f"train {record['train_loss']:.4f}, validation {record['val_loss']:.4f} nats"
             print(f"step {step:5d}: {nats}{bits}, {record['seconds']:.0f} s")
-            if record["val_loss"] < p["best"]:
+            if record["val_loss"] < p.best:
+                p.best = record["val_loss"]
                 training.save("best.pt")
-            p.update(best=min(p["best"], record["val_loss"]), loss=0.0, count=0)
+            p.loss, p.count = 0.0, 0
             if ranks()[0] == 0:
                 if last and not o.data:
                     import data
@@ -449,11 +444,12 @@ def train_loop(training: Run, tokens: np.ndarray, val: np.ndarray):
             return
         loss, stop = training.train_step(tokens, bool(wishes))
         if sys.stdout.isatty():
-            left = f"{p['seconds'] / p['step'] * (o.max_iters - p['step']):.0f} s left"
-            print(f"step {p['step']} of {o.max_iters}: loss {loss:.4f}, {left}   ", end="\r", flush=True)
+            print(f"step {p.step} of {o.max_iters}: loss {loss:.4f}, "
+                  f"{o.batch_size * o.block_size * p.step / p.seconds:,.0f} tokens/s, "
+                  f"{p.seconds / p.step * (o.max_iters - p.step):.0f} s left   ", end="\r", flush=True)
         if stop:
             training.save("ckpt.pt")
-            print(f"\nstopped after step {p['step']}; {o.output}/ckpt.pt is saved, --resume goes on from it")
+            print(f"\nstopped after step {p.step}; {o.output}/ckpt.pt is saved, --resume goes on from it")
             raise KeyboardInterrupt
 
 
@@ -502,7 +498,7 @@ def main():
     if "LOCAL_RANK" in os.environ:  # torchrun
         torch.cuda.is_available() and torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if pick_device(o.device).type == "cuda" else "gloo")
-        sys.stdout = sys.stdout if ranks()[0] == 0 else open(os.devnull, "w")  # one of them prints
+        sys.stdout = open(os.devnull, "w") if ranks()[0] else sys.stdout  # one of them prints
     with contextlib.suppress(OSError, TypeError, AttributeError):  # glibc only
         ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX: keep freed memory, for new pages cost more than
         ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the arithmetic on them
@@ -510,8 +506,9 @@ def main():
     ckpt.parent.mkdir(parents=True, exist_ok=True)
     if o.resume and ckpt.exists():
         checkpoint = model.load_checkpoint(ckpt)
+        require("progress" in checkpoint, f"{ckpt} is a checkpoint of weights alone; there is no run to resume")
         stored = checkpoint["train"]
-        del stored["output"], stored["vocab_size"]  # the folder may have moved; the tokenizer tells its size
+        del stored["output"]  # the folder may have moved
         o = options(Options, [f"--{key}={stored[key]}" for key in stored] + sys.argv[1:])
     elif o.resume:
         print(f"nothing to resume in {o.output}: starting at step 0")
@@ -523,18 +520,21 @@ def main():
         import bpe
         tokenizer = bpe.load(folder / "tokenizer.json")
     vocab_size = len(tokenizer.vocab) or o.vocab_size or 1 + int(max(tokens.max(), val.max()))
-    o = recipe(dataclasses.replace(o, vocab_size=vocab_size), len(tokens))
+    o = recipe(o, len(tokens))
     refuse(o, len(tokens))
-    training = Run(o, tokenizer, checkpoint)
+    training = Run(o, vocab_size, tokenizer, checkpoint)
     print(f"{folder}: {len(tokens):,} training tokens, {len(val):,} for validation, of {vocab_size:,} kinds")
     print(model.report(training.gpt.config, training.o.micro_batch, o.optimizer))
     if ranks()[0] == 0:
-        begin(training.o, training.progress["step"], tokens)
+        begin(training.o, training.progress.step, tokens)
     train_loop(training, tokens, val[:o.eval_tokens])
     sampler = Path(__file__).parent / "sample.py"
     if tokenizer.vocab and sampler.exists() and ranks()[0] == 0:
         subprocess.run([sys.executable, sampler, f"--ckpt={ckpt}", "--max_new_tokens=200"])
         print(f"next: python sample.py --ckpt={ckpt} --prompt='def '")
+    if dist.is_initialized():
+        dist.barrier()  # else a thread of gloo may free its last tensor while Python ends, which aborts the process
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
