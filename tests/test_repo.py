@@ -112,6 +112,21 @@ def test_the_import_rule_bites(name, source, found):
 
 # ------------------------------------------------------------------------------------------- how long and how dense a file is
 
+def tokens_of(source):
+    """Tokens of a source text; an f-string is one, as it was before Python 3.12."""
+    depth = 0
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        name = tokenize.tok_name[token.type]
+        if name in ("FSTRING_START", "TSTRING_START"):
+            first = first if depth else token
+            depth += 1
+        elif name in ("FSTRING_END", "TSTRING_END"):
+            depth -= 1
+            token = token._replace(type=tokenize.STRING, start=first.start)
+        if depth == 0:
+            yield token
+
+
 def lines_of(source):
     """(code tokens by line, lines that are comment or docstring, all lines). A line inside a longer token is code."""
     words, code = set(), {}
@@ -120,7 +135,7 @@ def lines_of(source):
             words.update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
     docstrings = set(words)
     layout = {tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+    for token in tokens_of(source):
         if token.type == tokenize.COMMENT:
             words.add(token.start[0])
         elif token.type not in layout and token.start[0] not in docstrings:
@@ -138,7 +153,7 @@ def too_much(name, source):
     out += ["p95 above 30 tokens"] * (per_line[int(0.95 * (len(per_line) - 1))] > 30)
     out += ["less than 18% comments and docstrings"] * (len(words) < 0.18 * len(lines))
     out += ["wider than 120"] * any(len(line) > 120 for line in lines)
-    out += ["a semicolon"] * any(t.string == ";" for t in tokenize.generate_tokens(io.StringIO(source).readline))
+    out += ["a semicolon"] * any(token.string == ";" for token in tokens_of(source))
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno + 1 > (80 if node.name == "main" else 60):
             out.append(f"{node.name} is too long")
