@@ -246,14 +246,17 @@ def free_memory(device: torch.device) -> float:
     return math.inf
 
 
-def fit_micro_batch(o: Options, config: Config, rows: int, free: float) -> int:
-    """How many of `rows` sequences to run at a time, in `free` bytes. Raises ValueError where it cannot be."""
-    micro = min(rows, o.micro_batch or rows)
-    while (need := model.account(config, micro, o.optimizer)["memory_total"]) > free:
-        smaller = "--micro_batch" if micro > 1 else "--n_embd, --n_layer or --block_size"
-        reason = f"training needs {need / 2**30:.1f} GiB, {free / 2**30:.1f} are free; use a smaller {smaller}"
-        require(micro > 1 and not o.micro_batch, reason)
-        micro = (micro + 1) // 2
+def fit_micro_batch(o: Options, cost: dict, rows: int, free: float) -> int:
+    """How many of `rows` sequences to run at a time, in `free` bytes, when one costs `cost` (model.account).
+
+    Raises ValueError where not even one fits, or not as many as were asked for.
+    """
+    each = cost["memory"]["activations"]  # a sequence's; the rest is there once
+    rest = cost["memory_total"] - each
+    micro = int(min(rows, o.micro_batch or max(1, (free - rest) / each)))
+    need = rest + micro * each
+    require(need <= free, f"training needs {need / 2**30:.1f} GiB, {free / 2**30:.1f} are free; use a smaller "
+            f"{'--micro_batch' if micro > 1 else '--n_embd, --n_layer or --block_size'}")
     return micro
 
 
@@ -279,7 +282,8 @@ class Run:
         self.device, (rank, world) = pick_device(o.device), ranks()
         config = Config(**{name: getattr(o, name) for name in Config.__annotations__} | dict(vocab_size=vocab_size))
         self.rows = np.arange(rank, o.batch_size, world)  # this rank's, of each batch
-        micro = fit_micro_batch(o, config, len(self.rows), free_memory(self.device))
+        cost = model.account(config, 1, o.optimizer)
+        micro = fit_micro_batch(o, cost, len(self.rows), free_memory(self.device))
         self.o = dataclasses.replace(o, micro_batch=micro)  # kept: a resumed run must cut, and round, alike
         torch.manual_seed(o.seed)
         self.gpt = GPT(config)
@@ -288,7 +292,7 @@ class Run:
             require(same, "the checkpoint has another shape, vocabulary or optimizer; resume with its own")
             self.gpt = model.from_checkpoint(checkpoint)
         self.gpt.to(self.device)
-        self.flops = 3 * model.account(config, 1)["forward_flops"] // o.block_size  # of a token
+        self.flops = 3 * cost["forward_flops"] // o.block_size  # of a token
         start = dict(step=0, seconds=0.0, loss=0.0, count=0, grad_norm=0.0, best=math.inf)
         self.progress = SimpleNamespace(**checkpoint.get("progress", start))
         self.roles = self.gpt.roles()
@@ -422,14 +426,13 @@ def train_loop(training: Run, tokens: np.ndarray, val: np.ndarray):
     o, p, wishes = training.o, training.progress, []
     signal.signal(signal.SIGINT, lambda *_: wishes.append(True))
     while True:
-        step = p.step
-        last = step >= o.max_iters
-        if step and step % o.eval_interval == 0 or last:
+        last = p.step >= o.max_iters
+        if p.step and p.step % o.eval_interval == 0 or last:
             training.save("ckpt.pt")
             record = training.evaluate(val)
             bits = f", {record['bpb']:.4f} bits a byte" if record["bpb"] else ""
             nats = f"train {record['train_loss']:.4f}, validation {record['val_loss']:.4f} nats"
-            print(f"step {step:5d}: {nats}{bits}, {record['seconds']:.0f} s")
+            print(f"step {p.step:5d}: {nats}{bits}, {record['seconds']:.0f} s")
             if record["val_loss"] < p.best:
                 p.best = record["val_loss"]
                 training.save("best.pt")
