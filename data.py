@@ -18,19 +18,18 @@ import dataclasses
 import difflib
 import hashlib
 import inspect
-import io
 import itertools
 import json
 import lzma
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import sys
 import textwrap
 import threading
 import time
-import tokenize
 from collections import Counter
 from multiprocessing.connection import Connection
 from concurrent.futures import ThreadPoolExecutor
@@ -62,22 +61,22 @@ class Options:
 
 def options(kind: type, words: list[str]):
     """Fill the dataclass `kind` from --key=value words; a field's trailing comment is its help. A bad word exits 2."""
-    source = io.StringIO("".join(map(inspect.getsource, kind.__mro__[-2::-1])))
-    notes = {t.line.split(":")[0].strip(): t.string[1:].strip() for t in tokenize.generate_tokens(source.readline)
-             if t.type == tokenize.COMMENT}
+    source = "".join(map(inspect.getsource, kind.__mro__[-2::-1]))
+    notes = dict(re.findall(r"^    (\w+): .*  # (.+)", source, re.MULTILINE))
     parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__, usage="%(prog)s [--key=value ...]",
                                      formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False)
     parser.add_argument("--help", action="help", help=argparse.SUPPRESS)
     parser.epilog = "options:"
     parser.error = lambda message: sys.exit(print(f"{parser.prog}: {message}", file=sys.stderr) or 2)
-    for name, of, default in [(field.name, field.type, field.default) for field in dataclasses.fields(kind)]:
-        def read(text, of=of):
+    for field in dataclasses.fields(kind):
+        def read(text, of=field.type):
             value = ("false", "true").index(text.lower()) if of is bool else float(text) if of is int else of(text)
             return of(value) if of is str or abs(value) < float("inf") and of(value) == value else float("none")
-        read.__name__ = of.__name__  # argparse names it where the text is not of this type
-        parser.add_argument(f"--{name}", type=read, default=default, nargs="?", const=of is bool or "",
-                            help=argparse.SUPPRESS)
-        parser.epilog += f"\n  --{name}={default} ".ljust(31) + ("\n" + " " * 30).join(textwrap.wrap(notes[name], 49))
+        read.__name__ = field.type.__name__  # argparse names it where the text is not of this type
+        parser.add_argument(f"--{field.name}", type=read, default=field.default, nargs="?",
+                            const=field.type is bool or "", help=argparse.SUPPRESS)
+        head = f"\n  --{field.name}={field.default} ".ljust(31)
+        parser.epilog += head + ("\n" + " " * 30).join(textwrap.wrap(notes[field.name], 49))
     for flag, word in zip(["", *words], words):
         name = word.lstrip("-").partition("=")[0]
         if not word.startswith("--") or name not in (*notes, "help"):

@@ -252,7 +252,7 @@ def test_a_wrong_word_exits_2_with_one_line(name, run_script, tmp_path):
 
 
 TOY = '''"""A toy."""
-import argparse, contextlib, dataclasses, difflib, inspect, io, os, sys, textwrap, tokenize
+import argparse, contextlib, dataclasses, difflib, inspect, os, re, sys, textwrap
 from pathlib import Path
 from typing import BinaryIO, Callable, Iterator
 @dataclasses.dataclass
