@@ -344,6 +344,7 @@ COPIES = {
     "data.py": ("bpe", ["--input=corpus.txt", "--separator=<|endoftext|>", "--vocab_size=300", "--output=tokens"], "tokens/val.npy"),
     "model.py": ("", [], "parameters"),
     "train.py": ("model", ["--data=ready", "--output=out", *TINY_MODEL], "out/ckpt.pt"),
+    "scaling.py": ("model", ["--fit=runs.csv"], "scaling/fit.json"),
     "sample.py": ("model bpe", ["--ckpt=trained/ckpt.pt", "--prompt=the ", "--device=cpu"], "the "),
 }
 
@@ -370,6 +371,8 @@ def test_a_script_copied_alone_runs(name, tmp_path, run_script, request):
         shutil.copy(ROOT / file, tmp_path / file)
     (tmp_path / "corpus.txt").write_text("<|endoftext|>".join(tiny_documents()), encoding="utf-8")
     ready_tokens(tmp_path / "ready")
+    rows = [f"{N},{D},{2 + 60 / N**0.3 + 300 / D**0.4}" for N in (10**5, 10**6, 10**7) for D in (10**7, 10**8, 10**9)]
+    (tmp_path / "runs.csv").write_text("\n".join(["N,D,loss", *rows]))
     done = run_script(name, *words, cwd=tmp_path, root=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / left).is_file() or left in done.stdout, done.stdout
