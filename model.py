@@ -46,7 +46,7 @@ class Config:
     head_dim: int = 0  # width of a head (0: n_embd / n_head)
     n_inner: int = 0  # inner width of the feed-forward (0: 4 n_embd; swiglu, geglu: 8/3 n_embd)
     norm: str = "rmsnorm"  # rmsnorm, layernorm
-    placement: str = "pre"  # of the norms: pre, post
+    placement: str = "pre"  # of the norms: pre, post, reordered, parallel
     position: str = "rope"  # rope, sinusoidal, learned, none
     mixer: str = "attention"  # attention, window, linear, mamba2, gdn; a comma list is tiled over the layers
     window: int = 0  # tokens that a window layer sees, its own included
@@ -124,7 +124,8 @@ class Plain:
         `mask`: True where a query may look, broadcast to (B, H, T, S). None: a query sees all keys up to its own, and
         T is S, or 1 for the last of S tokens.
         """
-        T, S = q.shape[2], k.shape[2]
+        T = q.shape[2]
+        S = k.shape[2]
         groups = q.shape[1] // k.shape[1]
         k = k.repeat_interleave(groups, 1)  # (B, H, S, hd)
         v = v.repeat_interleave(groups, 1)
@@ -215,9 +216,9 @@ class Dropout(nn.Module):
         keys = self.noise["keys"] if self.noise else torch.randint(2**62, (len(x),))
         place = torch.arange(x[0].numel(), device=x.device) + (self.site << 40)
         bits = place + keys.to(x.device)[:, None] * 0x1E3779B97F4A7C15  # (B, T C)
-        bits = (bits ^ (bits >> 30 & 2**34 - 1)) * 0x3F58476D1CE4E5B9  # & takes out the sign shifted in
-        bits = (bits ^ (bits >> 27 & 2**37 - 1)) * 0x14D049BB133111EB
-        keep = (bits >> 20 & 2**24 - 1) >= self.p * 2**24
+        bits = (bits ^ (bits >> 30 & 0x3FFFFFFFF)) * 0x3F58476D1CE4E5B9  # & takes out the sign shifted in
+        bits = (bits ^ (bits >> 27 & 0x1FFFFFFFFF)) * 0x14D049BB133111EB
+        keep = (bits >> 20 & 0xFFFFFF) >= self.p * 2**24
         return x * keep.view_as(x) / (1 - self.p)
 
 
@@ -401,7 +402,7 @@ class Recurrence(nn.Module):
     a part of them back.
     """
 
-    def __init__(self, config: Config, forget: bool, delta: bool):
+    def __init__(self, forget: bool, delta: bool, config: Config):
         super().__init__()
         self.forget = forget
         self.delta = delta
@@ -439,9 +440,9 @@ class Recurrence(nn.Module):
 MIXERS = {
     "attention": Attention,
     "window": lambda config: Attention(config, config.window),  # Beltagy et al. 2020
-    "linear": lambda config: Recurrence(config, False, False),  # Katharopoulos et al. 2020
-    "mamba2": lambda config: Recurrence(config, True, False),  # Dao and Gu 2024
-    "gdn": lambda config: Recurrence(config, True, True),  # Gated DeltaNet, Yang et al. 2025
+    "linear": partial(Recurrence, False, False),  # Katharopoulos et al. 2020
+    "mamba2": partial(Recurrence, True, False),  # Dao and Gu 2024
+    "gdn": partial(Recurrence, True, True),  # Gated DeltaNet, Yang et al. 2025
 }
 
 
@@ -473,13 +474,21 @@ FFNS = {
 
 # ---- blocks: how the layers and their norms hang on the residual stream
 
-class PreNorm(nn.Module):
-    """x + f(norm(x)): the residual stream runs through unchanged (Xiong et al. 2020)."""
+# what a layer f and its norm make of the stream x; `start` is the stream before the block
+PLACEMENTS = {
+    "pre": lambda x, start, norm, f: x + f(norm(x)),  # the stream runs through unchanged (Xiong et al. 2020)
+    "post": lambda x, start, norm, f: norm(x + f(x)),  # the original order (Vaswani et al. 2017)
+    "reordered": lambda x, start, norm, f: x + norm(f(x)),  # what is added has a known size (Olmo 2, 2024)
+    "parallel": lambda x, start, norm, f: x + f(norm(start)),  # mixer and feed-forward side by side (GPT-NeoX, 2022)
+}
 
-    final_norm = True
+
+class Block(nn.Module):
+    """A mixer, then a feed-forward layer, each with its norm where --placement puts it."""
 
     def __init__(self, config: Config, layer: int, noise: dict):
         super().__init__()
+        self.place = PLACEMENTS[config.placement]
         self.norm1 = NORMS[config.norm](config)
         self.norm2 = NORMS[config.norm](config)
         self.mixer = MIXERS[config.mixers[layer]](config)
@@ -489,21 +498,8 @@ class PreNorm(nn.Module):
 
     def forward(self, x, *past):
         """x (B, T, C) -> (B, T, C); `past` is for the mixer: at, turn, state, layer"""
-        x = x + self.drop1(self.mixer(self.norm1(x), *past))
-        return x + self.drop2(self.ffn(self.norm2(x)))
-
-
-class PostNorm(PreNorm):
-    """norm(x + f(x)): the original order (Vaswani et al. 2017)."""
-
-    final_norm = False
-
-    def forward(self, x, *past):
-        x = self.norm1(x + self.drop1(self.mixer(x, *past)))
-        return self.norm2(x + self.drop2(self.ffn(x)))
-
-
-PLACEMENTS = {"pre": PreNorm, "post": PostNorm}
+        mixed = self.place(x, x, self.norm1, lambda h: self.drop1(self.mixer(h, *past)))
+        return self.place(mixed, x, self.norm2, lambda h: self.drop2(self.ffn(h)))
 
 
 # ---- what each parameter is: how it starts and how it is trained
@@ -547,13 +543,12 @@ class GPT(nn.Module):
         config.check()
         self.config = config
         self.noise = {}  # shared by all dropouts, see there
-        block = PLACEMENTS[config.placement]
         role = "tied" if config.tie_embeddings else "embedding"
         self.embedding = Embedding(config.n_embd, config.vocab_size, role=role)
         self.position = POSITIONS[config.position](config)
         self.drop = Dropout(config.dropout, self.noise, 0)
-        self.blocks = nn.ModuleList(block(config, layer, self.noise) for layer in range(config.n_layer))
-        self.norm = NORMS[config.norm](config) if block.final_norm else nn.Identity()
+        self.blocks = nn.ModuleList(Block(config, layer, self.noise) for layer in range(config.n_layer))
+        self.norm = nn.Identity() if config.placement == "post" else NORMS[config.norm](config)
         self.head = Linear(config.n_embd, config.vocab_size, role="head")
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
@@ -580,7 +575,8 @@ class GPT(nn.Module):
         Raises ValueError where the context would be longer than block_size.
         """
         state = state or State([[] for _ in self.blocks], [0], [0])
-        T, device = tokens.shape[1], tokens.device
+        T = tokens.shape[1]
+        device = tokens.device
         longest = self.config.block_size
         require(max(state.lengths) + T <= longest, f"the context is longer than the block_size of {longest} tokens")
         first = state.lengths if min(state.lengths) < max(state.lengths) else state.lengths[:1]
@@ -647,12 +643,11 @@ def report(config: Config, batch: int, optimizer: str = "muon") -> str:
     T = config.block_size
     roles = ", ".join(f"{role} {n:,}" for role, n in a["roles"].items() if n)
     memory = ", ".join(f"{name} {n / 2**20:,.1f}" for name, n in a["memory"].items())
-    return "\n".join((
-        f"parameters    {a['parameters']:,} ({roles})",
-        f"FLOPs         {a['forward_flops']:,} forward for {T} tokens, {3 * a['forward_flops'] // T:,} a token trained",
-        f"memory, MiB   {a['memory_total'] / 2**20:,.1f} at {batch} x {T} tokens ({memory})",
-        f"cache         {a['cache_per_token']:,} bytes a token, {a['cache_per_token'] * T / 2**20:,.2f} MiB a sequence",
-    ))
+    return f"""\
+parameters    {a['parameters']:,} ({roles})
+FLOPs         {a['forward_flops']:,} forward for {T} tokens, {3 * a['forward_flops'] // T:,} a token trained
+memory, MiB   {a['memory_total'] / 2**20:,.1f} at {batch} x {T} tokens ({memory})
+cache         {a['cache_per_token']:,} bytes a token, {a['cache_per_token'] * T / 2**20:,.2f} MiB a sequence"""
 
 
 # ---- checkpoints: one plain dict, read without unpickling code

@@ -81,7 +81,7 @@ SINGLES += [WINDOW, dict(n_kv_head=1), dict(n_inner=20), dict(bias=True), dict(q
 PAIRS = [dict(position=position, n_kv_head=2, head_dim=6, **HYBRID) for position in model.POSITIONS]
 PAIRS += [dict(position=position, qk_norm=False, **WINDOW) for position in model.POSITIONS]
 PAIRS += [dict(mixer=f"{mixer},attention", head_dim=6, placement=placement, bias=True, norm="layernorm")
-          for mixer in RECURRENT for placement in model.PLACEMENTS]
+          for mixer, placement in zip(RECURRENT, ("post", "reordered", "parallel"))]
 PAIRS += [dict(norm=norm, placement=placement, bias=True) for norm in model.NORMS for placement in model.PLACEMENTS]
 PAIRS += [dict(ffn=ffn, bias=True, placement="post", position="learned") for ffn in model.FFNS]
 VARIANTS = {",".join(f"{k}={v}" for k, v in changes.items()) or "default": changes for changes in SINGLES + PAIRS}
@@ -272,12 +272,31 @@ def test_default_model_equals_formulas(changes):
     close(gpt(x), default_by_hand(gpt, x))
 
 
-def test_post_norm_is_the_original_order():
-    gpt, x = make(placement="post", n_layer=1, position="none"), tokens()
+@pytest.mark.parametrize("placement", model.PLACEMENTS)
+def test_placements_by_hand(placement):
+    gpt, x = make(placement=placement, n_layer=1, position="none", ffn="gelu"), tokens()
     block, h = gpt.blocks[0], gpt.embedding.weight[x]
     at = torch.arange(x.shape[1])[None]
-    h = block.norm1(h + block.mixer(h, at, gpt.position.turn(at), fresh(gpt), 0))
-    close(gpt(x), block.norm2(h + block.ffn(h)) @ gpt.head.weight.T)  # and no norm after the last block
+
+    def mix(h):
+        return block.mixer(h, at, gpt.position.turn(at), fresh(gpt), 0)
+
+    if placement == "pre":
+        h = h + mix(block.norm1(h))
+        h = h + block.ffn(block.norm2(h))
+    elif placement == "post":
+        h = block.norm1(h + mix(h))
+        h = block.norm2(h + block.ffn(h))
+    elif placement == "reordered":
+        h = h + block.norm1(mix(h))
+        h = h + block.norm2(block.ffn(h))
+    else:
+        h = h + mix(block.norm1(h)) + block.ffn(block.norm2(h))
+    if placement == "post":  # no norm after the last block
+        assert not list(gpt.norm.parameters())
+    else:
+        h = gpt.norm(h)
+    close(gpt(x), h @ gpt.head.weight.T)
 
 
 @pytest.mark.parametrize("key,f", [
@@ -938,12 +957,6 @@ class ToyPosition(model.Position):
         return x + at[..., None] / 16
 
 
-class ToyPlacement(model.PreNorm):
-    def forward(self, x, *past):
-        h = self.norm1(x)
-        return x + self.mixer(h, *past) + self.ffn(self.norm2(x))
-
-
 class ToyMixer(nn.Module):
     """The mean over all tokens before, with a learned decay that names its own role."""
 
@@ -963,7 +976,7 @@ class ToyMixer(nn.Module):
         return [self.out.weight.new_zeros(batch, 1, len(self.scale))]
 
 
-TOYS = {"norm": ToyNorm, "position": ToyPosition, "placement": ToyPlacement, "mixer": ToyMixer,
+TOYS = {"norm": ToyNorm, "position": ToyPosition, "placement": lambda x, start, norm, f: x + torch.tanh(norm(f(x))), "mixer": ToyMixer,
         "ffn": lambda config: model.MLP(torch.sin, config)}
 
 
@@ -1158,7 +1171,7 @@ def test_replacing(tmp_path):
        "rope_base", "norm_eps")),
     (dict(dropout=float("nan")), "--dropout=nan is too small"),
     (dict(norm="no"), "--norm=no: choose from rmsnorm, layernorm"),
-    (dict(placement="no"), "--placement=no: choose from pre, post"),
+    (dict(placement="no"), "--placement=no: choose from pre, post, reordered, parallel"),
     (dict(position="no"), "--position=no: choose from rope, sinusoidal, learned, none"),
     (dict(ffn="no"), "--ffn=no: choose from swiglu, geglu, relu, gelu, relu2"),
     (dict(init="no"), "--init=no: choose from zero, gpt2"),
