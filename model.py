@@ -16,10 +16,11 @@ import sys
 import textwrap
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, Callable, Iterator, NamedTuple
+from typing import BinaryIO, Callable, Iterator, NamedTuple, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -42,15 +43,16 @@ class Config:
     n_kv_head: int = 0  # key and value heads, each shared by a group of query heads (0: n_head)
     n_embd: int = 128  # width of the residual stream
     head_dim: int = 0  # width of a head (0: n_embd / n_head)
-    n_inner: int = 0  # inner width of the feed-forward (0: 4 n_embd; swiglu: 8/3 n_embd)
+    n_inner: int = 0  # inner width of the feed-forward (0: 4 n_embd; swiglu, geglu: 8/3 n_embd)
     norm: str = "rmsnorm"  # rmsnorm, layernorm
-    placement: str = "pre"  # of the norms: pre, post
+    placement: str = "pre"  # of the norms: pre, post, reordered, parallel
     position: str = "rope"  # rope, sinusoidal, learned, none
-    mixer: str = "attention"  # attention, window; a comma list is tiled over the layers
+    mixer: str = "attention"  # attention, window, linear, mamba2, gdn; a comma list is tiled over the layers
     window: int = 0  # tokens that a window layer sees, its own included
-    ffn: str = "swiglu"  # swiglu, relu, gelu, relu2
+    ffn: str = "swiglu"  # swiglu, geglu, relu, gelu, relu2
     qk_norm: bool = True  # normalise queries and keys
     bias: bool = False  # biases in linear layers and LayerNorm
+    qkv_bias: bool = False  # biases of queries, keys and values, also without the others
     tie_embeddings: bool = True  # one matrix for the token embedding and the head
     init: str = "zero"  # initialisation: zero (matrices that write to the residual stream start at 0), gpt2
     dropout: float = 0.0  # of the embedding and of what each layer adds
@@ -68,14 +70,13 @@ class Config:
     @property
     def inner(self) -> int:
         # two thirds of 4 n_embd, to a multiple of 8, give the gated form the parameters of the plain one (Shazeer 2020)
-        default = -(-8 * self.n_embd // 24) * 8 if self.ffn == "swiglu" else 4 * self.n_embd
+        default = -(-8 * self.n_embd // 24) * 8 if self.ffn.endswith("glu") else 4 * self.n_embd
         return self.n_inner or default
 
     @property
     def mixers(self) -> list[str]:
         """The mixer of each layer."""
-        keys = self.mixer.split(",")
-        return [keys[i % len(keys)] for i in range(self.n_layer)]
+        return (self.mixer.split(",") * self.n_layer)[:self.n_layer]
 
     def check(self) -> None:
         """Raise ValueError, naming the option to change, where no model has this shape."""
@@ -106,27 +107,14 @@ class Options(Config):
 class Plain:
     """Each operation in elementary tensor operations: a namespace of functions, of which no object is ever made."""
 
-    def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """x (..., n_in), weight (n_out, n_in), bias (n_out) -> (..., n_out)"""
-        return x @ weight.T if bias is None else x @ weight.T + bias
+    def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, center: bool) -> Tensor:
+        """(x - m) / sqrt(mean((x - m)^2) + eps) * weight + bias over the last dimension.
 
-    def embedding(tokens: Tensor, weight: Tensor) -> Tensor:
-        """tokens (...) of ids, weight (V, C) -> (..., C)"""
-        return weight[tokens]
-
-    def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich 2019)"""
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
-
-    def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-        """(x - mean) / sqrt(variance + eps) * weight + bias: the RMSNorm of what is left of x (Ba et al. 2016)"""
-        y = Plain.rms_norm(x - x.mean(-1, keepdim=True), weight, eps)
+        m is the mean of x if `center` (LayerNorm, Ba et al. 2016), else 0 (RMSNorm, Zhang and Sennrich 2019).
+        """
+        x = x - center * x.mean(-1, keepdim=True)
+        y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
         return y if bias is None else y + bias
-
-    def softmax(x: Tensor) -> Tensor:
-        """exp(x) / sum(exp(x)) over the last dimension; the largest is subtracted first, so that nothing overflows"""
-        x = (x - x.amax(-1, keepdim=True)).exp()
-        return x / x.sum(-1, keepdim=True)
 
     def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """softmax(q k^T / sqrt(hd)) v, each group of query heads on its key and value head (Vaswani 2017).
@@ -135,25 +123,25 @@ class Plain:
         `mask`: True where a query may look, broadcast to (B, H, T, S). None: a query sees all keys up to its own, and
         T is S, or 1 for the last of S tokens.
         """
-        T, S = q.shape[2], k.shape[2]
+        T = q.shape[2]
+        S = k.shape[2]
         groups = q.shape[1] // k.shape[1]
-        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)  # (B, H, S, hd)
+        k = k.repeat_interleave(groups, 1)  # (B, H, S, hd)
+        v = v.repeat_interleave(groups, 1)
         if mask is None:
             mask = q.new_ones(T, S).tril(S - T).bool()
-        scores = q @ k.transpose(2, 3) / q.shape[3] ** 0.5  # (B, H, T, S)
-        return Plain.softmax(scores.masked_fill(~mask, float("-inf"))) @ v
+        scores = (q @ k.mT / q.shape[3] ** 0.5).masked_fill(~mask, float("-inf"))  # (B, H, T, S)
+        weights = (scores - scores.amax(-1, keepdim=True)).exp()  # the largest becomes 1: nothing overflows
+        return weights / weights.sum(-1, keepdim=True) @ v
 
 
-class Fast(Plain):
+class Fast:
     """The same operations, fused by torch: one pass over memory where the plain form makes several."""
 
-    linear, embedding = F.linear, F.embedding
-
-    def rms_norm(x, weight, eps):
+    def norm(x, weight, bias, eps, center):
+        if center:
+            return F.layer_norm(x, weight.shape, weight, bias, eps)
         return F.rms_norm(x, weight.shape, weight.type_as(x), eps)  # fused only where the types are the same
-
-    def layer_norm(x, weight, bias, eps):
-        return F.layer_norm(x, weight.shape, weight, bias, eps)
 
     def attention(q, k, v, mask):
         causal = mask is None and q.shape[2] > 1  # torch would let a single query see the first key alone
@@ -167,7 +155,7 @@ ops = Fast  # what the layers below call; `model.ops = model.Plain` runs them as
 # ---- layers with parameters; `roles` names what each parameter is, a row of ROLES further down
 
 class Linear(nn.Module):
-    """x (..., n_in) -> (..., n_out)"""
+    """x (..., n_in) -> x W^T + b (..., n_out), with the weight W (n_out, n_in) and the bias b (n_out)"""
 
     def __init__(self, n_in: int, n_out: int, bias: bool = False, role: str = "matrix"):
         super().__init__()
@@ -176,45 +164,36 @@ class Linear(nn.Module):
         self.roles = {"weight": role, "bias": "bias"}
 
     def forward(self, x):
-        return ops.linear(x, self.weight, self.bias)
+        return F.linear(x, self.weight, self.bias)
 
 
 class Embedding(Linear):
-    """Ids (...) -> their rows (..., C): a linear layer of one-hot vectors, without the multiplication"""
-
-    def __init__(self, n_rows: int, n_embd: int):
-        super().__init__(n_embd, n_rows, role="embedding")
+    """Ids (...) -> their rows (..., n_in): a linear layer from rows to vectors, its input one-hot, is a look-up"""
 
     def forward(self, ids):
-        return ops.embedding(ids, self.weight)
+        return F.embedding(ids, self.weight)
 
 
-class RMSNorm(nn.Module):
-    """x (..., width) at a root mean square of 1, times a gain for each channel; width 0 is n_embd"""
+class Norm(nn.Module):
+    """x at a root mean square of 1, times a gain for each channel; width 0 is n_embd.
+
+    With `center` the mean is taken off before, and a bias may be added after.
+    """
 
     roles = {"weight": "gain", "bias": "bias"}
 
-    def __init__(self, config: Config, width: int = 0):
+    def __init__(self, config: Config, width: int = 0, center: bool = False):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width or config.n_embd))
+        self.bias = nn.Parameter(torch.empty_like(self.weight)) if center and config.bias else None
         self.eps = config.norm_eps
+        self.center = center
 
     def forward(self, x):
-        return ops.rms_norm(x, self.weight, self.eps)
+        return ops.norm(x, self.weight, self.bias, self.eps, self.center)
 
 
-class LayerNorm(RMSNorm):
-    """The same after the mean is taken off, with a bias on request"""
-
-    def __init__(self, config: Config, width: int = 0):
-        super().__init__(config, width)
-        self.bias = nn.Parameter(torch.empty_like(self.weight)) if config.bias else None
-
-    def forward(self, x):
-        return ops.layer_norm(x, self.weight, self.bias, self.eps)
-
-
-NORMS = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
+NORMS = {"rmsnorm": Norm, "layernorm": partial(Norm, center=True)}
 
 
 class Dropout(nn.Module):
@@ -226,7 +205,9 @@ class Dropout(nn.Module):
 
     def __init__(self, p: float, noise: dict, site: int):
         super().__init__()
-        self.p, self.noise, self.site = p, noise, site
+        self.p = p
+        self.noise = noise
+        self.site = site
 
     def forward(self, x):
         if not self.training or self.p == 0:
@@ -234,13 +215,13 @@ class Dropout(nn.Module):
         keys = self.noise["keys"] if self.noise else torch.randint(2**62, (len(x),))
         place = torch.arange(x[0].numel(), device=x.device) + (self.site << 40)
         bits = place + keys.to(x.device)[:, None] * 0x1E3779B97F4A7C15  # (B, T C)
-        bits = (bits ^ (bits >> 30 & 2**34 - 1)) * 0x3F58476D1CE4E5B9  # & takes out the sign shifted in
-        bits = (bits ^ (bits >> 27 & 2**37 - 1)) * 0x14D049BB133111EB
-        keep = (bits >> 20 & 2**24 - 1) >= self.p * 2**24
+        bits = (bits ^ (bits >> 30 & 0x3FFFFFFFF)) * 0x3F58476D1CE4E5B9  # & takes out the sign shifted in
+        bits = (bits ^ (bits >> 27 & 0x1FFFFFFFFF)) * 0x14D049BB133111EB
+        keep = (bits >> 20 & 0xFFFFFF) >= self.p * 2**24
         return x * keep.view_as(x) / (1 - self.p)
 
 
-# ---- positions: `at` is where the tokens stand, (T,), or (B, T) where rows of the batch have different lengths
+# ---- positions: `at` is where the tokens stand, (1, T), or (B, T) where rows have different lengths
 
 class Position(nn.Identity):
     """No sign of the position; each of the others replaces one of the two functions."""
@@ -256,8 +237,8 @@ class Position(nn.Identity):
 
 def waves(length: int, width: int, base: float) -> Tensor:
     """cos and sin of position / base^(2 i / width), i a pair of channels: (2, length, width / 2 rounded up)"""
-    frequency = base ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
-    angle = torch.outer(torch.arange(length, dtype=torch.float64), frequency)  # exact enough for long contexts
+    frequency = base ** (-torch.arange(0, width, 2).double() / width)
+    angle = torch.outer(torch.arange(length).double(), frequency)  # exact enough for long contexts
     return torch.stack((angle.cos(), angle.sin())).to(torch.get_default_dtype())
 
 
@@ -274,7 +255,7 @@ class Rope(Position):
         self.register_buffer("table", table, persistent=False)
 
     def turn(self, at):
-        cos, sin = self.table[:, at].unsqueeze(-2)  # (T, 1, hd) each or, ragged, (B, T, 1, hd)
+        cos, sin = self.table[:, at].unsqueeze(-2)  # (1 or B, T, 1, hd) each
         return lambda x: x * cos + x.roll(x.shape[3] // 2, 3) * sin
 
 
@@ -296,7 +277,7 @@ class Learned(Position):
 
     def __init__(self, config: Config):
         super().__init__()
-        self.table = Embedding(config.block_size, config.n_embd)
+        self.table = Embedding(config.n_embd, config.block_size, role="embedding")
 
     def add(self, x, at):
         return x + self.table(at)
@@ -305,79 +286,44 @@ class Learned(Position):
 POSITIONS = {"rope": Rope, "sinusoidal": Sinusoidal, "learned": Learned, "none": Position}
 
 
-# ---- states: all that a mixer looks back on, its position too
+# ---- states: all that the layers look back on, and the position
 
-class Fresh:
-    """The state of a forward pass that has no past: the tokens see each other, nothing is kept."""
+@dataclasses.dataclass
+class State:
+    """What cached decoding carries from one call of the model to the next; of a pass that keeps nothing, no layers."""
 
-    lengths = [0]  # tokens taken in so far, one number a row
+    layers: list[list[Tensor]]  # rows first; what append fills has the position as second dimension
+    lengths: list[int]  # tokens taken in so far, one number a row
+    start: list[int]  # what truncate may go back to: a recurrence sets it to the lengths before the last call
 
-    def positions(self, T: int, device: torch.device) -> Tensor:
-        """The positions of the next T tokens: (T,), or (B, T) where rows have different lengths."""
-        first = self.lengths[0]
-        if min(self.lengths) < max(self.lengths):
-            first = torch.tensor(self.lengths, device=device)[:, None]
-        return first + torch.arange(T, device=device)
-
-    def append(self, k, v):
-        return k, v
-
-
-class KVCache(Fresh):
-    """The keys and values of one attention layer: two tensors (B, capacity, H_kv, hd), filled to `lengths[row]`."""
-
-    def __init__(self, k: Tensor, v: Tensor, lengths: list[int]):
-        self.k, self.v, self.lengths = k, v, lengths
-
-    def append(self, k, v):
-        """Take in k and v (B, T, H_kv, hd) of the next T tokens; return all that is filled, (B, S, H_kv, hd) each."""
-        T, room = k.shape[1], self.k.shape[1]
-        start = max(self.lengths)
-        S = start + T
+    def append(self, layer: int, at: Tensor, *new: Tensor) -> Sequence[Tensor]:
+        """Take in (B, T, ...) of the T tokens at `at`; return all that is filled, (B, S, ...) each."""
+        kept = self.layers[layer]
+        if not kept:
+            return new
+        S = max(self.lengths) + at.shape[1]
+        room = kept[0].shape[1]
         require(S <= room, f"the state holds {room} tokens, {S} are needed: ask new_state for more")
-        if start == min(self.lengths):
-            self.k[:, start:S] = k
-            self.v[:, start:S] = v
-        else:
-            rows = torch.arange(len(k), device=k.device)[:, None]
-            at = self.positions(T, k.device)  # (B, T): behind the end of each row
-            self.k[rows, at] = k
-            self.v[rows, at] = v
-        self.lengths = [length + T for length in self.lengths]
-        return self.k[:, :S], self.v[:, :S]
+        rows = torch.arange(len(new[0]), device=at.device)[:, None]
+        for old, x in zip(kept, new):
+            old[rows, at] = x.type_as(old)
+        return [old[:, :S] for old in kept]
 
     def truncate(self, lengths: list[int]) -> None:
         """Forget what lies beyond `lengths`, one a row (rejected drafts, the padding of a ragged prompt)."""
-        fit = all(0 <= new <= old for new, old in zip(lengths, self.lengths, strict=True))
-        require(fit, f"cannot truncate {self.lengths} to {lengths}")
+        fit = all(a <= b <= c for a, b, c in zip(self.start, lengths, self.lengths, strict=True))
+        require(fit, f"cannot truncate {self.lengths} to {lengths}: possible down to {self.start}")
         self.lengths = list(lengths)
 
-    def fork(self, rows: list[int]) -> "KVCache":
-        """A new state whose row i is a copy of row rows[i] (one prompt, several samples)."""
-        return KVCache(self.k[rows], self.v[rows], [self.lengths[row] for row in rows])
-
-    @property
-    def nbytes(self) -> int:
-        return self.k.nbytes + self.v.nbytes
-
-
-class State(list):
-    """The states of all layers: what cached decoding carries from one call of the model to the next."""
-
-    @property
-    def lengths(self) -> list[int]:
-        return self[0].lengths
-
-    @property
-    def nbytes(self) -> int:
-        return sum(layer.nbytes for layer in self)
-
-    def truncate(self, lengths: list[int]) -> None:
-        for layer in self:
-            layer.truncate(lengths)
-
     def fork(self, rows: list[int]) -> "State":
-        return State(layer.fork(rows) for layer in self)
+        """A new state whose row i is a copy of row rows[i] (one prompt, several samples)."""
+        layers = [[x[rows] for x in kept] for kept in self.layers]
+        lengths = [self.lengths[row] for row in rows]
+        return State(layers, lengths, [self.start[row] for row in rows])
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for kept in self.layers for x in kept)
 
 
 # ---- mixers: where tokens look at each other
@@ -390,80 +336,158 @@ class Attention(nn.Module):
 
     def __init__(self, config: Config, window: int = 0):
         super().__init__()
-        self.window, self.width = window, config.head_width
-        self.heads = (config.n_head, config.kv_heads, config.kv_heads)  # of q, k and v
-        self.qkv = Linear(config.n_embd, sum(self.heads) * self.width, config.bias)
+        self.window = window
+        self.width = config.head_width
+        self.heads = config.n_head, config.kv_heads, config.kv_heads  # of q, k and v
+        self.qkv = Linear(config.n_embd, sum(self.heads) * self.width, config.bias or config.qkv_bias)
         self.out = Linear(config.n_head * self.width, config.n_embd, config.bias, "output")
         norm = NORMS[config.norm] if config.qk_norm else nn.Identity
         self.q_norm = norm(config, self.width)
         self.k_norm = norm(config, self.width)
 
-    def forward(self, x, at, turn, state):
+    def forward(self, x, at, turn, state, layer):
         B, T, _ = x.shape
         q, k, v = self.qkv(x).view(B, T, -1, self.width).split(self.heads, dim=2)  # (B, T, H or H_kv, hd)
         q = turn(self.q_norm(q))
-        k = turn(self.k_norm(k))
-        k, v = state.append(k, v)  # (B, S, H_kv, hd)
+        k, v = state.append(layer, at, turn(self.k_norm(k)), v)  # (B, S, H_kv, hd)
         # heads go to the front only here: the result keeps the layout of q, and so the next line copies nothing
-        y = ops.attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), self.mask(at, k.shape[1]))
+        mask = self.mask(at, k.shape[1])
+        y = ops.attention(*(part.transpose(1, 2) for part in (q, k, v)), mask)
         return self.out(y.transpose(1, 2).reshape(B, T, -1))
 
-    def mask(self, at: Tensor, S: int) -> Tensor | None:
-        """True where the query at position at[..., t] sees key s: (T, S) or (B, 1, T, S); None where causal says it."""
-        if at.ndim == 1 and len(at) in (1, S) and not self.window:
+    def mask(self, at, S):
+        """True where the query at position at[b, t] sees key s: (1 or B, 1, T, S); None where causal says it."""
+        rows, T = at.shape
+        if rows == 1 and T in (1, S) and not self.window:
             return None
-        far = at[..., None] - torch.arange(S, device=at.device)  # how far back key s lies
-        seen = (far >= 0) & (far < (self.window or S))
-        return seen if at.ndim == 1 else seen[:, None]
+        far = at[:, None, :, None] - torch.arange(S, device=at.device)  # how far back key s lies
+        return (far >= 0) & (far < (self.window or S))
 
-    def state(self, batch: int, capacity: int) -> KVCache:
-        """An empty cache for `batch` sequences of up to `capacity` tokens"""
-        shape, like = (batch, capacity, self.heads[1], self.width), self.qkv.weight
-        return KVCache(like.new_zeros(shape), like.new_zeros(shape), [0] * batch)
+    def state(self, batch, capacity):
+        """Empty keys and values of `batch` sequences of up to `capacity` tokens"""
+        shape = batch, capacity, self.heads[1], self.width
+        return [self.qkv.weight.new_zeros(shape) for _ in "kv"]
 
 
-# a window as in Beltagy et al. 2020
-MIXERS = {"attention": Attention, "window": lambda config: Attention(config, config.window)}
+def scan(inputs: Sequence[Tensor], S: Tensor, delta: bool, chunk: int = 64) -> tuple[Tensor, Tensor]:
+    """The linear recurrence S <- exp(g) S; S <- S + u k^T; y = S q, with u = b v or, with the delta rule, b (v - S k).
+
+    inputs q, k, v (B, H, T, hd), g (at most 0) and b (B, H, T, 1), and S (B, H, hd, hd) -> y like v, S after T tokens.
+    Inside a chunk it is matrix products: with g summed up to each token, D = exp(g_i - g_j) is what is left of token j
+    at token i (Dao and Gu 2024); under the delta rule each u depends on those before it, a triangular system (Yang et
+    al. 2024). The cost is linear in T; chunk=1 is the loop over tokens.
+    """
+    out = []
+    for q, k, v, g, b in zip(*(x.split(chunk, 2) for x in inputs)):
+        g = g.cumsum(2)
+        D = (g - g.mT).tril().exp().tril()  # the first tril: above the diagonal exp would overflow
+        g = g.exp()
+        u = b * v
+        if delta:
+            u -= b * g * (k @ S.mT)
+            seen = b * D * (k @ k.mT)  # u + tril(seen, -1) u = what stands on the right
+            u = torch.linalg.solve_triangular(seen, u, upper=False, unitriangular=True)
+        out.append((q @ k.mT * D) @ u + g * (q @ S.mT))
+        S = g[:, :, -1:] * S + (D[:, :, -1:].mT * u).mT @ k
+    return torch.cat(out, 2), S
+
+
+class Recurrence(nn.Module):
+    """A linear recurrence in place of attention: with `forget` S decays, with `delta` it replaces, see scan.
+
+    These are the cores of the papers below: keys of length 1 and the output normalised and gated in each head, but no
+    short convolutions before, and no feature map. The position is not asked: order shows in the decay alone.
+    The state has one size, whatever the length: S before the last call, and that call's inputs, as truncate may take
+    a part of them back.
+    """
+
+    def __init__(self, forget: bool, delta: bool, config: Config):
+        super().__init__()
+        self.forget = forget
+        self.delta = delta
+        self.heads = config.n_head
+        self.width = config.head_width
+        self.up = Linear(config.n_embd, self.heads * (4 * self.width + 1 + forget), config.bias)
+        self.out = Linear(self.heads * self.width, config.n_embd, config.bias, "output")
+        self.norm = Norm(config, self.width)
+
+    def forward(self, x, at, turn, state, layer):
+        B, T, _ = x.shape
+        S, *past = state.layers[layer] or self.state(B, 0)
+        heads = self.up(x).view(B, T, self.heads, -1).transpose(1, 2).type_as(S)  # (B, H, T, 4 hd + 1 or 2)
+        q, k, v, gate, rates = heads.split(self.width, 3)
+        k = F.normalize(k, dim=3)
+        g = self.forget * F.logsigmoid(rates[..., -1:] + 4)  # at first half is left after about 40 tokens
+        if past:
+            was, *inputs = past
+            kept = (was < at[:, :1])[:, None, :, None]  # what truncate took back is left out
+            _, S = scan([part * kept for part in inputs], S, self.delta)
+        inputs = q, k, v, g, rates[..., :1].sigmoid()
+        state.layers[layer] = [S, at.expand(B, T), *inputs]
+        state.start = state.lengths
+        y, _ = scan(inputs, S, self.delta)
+        y = (self.norm(y) * F.silu(gate)).type_as(x)
+        return self.out(y.transpose(1, 2).reshape(B, T, -1))
+
+    def state(self, batch, capacity):
+        """S of no tokens, in single precision at least"""
+        like = self.up.weight
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        return [like.new_zeros(batch, self.heads, self.width, self.width, dtype=dtype)]
+
+
+MIXERS = {
+    "attention": Attention,
+    "window": lambda config: Attention(config, config.window),  # Beltagy et al. 2020
+    "linear": partial(Recurrence, False, False),  # Katharopoulos et al. 2020
+    "mamba2": partial(Recurrence, True, False),  # Dao and Gu 2024
+    "gdn": partial(Recurrence, True, True),  # Gated DeltaNet, Yang et al. 2025
+}
 
 
 # ---- feed-forward layers: where each token is worked on alone
 
 class MLP(nn.Module):
-    """down(f(up x)); `up` is `parts` times as wide as what f gives."""
+    """down(f(up x)); f takes `parts` tensors, each as wide as what it gives."""
 
-    def __init__(self, f: Callable[[Tensor], Tensor], config: Config, parts: int = 1):
+    def __init__(self, f: Callable, config: Config, parts: int = 1):
         super().__init__()
         self.f = f
+        self.parts = parts
         self.up = Linear(config.n_embd, parts * config.inner, config.bias)
         self.down = Linear(config.inner, config.n_embd, config.bias, "output")
 
     def forward(self, x):
-        return self.down(self.f(self.up(x)))
+        return self.down(self.f(*self.up(x).chunk(self.parts, -1)))
 
 
-def swiglu(x: Tensor) -> Tensor:
-    """x (..., 2 n) -> silu of the first half * the second half, (..., n) (Shazeer 2020)"""
-    gate, up = x.chunk(2, -1)
-    return F.silu(gate) * up
-
-
+gelu = partial(F.gelu, approximate="tanh")  # GPT-2's form
 FFNS = {
-    "swiglu": partial(MLP, swiglu, parts=2),
+    "swiglu": partial(MLP, lambda gate, up: F.silu(gate) * up, parts=2),  # Shazeer 2020
+    "geglu": partial(MLP, lambda gate, up: gelu(gate) * up, parts=2),
     "relu": partial(MLP, F.relu),
-    "gelu": partial(MLP, partial(F.gelu, approximate="tanh")),  # GPT-2's form
+    "gelu": partial(MLP, gelu),
     "relu2": partial(MLP, lambda x: F.relu(x).square()),  # So et al. 2021
 }
 
 
 # ---- blocks: how the layers and their norms hang on the residual stream
 
-class PreNorm(nn.Module):
-    """x + f(norm(x)): the residual stream runs through unchanged (Xiong et al. 2020)."""
+# what a layer f and its norm make of the stream x; `start` is the stream before the block
+PLACEMENTS = {
+    "pre": lambda x, start, norm, f: x + f(norm(x)),  # the stream runs through unchanged (Xiong et al. 2020)
+    "post": lambda x, start, norm, f: norm(x + f(x)),  # the original order (Vaswani et al. 2017)
+    "reordered": lambda x, start, norm, f: x + norm(f(x)),  # what is added has a known size (Olmo 2, 2024)
+    "parallel": lambda x, start, norm, f: x + f(norm(start)),  # mixer and feed-forward side by side (GPT-NeoX, 2022)
+}
 
-    final_norm = True
+
+class Block(nn.Module):
+    """A mixer, then a feed-forward layer, each with its norm where --placement puts it."""
 
     def __init__(self, config: Config, layer: int, noise: dict):
         super().__init__()
+        self.place = PLACEMENTS[config.placement]
         self.norm1 = NORMS[config.norm](config)
         self.norm2 = NORMS[config.norm](config)
         self.mixer = MIXERS[config.mixers[layer]](config)
@@ -472,22 +496,9 @@ class PreNorm(nn.Module):
         self.drop2 = Dropout(config.dropout, noise, 2 * layer + 2)
 
     def forward(self, x, *past):
-        """x (B, T, C) -> (B, T, C); `past` is for the mixer: at, turn, state"""
-        x = x + self.drop1(self.mixer(self.norm1(x), *past))
-        return x + self.drop2(self.ffn(self.norm2(x)))
-
-
-class PostNorm(PreNorm):
-    """norm(x + f(x)): the original order (Vaswani et al. 2017)."""
-
-    final_norm = False
-
-    def forward(self, x, *past):
-        x = self.norm1(x + self.drop1(self.mixer(x, *past)))
-        return self.norm2(x + self.drop2(self.ffn(x)))
-
-
-PLACEMENTS = {"pre": PreNorm, "post": PostNorm}
+        """x (B, T, C) -> (B, T, C); `past` is for the mixer: at, turn, state, layer"""
+        mixed = self.place(x, x, self.norm1, lambda h: self.drop1(self.mixer(h, *past)))
+        return self.place(mixed, x, self.norm2, lambda h: self.drop2(self.ffn(h)))
 
 
 # ---- what each parameter is: how it starts and how it is trained
@@ -495,8 +506,8 @@ PLACEMENTS = {"pre": PreNorm, "post": PostNorm}
 class Role(NamedTuple):
     """A row of the table below; standard deviations are numbers, or functions of fan-in n and number of layers L."""
 
-    zero: float | Callable[[int, int], float]  # with --init=zero
-    gpt2: float | Callable[[int, int], float]  # with --init=gpt2 (Radford et al. 2019)
+    zero: float | Callable = 0.0  # with --init=zero
+    gpt2: float | Callable = 0.0  # with --init=gpt2 (Radford et al. 2019)
     mean: float = 0.0
     decay: bool = False  # weight decay pulls it to 0
     muon: bool = False  # Muon may update it: a matrix between hidden vectors
@@ -508,12 +519,19 @@ ROLES = {
     "output": Role(0.0, lambda n, L: 0.02 / (2 * L) ** 0.5, decay=True, muon=True),  # writes to the residual stream
     "embedding": Role(0.02, 0.02, rate=10.0),
     "tied": Role(0.02, 0.02),  # token embedding and head in one
-    "head": Role(0.0, 0.02),
-    "gain": Role(0.0, 0.0, mean=1.0),
-    "bias": Role(0.0, 0.0),
+    "head": Role(gpt2=0.02),
+    "gain": Role(mean=1.0),
+    "bias": Role(),
 }
 INITS = ("zero", "gpt2")
-AXES = {"norm": NORMS, "placement": PLACEMENTS, "position": POSITIONS, "mixer": MIXERS, "ffn": FFNS, "init": INITS}
+AXES = {
+    "norm": NORMS,
+    "placement": PLACEMENTS,
+    "position": POSITIONS,
+    "mixer": MIXERS,
+    "ffn": FFNS,
+    "init": INITS,
+}
 
 
 class GPT(nn.Module):
@@ -524,23 +542,23 @@ class GPT(nn.Module):
         config.check()
         self.config = config
         self.noise = {}  # shared by all dropouts, see there
-        block = PLACEMENTS[config.placement]
-        self.embedding = Embedding(config.vocab_size, config.n_embd)
+        role = "tied" if config.tie_embeddings else "embedding"
+        self.embedding = Embedding(config.n_embd, config.vocab_size, role=role)
         self.position = POSITIONS[config.position](config)
         self.drop = Dropout(config.dropout, self.noise, 0)
-        self.blocks = nn.ModuleList(block(config, layer, self.noise) for layer in range(config.n_layer))
-        self.norm = NORMS[config.norm](config) if block.final_norm else nn.Identity()
+        self.blocks = nn.ModuleList(Block(config, layer, self.noise) for layer in range(config.n_layer))
+        self.norm = nn.Identity() if config.placement == "post" else NORMS[config.norm](config)
         self.head = Linear(config.n_embd, config.vocab_size, role="head")
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
-            self.embedding.roles = {"weight": "tied"}
         self.initialise()
 
     @torch.no_grad()
     def initialise(self) -> None:
         """Draw every parameter as its role and --init say, from torch's generator."""
         for name, role in self.roles().items():
-            weight, std = self.get_parameter(name), getattr(ROLES[role], self.config.init)
+            weight = self.get_parameter(name)
+            std = getattr(ROLES[role], self.config.init)
             if callable(std):
                 std = std(weight.shape[-1], self.config.n_layer)
             weight.normal_(ROLES[role].mean, std)
@@ -555,14 +573,18 @@ class GPT(nn.Module):
 
         Raises ValueError where the context would be longer than block_size.
         """
-        layers = state or [Fresh()] * len(self.blocks)
-        T, longest = tokens.shape[1], self.config.block_size
-        require(max(layers[0].lengths) + T <= longest, f"the context is longer than the block_size of {longest} tokens")
-        at = layers[0].positions(T, tokens.device)
+        state = state or State([[] for _ in self.blocks], [0], [0])
+        T = tokens.shape[1]
+        device = tokens.device
+        longest = self.config.block_size
+        require(max(state.lengths) + T <= longest, f"the context is longer than the block_size of {longest} tokens")
+        first = state.lengths if min(state.lengths) < max(state.lengths) else state.lengths[:1]
+        at = torch.tensor(first, device=device)[:, None] + torch.arange(T, device=device)  # (1, T), ragged (B, T)
         turn = self.position.turn(at)
         x = self.drop(self.position.add(self.embedding(tokens), at))
-        for block, layer in zip(self.blocks, layers):
-            x = block(x, at, turn, layer)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, at, turn, state, layer)
+        state.lengths = [length + T for length in state.lengths]
         return self.norm(x)
 
     def forward(self, tokens: Tensor, state: State | None = None) -> Tensor:
@@ -571,61 +593,38 @@ class GPT(nn.Module):
 
     def new_state(self, batch: int, capacity: int = 0) -> State:
         """An empty state for `batch` sequences of up to `capacity` tokens (0: block_size)."""
-        return State(block.mixer.state(batch, capacity or self.config.block_size) for block in self.blocks)
+        layers = [block.mixer.state(batch, capacity or self.config.block_size) for block in self.blocks]
+        return State(layers, [0] * batch, [0] * batch)
 
 
 # ---- resource accounting
 
-class FusedAttention(torch.autograd.Function):
-    """Keeps for the backward pass what FlashAttention does (Dao et al. 2022): of the T x S scores only their sums."""
+def account(config: Config, batch: int, optimizer: str = "muon") -> dict:
+    """What a model costs: parameters by role, FLOPs of one sequence of block_size tokens, bytes of training in fp32.
 
-    @staticmethod
-    def forward(ctx, q, k, v, mask):
-        y = Plain.attention(q, k, v, mask).transpose(1, 2).contiguous().transpose(1, 2)
-        ctx.save_for_backward(q, k, v, y, y[..., 0].contiguous())
-        return y
-
-
-class Meta(Fast):
-    """The operations on the meta device, where torch would not take its fused attention."""
-
-    attention = FusedAttention.apply
-
-
-def trace(model: GPT, tokens: Tensor) -> tuple[int, int]:
-    """FLOPs of a forward pass on the meta device, and the bytes kept for the backward pass, logits included."""
-    global ops
-    kept, usual = {}, ops
+    The model runs on fake tensors, which have shapes but no numbers. FLOPs are those of matrix products (2 a
+    multiply-add), attention in full, not its causal half; a backward pass costs twice the forward pass. Activations are
+    the tensors kept for the backward pass of `batch` sequences, one (T, V) for the loss included. Muon keeps one number
+    for each entry of a hidden matrix, AdamW two for each parameter.
+    """
+    kept = {}
 
     def keep(tensor):
         storage = tensor.untyped_storage()
         kept[storage._cdata] = storage  # views share one
         return tensor
 
-    ops = Meta
-    try:
-        with saved_tensors_hooks(keep, lambda tensor: tensor), FlopCounterMode(display=False) as flops:
-            keep(model(tokens))
-    finally:
-        ops = usual
+    fused = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, *_, **__: 4 * q.numel() * k[2]}
+    counter = FlopCounterMode(display=False, custom_mapping=fused)
+    with FakeTensorMode():
+        model = GPT(config)
+        with saved_tensors_hooks(keep, lambda tensor: tensor), counter:
+            keep(model(torch.zeros(batch, config.block_size, dtype=torch.long)))
     for tensor in (*model.parameters(), *model.buffers()):  # they are there anyhow
         kept.pop(tensor.untyped_storage()._cdata, None)
-    return flops.get_total_flops(), sum(storage.nbytes() for storage in kept.values())
-
-
-def account(config: Config, batch: int, optimizer: str = "muon") -> dict:
-    """What a model costs: parameters by role, FLOPs of one sequence of block_size tokens, bytes of training in fp32.
-
-    The model runs on the meta device, where tensors have shapes but no numbers. FLOPs are those of matrix products
-    (2 a multiply-add), attention in full, not its causal half; a backward pass costs twice the forward pass.
-    Activations are the tensors kept for the backward pass of `batch` sequences, one (T, V) for the loss included.
-    Muon keeps one number for each entry of a hidden matrix, AdamW two for each parameter.
-    """
-    with torch.device("meta"):
-        model = GPT(config)
-        tokens = torch.zeros(batch, config.block_size, dtype=torch.long)
-    flops, activations = trace(model, tokens)
-    by_role, moments = dict.fromkeys(ROLES, 0), 0
+    activations = sum(storage.nbytes() for storage in kept.values())
+    by_role = dict.fromkeys(ROLES, 0)
+    moments = 0
     for name, role in model.roles().items():
         size = model.get_parameter(name).numel()
         by_role[role] += size
@@ -633,20 +632,21 @@ def account(config: Config, batch: int, optimizer: str = "muon") -> dict:
     total = sum(by_role.values())
     memory = dict(weights=4 * total, gradients=4 * total, optimizer=4 * moments, activations=activations)
     return dict(parameters=total, roles=by_role, memory=memory, memory_total=sum(memory.values()),
-                forward_flops=flops // batch, cache_per_token=model.new_state(1, 1).nbytes)
+                forward_flops=counter.get_total_flops() // batch,
+                cache_per_token=model.new_state(1).nbytes // config.block_size)
 
 
 def report(config: Config, batch: int, optimizer: str = "muon") -> str:
     """The accounting as a few lines of text."""
-    a, T = account(config, batch, optimizer), config.block_size
+    a = account(config, batch, optimizer)
+    T = config.block_size
     roles = ", ".join(f"{role} {n:,}" for role, n in a["roles"].items() if n)
     memory = ", ".join(f"{name} {n / 2**20:,.1f}" for name, n in a["memory"].items())
-    return "\n".join((
-        f"parameters    {a['parameters']:,} ({roles})",
-        f"FLOPs         {a['forward_flops']:,} forward for {T} tokens, {3 * a['forward_flops'] // T:,} a token trained",
-        f"memory, MiB   {a['memory_total'] / 2**20:,.1f} at {batch} x {T} tokens ({memory})",
-        f"cache         {a['cache_per_token']:,} bytes a token, {a['cache_per_token'] * T / 2**20:,.2f} MiB a sequence",
-    ))
+    return f"""\
+parameters    {a['parameters']:,} ({roles})
+FLOPs         {a['forward_flops']:,} forward for {T} tokens, {3 * a['forward_flops'] // T:,} a token trained
+memory, MiB   {a['memory_total'] / 2**20:,.1f} at {batch} x {T} tokens ({memory})
+cache         {a['cache_per_token']:,} bytes a token, {a['cache_per_token'] * T / 2**20:,.2f} MiB a sequence"""
 
 
 # ---- checkpoints: one plain dict, read without unpickling code
@@ -667,10 +667,10 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
 
 def save_checkpoint(path: str | os.PathLike, model: GPT, **rest) -> None:
     """Write config and weights of `model` and whatever else is given, whole or not at all. Raises OSError."""
-    checkpoint = dict(version=CHECKPOINT_VERSION, config=dataclasses.asdict(model.config), weights=model.state_dict())
+    rest |= dict(version=CHECKPOINT_VERSION, config=dataclasses.asdict(model.config), weights=model.state_dict())
     with replacing(path) as file:
         try:
-            torch.save(checkpoint | rest, file)
+            torch.save(rest, file)
         except RuntimeError as error:  # torch's writer turns a full disk into this
             raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
 

@@ -26,6 +26,7 @@ TINY = dict(vocab_size=23, block_size=16, n_layer=2, n_head=4, n_embd=16)
 GPT2 = dict(norm="layernorm", position="learned", ffn="gelu", qk_norm=False, init="gpt2", norm_eps=1e-5)
 WINDOW = dict(mixer="window", window=4)
 HYBRID = dict(mixer="window,attention", window=4)
+RECURRENT = ("linear", "mamba2", "gdn")
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +56,11 @@ def make(**changes):
     return gpt.eval()
 
 
+def fresh(gpt):
+    """The state of a pass that has no past and keeps nothing."""
+    return model.State([[] for _ in gpt.blocks], [0], [0])
+
+
 def tokens(batch=3, T=12, vocab=23):
     return torch.randint(vocab, (batch, T))
 
@@ -71,9 +77,11 @@ def close(a, b, tolerance=1e-9):
 # every key of every axis alone, then the pairs that interact
 SINGLES = [{}, *({axis: key} for axis, table in model.AXES.items() for key in list(table)[1:] if key != "window")]
 SINGLES += [WINDOW, dict(n_kv_head=1), dict(n_inner=20), dict(bias=True), dict(qk_norm=False), dict(tie_embeddings=False),
-            GPT2, dict(GPT2, bias=True), dict(n_layer=5, **HYBRID)]
+            dict(qkv_bias=True), GPT2, dict(GPT2, bias=True), dict(n_layer=5, **HYBRID)]
 PAIRS = [dict(position=position, n_kv_head=2, head_dim=6, **HYBRID) for position in model.POSITIONS]
 PAIRS += [dict(position=position, qk_norm=False, **WINDOW) for position in model.POSITIONS]
+PAIRS += [dict(mixer=f"{mixer},attention", head_dim=6, placement=placement, bias=True, norm="layernorm")
+          for mixer, placement in zip(RECURRENT, ("post", "reordered", "parallel"))]
 PAIRS += [dict(norm=norm, placement=placement, bias=True) for norm in model.NORMS for placement in model.PLACEMENTS]
 PAIRS += [dict(ffn=ffn, bias=True, placement="post", position="learned") for ffn in model.FFNS]
 VARIANTS = {",".join(f"{k}={v}" for k, v in changes.items()) or "default": changes for changes in SINGLES + PAIRS}
@@ -105,18 +113,17 @@ def with_weights(module, *names):
 @pytest.mark.parametrize("bias", [False, True])
 def test_linear(bias):
     inputs = [torch.randn(2, 5, 7), torch.randn(3, 7)] + [torch.randn(3)] * bias
-    own = [lambda x, w, b=None, ops=ops: ops.linear(x, w, b) for ops in (model.Plain, model.Fast)]
-    agree([*own, with_weights(nn.Linear(7, 3, bias=bias), "weight", "bias")], inputs)
+    agree([with_weights(kind(7, 3, bias=bias), "weight", "bias") for kind in (model.Linear, nn.Linear)], inputs)
 
 
 def test_embedding():
     inputs = [torch.tensor([[0, 4, 4], [1, 2, 0]]), torch.randn(6, 5)]
-    agree([model.Plain.embedding, model.Fast.embedding, with_weights(nn.Embedding(6, 5), "weight")], inputs)
+    agree([with_weights(module, "weight") for module in (model.Embedding(5, 6), nn.Embedding(6, 5))], inputs)
 
 
 @pytest.mark.parametrize("eps", [1e-6, 0.1])
 def test_rms_norm(eps):
-    own = [lambda x, w, ops=ops: ops.rms_norm(x, w, eps) for ops in (model.Plain, model.Fast)]
+    own = [lambda x, w, ops=ops: ops.norm(x, w, None, eps, False) for ops in (model.Plain, model.Fast)]
     agree([*own, with_weights(nn.RMSNorm(6, eps=eps), "weight")], [torch.randn(2, 3, 6) + 1, torch.randn(6)])
 
 
@@ -124,14 +131,15 @@ def test_rms_norm(eps):
 @pytest.mark.parametrize("eps", [1e-6, 0.1])
 def test_layer_norm(bias, eps):
     inputs = [torch.randn(2, 3, 6) + 1, torch.randn(6)] + [torch.randn(6)] * bias
-    own = [lambda x, w, b=None, ops=ops: ops.layer_norm(x, w, b, eps) for ops in (model.Plain, model.Fast)]
+    own = [lambda x, w, b=None, ops=ops: ops.norm(x, w, b, eps, True) for ops in (model.Plain, model.Fast)]
     agree([*own, with_weights(nn.LayerNorm(6, eps=eps, bias=bias), "weight", "bias")], inputs)
 
 
-def test_softmax():
-    agree([model.Plain.softmax, model.Fast.softmax, lambda x: torch.softmax(x, -1)], [torch.randn(2, 3, 6)])
-    huge = torch.tensor([[1e4, 1e4, -1e4, float("-inf")]])
-    close(model.Plain.softmax(huge), torch.tensor([[0.5, 0.5, 0.0, 0.0]]))
+def test_softmax_of_huge_scores():
+    q, v = torch.tensor([[[[1e4, 0.0]]]]), torch.randn(1, 1, 4, 2)
+    k = torch.tensor([[[[1e4, 1.0], [1e4, 2.0], [-1e4, 0.0], [0.0, 0.0]]]])
+    for ops in (model.Plain, model.Fast):
+        close(ops.attention(q, k, v, None), v[:, :, :2].mean(2, keepdim=True))
 
 
 def attention_by_loops(q, k, v, sees):
@@ -166,9 +174,9 @@ def test_gradients_by_finite_differences():
     gpt = make(n_layer=1, n_kv_head=2, **WINDOW)
     gpt.requires_grad_(False)
     x = torch.randn(1, 6, 16, requires_grad=True)
-    at = torch.arange(6)
+    at = torch.arange(6)[None]
     block = gpt.blocks[0]
-    assert torch.autograd.gradcheck(lambda x: block(x, at, gpt.position.turn(at), model.Fresh()), [x])
+    assert torch.autograd.gradcheck(lambda x: block(x, at, gpt.position.turn(at), fresh(gpt), 0), [x])
 
 
 @every_variant
@@ -264,18 +272,38 @@ def test_default_model_equals_formulas(changes):
     close(gpt(x), default_by_hand(gpt, x))
 
 
-def test_post_norm_is_the_original_order():
-    gpt, x = make(placement="post", n_layer=1, position="none"), tokens()
+@pytest.mark.parametrize("placement", model.PLACEMENTS)
+def test_placements_by_hand(placement):
+    gpt, x = make(placement=placement, n_layer=1, position="none", ffn="gelu"), tokens()
     block, h = gpt.blocks[0], gpt.embedding.weight[x]
-    at = torch.arange(x.shape[1])
-    h = block.norm1(h + block.mixer(h, at, gpt.position.turn(at), model.Fresh()))
-    close(gpt(x), block.norm2(h + block.ffn(h)) @ gpt.head.weight.T)  # and no norm after the last block
+    at = torch.arange(x.shape[1])[None]
+
+    def mix(h):
+        return block.mixer(h, at, gpt.position.turn(at), fresh(gpt), 0)
+
+    if placement == "pre":
+        h = h + mix(block.norm1(h))
+        h = h + block.ffn(block.norm2(h))
+    elif placement == "post":
+        h = block.norm1(h + mix(h))
+        h = block.norm2(h + block.ffn(h))
+    elif placement == "reordered":
+        h = h + block.norm1(mix(h))
+        h = h + block.norm2(block.ffn(h))
+    else:
+        h = h + mix(block.norm1(h)) + block.ffn(block.norm2(h))
+    if placement == "post":  # no norm after the last block
+        assert not list(gpt.norm.parameters())
+    else:
+        h = gpt.norm(h)
+    close(gpt(x), h @ gpt.head.weight.T)
 
 
 @pytest.mark.parametrize("key,f", [
     ("relu", lambda x: x.clamp(min=0)), ("relu2", lambda x: x.clamp(min=0) ** 2),
     ("gelu", lambda x: 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))),
-    ("swiglu", lambda x: x[..., :24] / (1 + torch.exp(-x[..., :24])) * x[..., 24:])])
+    ("swiglu", lambda x: x[..., :24] / (1 + torch.exp(-x[..., :24])) * x[..., 24:]),
+    ("geglu", lambda x: F.gelu(x[..., :24], approximate="tanh") * x[..., 24:])])
 def test_feed_forward(key, f):
     gpt, x = make(ffn=key, n_inner=24, bias=True), torch.randn(2, 3, 16)
     ffn = gpt.blocks[0].ffn
@@ -420,7 +448,7 @@ def test_ragged_decoding(changes):
     state = gpt.new_state(4)
     first = gpt(padded, state)
     state.truncate(lengths)
-    assert state.lengths == lengths and all(layer.lengths == lengths for layer in state)
+    assert state.lengths == lengths
     full = gpt(x)
     for row, n in enumerate(lengths):
         close(first[row, :n], full[row, :n])
@@ -442,8 +470,13 @@ def test_truncate_then_go_on(changes):
     gpt(torch.full((2, 4), 7), state)
     state.truncate([6, 6])
     close(gpt(x[:, 6:], state), gpt(x)[:, 6:])
-    state.truncate([0, 0])
-    close(gpt(x, state), gpt(x))
+    if any(mixer in RECURRENT for mixer in gpt.config.mixers):  # the sums of what went before cannot be taken apart
+        with pytest.raises(ValueError, match=r"cannot truncate \[12, 12\] to \[6, 5\]: possible down to \[6, 6\]"):
+            state.truncate([6, 5])
+        state.truncate([6, 6])
+    else:
+        state.truncate([0, 0])
+    close(gpt(x[:, state.lengths[0]:], state), gpt(x)[:, -6:] if state.start[0] else gpt(x))
 
 
 @every_variant
@@ -522,6 +555,136 @@ def test_recall_needs_sight():
     assert accuracy() > 0.9
     assert accuracy(mixer="window", window=6) > 0.9  # the token to repeat is the last that it sees
     assert accuracy(mixer="window", window=5) < 0.3
+
+
+def recall_by_key(mixer, keys, writes, steps=250, **changes):
+    """Accuracy of one layer that reads `writes` pairs (key, value), then a key, and answers its last value of 8."""
+    torch.manual_seed(1)
+    gpt = GPT(Config(vocab_size=72, block_size=16, n_layer=1, n_head=4, n_embd=32, mixer=mixer, **changes))
+    adam = torch.optim.Adam(gpt.parameters(), lr=1e-2)
+
+    def batch(n):
+        key, value = torch.randint(keys, (n, writes)), torch.randint(8, (n, writes))
+        asked = key[:, torch.randint(writes, (1,))]
+        last = writes - 1 - (key == asked).flip(1).double().argmax(1, keepdim=True)
+        return torch.cat((key * 8 + value, 64 + asked), 1), value.gather(1, last)[:, 0]
+
+    for _ in range(steps):
+        x, y = batch(64)
+        loss = F.cross_entropy(gpt(x)[:, -1], y)
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+    x, y = batch(256)
+    with torch.no_grad():
+        return (gpt(x)[:, -1].argmax(-1) == y).double().mean().item()
+
+
+@pytest.mark.parametrize("mixer,changes,learns", [
+    ("attention", {}, True), ("mamba2", {}, True), ("gdn", {}, True),
+    ("linear", {}, False),  # a sum of all that was written under a key does not know the last
+    ("attention", dict(position="none"), False), ("window", dict(window=2), False)])
+def test_recall_of_the_last_value_of_a_key(mixer, changes, learns):
+    accuracy = recall_by_key(mixer, 3, 10, **changes)
+    assert accuracy > 0.8 if learns else accuracy < 0.5
+
+
+def test_linear_attention_recalls_what_is_written_once():
+    assert recall_by_key("linear", 8, 3) > 0.8
+
+
+# --------------------------------------------------------------------------------------------------------- recurrences
+
+def scan_inputs(B=2, H=3, T=150, hd=5, forget=True):
+    q, k, v = torch.randn(3, B, H, T, hd).unbind()
+    g = -0.2 * torch.rand(B, H, T, 1) * forget
+    return q, F.normalize(k, dim=3), v, g, torch.rand(B, H, T, 1), torch.randn(B, H, hd, hd)
+
+
+def by_loop(q, k, v, g, b, S, delta):
+    """The recurrence as its formula says, one token, one head and one row at a time."""
+    ys = torch.zeros_like(v)
+    ends = torch.zeros_like(S)
+    for i, h in itertools.product(*map(range, S.shape[:2])):
+        M = S[i, h]
+        for t in range(q.shape[2]):
+            M = math.exp(g[i, h, t]) * M
+            new = b[i, h, t] * (v[i, h, t] - (M @ k[i, h, t] if delta else 0))
+            M = M + torch.outer(new, k[i, h, t])
+            ys[i, h, t] = M @ q[i, h, t]
+        ends[i, h] = M
+    return ys, ends
+
+
+@pytest.mark.parametrize("delta", [False, True])
+@pytest.mark.parametrize("forget", [False, True])
+@pytest.mark.parametrize("T", [1, 63, 64, 65, 150])
+def test_scan_equals_the_loop(delta, forget, T):
+    *inputs, S = scan_inputs(T=T, forget=forget)
+    y, end = by_loop(*inputs, S, delta)
+    for chunk in (1, 7, 64, 1000):
+        ours, last = model.scan(inputs, S, delta, chunk)
+        close(ours, y)
+        close(last, end)
+    state, parts = S, []  # in two calls, the state between them
+    for part in ([x[:, :, :40] for x in inputs], [x[:, :, 40:] for x in inputs])[: 1 + (T > 40)]:
+        out, state = model.scan(part, state, delta)
+        parts.append(out)
+    close(torch.cat(parts, 2), y)
+    close(state, end)
+
+
+@pytest.mark.parametrize("delta", [False, True])
+def test_scan_gradients(delta):
+    *inputs, S = [x.requires_grad_() for x in scan_inputs(B=1, H=1, T=5, hd=2)]
+    assert torch.autograd.gradcheck(lambda *x: model.scan(x[:-1], x[-1], delta, 3), [*inputs, S])
+    *inputs, S = [x.detach().requires_grad_() for x in scan_inputs(B=1, H=2, T=40)]
+    grads = [torch.autograd.grad(sum(y.square().sum() for y in model.scan(inputs, S, delta, chunk)), [*inputs, S])
+             for chunk in (1, 16)]
+    for a, b in zip(*grads):
+        close(a, b)
+
+
+@pytest.mark.parametrize("delta", [False, True])
+def test_scan_does_not_overflow(delta, single):
+    """Decays far below what exp can hold, and gradients through the part above the diagonal."""
+    q, k, v, g, b, S = scan_inputs(T=128)
+    g = (g - 30).requires_grad_()
+    y, end = model.scan((q, k, v, g, b), S, delta)
+    y.square().sum().backward()
+    assert y.isfinite().all() and end.isfinite().all() and g.grad.isfinite().all()
+    close(y, b * v * (q * k).sum(3, keepdim=True), 1e-5)  # all but the token itself is forgotten
+
+
+@pytest.mark.parametrize("mixer", RECURRENT)
+def test_recurrences_cost_is_linear_in_length(mixer, single):
+    def flops(T, mixer=mixer):
+        config = Config(vocab_size=8, n_layer=1, block_size=T, n_embd=32, mixer=mixer)
+        return model.account(config, 1)["forward_flops"]
+    assert flops(4096) == 2 * flops(2048) == 4 * flops(1024)
+    assert flops(4096, "attention") > 2.5 * flops(2048, "attention")  # the twin
+
+
+def test_state_of_a_recurrence_has_one_size():
+    for mixer in RECURRENT:
+        gpt = make(mixer=mixer, block_size=64)
+        state = gpt.new_state(1)
+        gpt(tokens(1, 20), state)
+        sizes = []
+        for _ in range(3):
+            gpt(tokens(1, 1), state)
+            sizes.append(state.nbytes)
+        assert len(set(sizes)) == 1 and sizes[0] < 2 * gpt.new_state(1, 64).nbytes
+        assert gpt.new_state(1, 10).nbytes == gpt.new_state(1, 64).nbytes
+
+
+def test_delta_rule_replaces_what_a_key_held():
+    """Two values under one key: the sum keeps both, the delta rule at rate 1 the last."""
+    k = F.normalize(torch.randn(1, 1, 1, 4), dim=3).expand(1, 1, 3, 4)
+    v = torch.randn(1, 1, 3, 4)
+    g, b, S = torch.zeros(1, 1, 3, 1), torch.ones(1, 1, 3, 1), torch.zeros(1, 1, 4, 4)
+    close(model.scan((k, k, v, g, b), S, True)[0], v)
+    close(model.scan((k, k, v, g, b), S, False)[0], v.cumsum(2))
 
 
 # ------------------------------------------------------------------------------------------------------------- dropout
@@ -693,7 +856,10 @@ def test_accounting_of_parameters_flops_and_bytes(changes, single, monkeypatch):
     # FLOPs: the formula, and torch's counter on a real pass of the plain operations
     matrices = sum(m.weight.numel() for m in gpt.modules() if type(m) is model.Linear)
     heads = config.n_head * (config.head_dim or config.n_embd // config.n_head)
-    assert a["forward_flops"] == 2 * 16 * matrices + 4 * config.n_layer * 16 * 16 * heads
+    hd = config.head_width
+    mixing = {"attention": 4 * 16 * 16, "linear": 4 * 16 * (16 + hd), "gdn": 6 * 16 * (16 + hd)}  # a channel: one chunk
+    mixing |= {"window": mixing["attention"], "mamba2": mixing["linear"]}
+    assert a["forward_flops"] == 2 * 16 * matrices + sum(mixing[mixer] * heads for mixer in config.mixers)
     monkeypatch.setattr(model, "ops", model.Plain)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         gpt(x)
@@ -709,8 +875,10 @@ def test_accounting_of_parameters_flops_and_bytes(changes, single, monkeypatch):
     muon = model.account(config, 3)["memory"]["optimizer"]
     assert moments - muon == 4 * sum(n for name, n in sizes.items() if name.endswith(("qkv.weight", "out.weight", "up.weight", "down.weight")))
     assert a["memory_total"] == sum(a["memory"].values())
-    assert a["cache_per_token"] == gpt.new_state(1, 1).nbytes == 4 * 2 * config.n_layer * config.kv_heads * heads // config.n_head
-    assert gpt.new_state(2, 5).nbytes == 10 * a["cache_per_token"]
+    sums = sum(mixer in RECURRENT for mixer in config.mixers)
+    constant, token = 4 * sums * heads * hd, 4 * 2 * (config.n_layer - sums) * config.kv_heads * hd
+    assert gpt.new_state(2, 5).nbytes == 2 * constant + 10 * token
+    assert a["cache_per_token"] == (constant + 16 * token) // 16
 
 
 def kept_bytes(gpt, x):
@@ -736,7 +904,10 @@ def test_activation_memory_equals_saved_tensors(changes, single):
     masks = sum(4 * 64 * 64 for mixer in config.mixers if mixer == "window")  # fp32, shared by rows and heads
     if config.kv_heads < config.n_head and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
         pytest.skip("older torch keeps keys and values of grouped queries once a query head")
-    assert counted <= measured <= counted + masks
+    # S after the last token is used by nobody: what its gradient would need is counted, and freed in the pass
+    sums, w = sum(mixer in RECURRENT for mixer in config.mixers), config.head_width
+    unused = sums * 4 * 4 * config.n_head * (64 * w + 2 * w * w + 1)
+    assert counted - unused <= measured <= counted + masks
 
 
 def test_activation_memory_with_dropout(single):
@@ -788,21 +959,6 @@ class ToyPosition(model.Position):
         return x + at[..., None] / 16
 
 
-class ToyPlacement(model.PreNorm):
-    def forward(self, x, *past):
-        h = self.norm1(x)
-        return x + self.mixer(h, *past) + self.ffn(self.norm2(x))
-
-
-class ToyState(model.Fresh):
-    """The sum of all that was seen, a row each."""
-
-    nbytes = 8
-
-    def __init__(self, total, lengths):
-        self.total, self.lengths = total, lengths
-
-
 class ToyMixer(nn.Module):
     """The mean over all tokens before, with a learned decay that names its own role."""
 
@@ -813,17 +969,16 @@ class ToyMixer(nn.Module):
         self.scale = nn.Parameter(torch.empty(config.n_embd))
         self.out = model.Linear(config.n_embd, config.n_embd, role="output")
 
-    def forward(self, x, at, turn, state):
-        total = getattr(state, "total", 0) + x.cumsum(1)
-        if isinstance(state, ToyState):
-            state.total, state.lengths = total[:, -1:], [n + x.shape[1] for n in state.lengths]
+    def forward(self, x, at, turn, state, layer):
+        total = (state.layers[layer] or [0])[0] + x.cumsum(1)
+        state.layers[layer] = [total[:, -1:]]
         return self.out(total / (at[..., None] + 1) * self.scale)
 
     def state(self, batch, capacity):
-        return ToyState(self.out.weight.new_zeros(batch, 1, len(self.scale)), [0] * batch)
+        return [self.out.weight.new_zeros(batch, 1, len(self.scale))]
 
 
-TOYS = {"norm": ToyNorm, "position": ToyPosition, "placement": ToyPlacement, "mixer": ToyMixer,
+TOYS = {"norm": ToyNorm, "position": ToyPosition, "placement": lambda x, start, norm, f: x + torch.tanh(norm(f(x))), "mixer": ToyMixer,
         "ffn": lambda config: model.MLP(torch.sin, config)}
 
 
@@ -1018,9 +1173,9 @@ def test_replacing(tmp_path):
        "rope_base", "norm_eps")),
     (dict(dropout=float("nan")), "--dropout=nan is too small"),
     (dict(norm="no"), "--norm=no: choose from rmsnorm, layernorm"),
-    (dict(placement="no"), "--placement=no: choose from pre, post"),
+    (dict(placement="no"), "--placement=no: choose from pre, post, reordered, parallel"),
     (dict(position="no"), "--position=no: choose from rope, sinusoidal, learned, none"),
-    (dict(ffn="no"), "--ffn=no: choose from swiglu, relu, gelu, relu2"),
+    (dict(ffn="no"), "--ffn=no: choose from swiglu, geglu, relu, gelu, relu2"),
     (dict(init="no"), "--init=no: choose from zero, gpt2"),
     (dict(mixer="no"), "--mixer=no: choose from attention, window"),
     (dict(mixer="attention,attention,no"), "--mixer=no: choose from attention, window"),
@@ -1095,7 +1250,8 @@ def test_cache_may_be_filled_with_gradients_on():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [{}, dict(GPT2, bias=True), dict(HYBRID, n_kv_head=2, dropout=0.2), dict(placement="post", position="sinusoidal")])
+@pytest.mark.parametrize("changes", [{}, dict(GPT2, bias=True), dict(HYBRID, n_kv_head=2, dropout=0.2), dict(placement="post", position="sinusoidal"),
+                                     dict(mixer="linear,mamba2"), dict(mixer="gdn,attention")])
 def test_compiled_model_is_the_same(changes):
     gpt, x = make(**changes).train(), tokens()
     gpt.noise["keys"] = torch.arange(3)
