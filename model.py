@@ -16,7 +16,7 @@ import sys
 import textwrap
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, Callable, Iterator, NamedTuple, Sequence
+from typing import BinaryIO, Callable, Iterator, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -123,8 +123,7 @@ class Plain:
         `mask`: True where a query may look, broadcast to (B, H, T, S). None: a query sees all keys up to its own, and
         T is S, or 1 for the last of S tokens.
         """
-        T = q.shape[2]
-        S = k.shape[2]
+        T, S = q.shape[2], k.shape[2]
         groups = q.shape[1] // k.shape[1]
         k = k.repeat_interleave(groups, 1)  # (B, H, S, hd)
         v = v.repeat_interleave(groups, 1)
@@ -212,12 +211,12 @@ class Dropout(nn.Module):
     def forward(self, x):
         if not self.training or self.p == 0:
             return x
-        keys = self.noise["keys"] if self.noise else torch.randint(2**62, (len(x),))
+        keys = self.noise["keys"] if self.noise else torch.randint(0x4000000000000000, (len(x),))
         place = torch.arange(x[0].numel(), device=x.device) + (self.site << 40)
         bits = place + keys.to(x.device)[:, None] * 0x1E3779B97F4A7C15  # (B, T C)
         bits = (bits ^ (bits >> 30 & 0x3FFFFFFFF)) * 0x3F58476D1CE4E5B9  # & takes out the sign shifted in
         bits = (bits ^ (bits >> 27 & 0x1FFFFFFFFF)) * 0x14D049BB133111EB
-        keep = (bits >> 20 & 0xFFFFFF) >= self.p * 2**24
+        keep = (bits >> 20 & 0xFFFFFF) >= self.p * 0x1000000
         return x * keep.view_as(x) / (1 - self.p)
 
 
@@ -296,17 +295,20 @@ class State:
     lengths: list[int]  # tokens taken in so far, one number a row
     start: list[int]  # what truncate may go back to: a recurrence sets it to the lengths before the last call
 
-    def append(self, layer: int, at: Tensor, *new: Tensor) -> Sequence[Tensor]:
+    def append(self, layer: int, at: Tensor, *new: Tensor) -> list | tuple:
         """Take in (B, T, ...) of the T tokens at `at`; return all that is filled, (B, S, ...) each."""
         kept = self.layers[layer]
         if not kept:
             return new
-        S = max(self.lengths) + at.shape[1]
+        start = max(self.lengths)
+        S = start + at.shape[1]
         room = kept[0].shape[1]
         require(S <= room, f"the state holds {room} tokens, {S} are needed: ask new_state for more")
-        rows = torch.arange(len(new[0]), device=at.device)[:, None]
+        places = slice(None), slice(start, S)
+        if len(at) > 1:  # ragged: behind the end of each row
+            places = torch.arange(len(at), device=at.device)[:, None], at
         for old, x in zip(kept, new):
-            old[rows, at] = x.type_as(old)
+            old[places] = x.type_as(old)
         return [old[:, :S] for old in kept]
 
     def truncate(self, lengths: list[int]) -> None:
@@ -369,7 +371,7 @@ class Attention(nn.Module):
         return [self.qkv.weight.new_zeros(shape) for _ in "kv"]
 
 
-def scan(inputs: Sequence[Tensor], S: Tensor, delta: bool, chunk: int = 64) -> tuple[Tensor, Tensor]:
+def scan(inputs: tuple, S: Tensor, delta: bool, chunk: int = 64) -> tuple:
     """The linear recurrence S <- exp(g) S; S <- S + u k^T; y = S q, with u = b v or, with the delta rule, b (v - S k).
 
     inputs q, k, v (B, H, T, hd), g (at most 0) and b (B, H, T, 1), and S (B, H, hd, hd) -> y like v, S after T tokens.
@@ -450,7 +452,7 @@ MIXERS = {
 class MLP(nn.Module):
     """down(f(up x)); f takes `parts` tensors, each as wide as what it gives."""
 
-    def __init__(self, f: Callable, config: Config, parts: int = 1):
+    def __init__(self, f: Callable, config: Config, parts=1):
         super().__init__()
         self.f = f
         self.parts = parts
@@ -554,7 +556,7 @@ class GPT(nn.Module):
         self.initialise()
 
     @torch.no_grad()
-    def initialise(self) -> None:
+    def initialise(self):
         """Draw every parameter as its role and --init say, from torch's generator."""
         for name, role in self.roles().items():
             weight = self.get_parameter(name)
@@ -574,10 +576,9 @@ class GPT(nn.Module):
         Raises ValueError where the context would be longer than block_size.
         """
         state = state or State([[] for _ in self.blocks], [0], [0])
-        T = tokens.shape[1]
-        device = tokens.device
-        longest = self.config.block_size
-        require(max(state.lengths) + T <= longest, f"the context is longer than the block_size of {longest} tokens")
+        T, device = tokens.shape[1], tokens.device
+        require(max(state.lengths) + T <= self.config.block_size,
+                f"the context is longer than the block_size of {self.config.block_size} tokens")
         first = state.lengths if min(state.lengths) < max(state.lengths) else state.lengths[:1]
         at = torch.tensor(first, device=device)[:, None] + torch.arange(T, device=device)  # (1, T), ragged (B, T)
         turn = self.position.turn(at)
@@ -638,8 +639,7 @@ def account(config: Config, batch: int, optimizer: str = "muon") -> dict:
 
 def report(config: Config, batch: int, optimizer: str = "muon") -> str:
     """The accounting as a few lines of text."""
-    a = account(config, batch, optimizer)
-    T = config.block_size
+    a, T = account(config, batch, optimizer), config.block_size
     roles = ", ".join(f"{role} {n:,}" for role, n in a["roles"].items() if n)
     memory = ", ".join(f"{name} {n / 2**20:,.1f}" for name, n in a["memory"].items())
     return f"""\

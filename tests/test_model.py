@@ -882,18 +882,19 @@ def test_accounting_of_parameters_flops_and_bytes(changes, single, monkeypatch):
 
 
 def kept_bytes(gpt, x):
-    """Bytes of the distinct storages that a real forward pass on this machine keeps, the logits included."""
+    """Bytes of the distinct storages that a real forward pass on this machine saves, the logits included."""
     kept = {}
 
     def keep(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage  # held, so that no address is given twice
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         keep(gpt(x))
     for tensor in (*gpt.parameters(), *gpt.buffers()):
         kept.pop(tensor.untyped_storage().data_ptr(), None)
-    return sum(kept.values())
+    return sum(storage.nbytes() for storage in kept.values())
 
 
 @every_variant
@@ -904,10 +905,7 @@ def test_activation_memory_equals_saved_tensors(changes, single):
     masks = sum(4 * 64 * 64 for mixer in config.mixers if mixer == "window")  # fp32, shared by rows and heads
     if config.kv_heads < config.n_head and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
         pytest.skip("older torch keeps keys and values of grouped queries once a query head")
-    # S after the last token is used by nobody: what its gradient would need is counted, and freed in the pass
-    sums, w = sum(mixer in RECURRENT for mixer in config.mixers), config.head_width
-    unused = sums * 4 * 4 * config.n_head * (64 * w + 2 * w * w + 1)
-    assert counted - unused <= measured <= counted + masks
+    assert counted <= measured <= counted + masks
 
 
 def test_activation_memory_with_dropout(single):
