@@ -352,8 +352,8 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).view(B, T, -1, self.width).split(self.heads, dim=2)  # (B, T, H or H_kv, hd)
         q = turn(self.q_norm(q))
         k, v = state.append(layer, at, turn(self.k_norm(k)), v)  # (B, S, H_kv, hd)
-        # heads go to the front only here: the result keeps the layout of q, and so the next line copies nothing
         mask = self.mask(at, k.shape[1])
+        # heads go to the front only here: the result keeps the layout of q, and so the last line copies nothing
         y = ops.attention(*(part.transpose(1, 2) for part in (q, k, v)), mask)
         return self.out(y.transpose(1, 2).reshape(B, T, -1))
 
