@@ -1,40 +1,41 @@
-"""Continue texts with a trained model: batched decoding with a cache, sampling, streaming.
+"""Text from a trained model, and what the model knows: batched decoding, conversations, evaluation.
 
-Reads: a checkpoint of train.py.
-Writes: nothing; text goes to stdout, one line about the speed to stderr.
-Usage: python sample.py --prompt="def " --n_samples=3 --temperature=0.8
-       python sample.py --ckpt=out/best.pt --bench
+Reads: a checkpoint of train.py; for --eval the public files of HellaSwag, MMLU and GSM8K, and plain text.
+Writes: text to stdout, one line about the speed to stderr; --eval: each item, answer and score to --output.
+Usage: python sample.py --prompt="import " --n_samples=3 --temperature=0.8
+       python sample.py --chat --system="Answer briefly."
+       python sample.py --eval=ppl,hellaswag,mmlu,gsm8k --eval_data=DIR
 
-When a text fills the model's block, the older half of it is dropped and the rest
-computed anew, alike with the cache and without; of a prompt longer than the block
-the last block_size tokens count. The cache changes the speed, never the text.
-References: Keskar et al. 2019 (CTRL: repetition penalty); Holtzman et al. 2020
-(top-p); Nguyen et al. 2024 (min-p).
+When a text fills the model's block, the older half of it is dropped and the rest computed anew; of a prompt longer than
+the block the last block_size tokens count.
+References: Keskar et al. 2019 (CTRL: repetition penalty); Holtzman et al. 2020 (top-p); Nguyen et al. 2024 (min-p).
 """
 import argparse
 import codecs
+import collections
+import copy
+import csv
 import dataclasses
 import difflib
 import inspect
+import json
 import math
 import os
 import random
 import re
-import statistics
 import sys
 import textwrap
 import time
 from pathlib import Path
-from typing import Callable, Iterator, Sequence
+from typing import Callable, Iterator, NamedTuple, Sequence
 
 import torch
 from torch import Tensor
 
 from bpe import Tokenizer, from_dict
-from model import GPT, from_checkpoint, load_checkpoint, require
+from model import GPT, State, from_checkpoint, load_checkpoint, replacing, require
 
 END = "<|endoftext|>"
-BETWEEN = "-" * 15  # the line between two samples
 Seen = Sequence[list[int]]  # the tokens of each row so far
 
 
@@ -45,6 +46,7 @@ class Sampling:
     top_p: float = 1.0  # choose among the most probable tokens that hold this probability together
     min_p: float = 0.0  # choose among tokens at least this probable, relative to the most probable one
     repetition_penalty: float = 1.0  # above 1: makes tokens that are in the text already less likely
+    presence_penalty: float = 0.0  # taken off the logits of tokens that are in the text already
 
     def __post_init__(self):
         require(self.temperature >= 0, f"--temperature={self.temperature} must be at least 0")
@@ -57,80 +59,52 @@ class Sampling:
 @dataclasses.dataclass(frozen=True)
 class Options(Sampling):
     ckpt: str = "out/ckpt.pt"  # checkpoint of train.py
-    prompt: str = "def "  # text to continue (empty: a new document; not given: a newline if trained on --data)
+    prompt: str = ""  # text to continue (empty: it begins a new line)
     max_new_tokens: int = 256  # length of a sample, unless it ends by itself
     n_samples: int = 1  # samples of the prompt, decoded together; the first is streamed, the others follow
     stop: str = ""  # comma list of texts that end a sample; \n, \t, \, and \\ stand for such characters
-    heal: bool = True  # let the prompt's last token grow: "def " goes on as " main", the token of training
     seed: int = 0  # of the random numbers; each sample has its own sequence of them
     device: str = ""  # cpu, cuda, mps (empty: the fastest that is there)
-    cache: bool = True  # keep what the model looks back on instead of computing it for every new token
-    bench: bool = False  # print the speed with the cache and without, then stop
+    chat: bool = False  # a conversation: lines of stdin are answered
+    system: str = ""  # chat: what the model is told first
+    template: str = "plain"  # of conversations: plain, chatml, llama3
+    eval: str = ""  # grade the model: comma list of ppl, hellaswag, mmlu, gsm8k
+    eval_data: str = ""  # folder with the files of these tasks
+    shots: int = 5  # solved examples before each question, where there is a file of them
+    output: str = "eval.json"  # every question, answer and score of --eval; what it holds already is not done again
+    bench: bool = False  # print the speed of decoding by the number of samples, then stop
 
 
-# ---- filters: logits (B, V) -> logits (B, V). None changes its input.
+# ---- sampling
 
-def repetition_penalty(logits: Tensor, penalty: float, seen: Seen) -> Tensor:
-    """Divide positive logits of the tokens that a row has seen by the penalty, multiply negative ones (CTRL's form).
+def shape(logits: Tensor, s: Sampling, seen: Seen) -> Tensor:
+    """Logits (B, V) of the distribution to draw from; `seen` (CTRL's penalty, and presence) are the tokens of each row.
 
-    >>> repetition_penalty(torch.tensor([[2.0, -2.0, 3.0]]), 2.0, [[0, 1, 1]])
-    tensor([[ 1., -4.,  3.]])
+    The three cuts are conditions on the row in descending order: its rank, what the more probable ones hold together,
+    its share of the most probable one. Tokens that are equal to the last one kept stay, too.
+
+    >>> shape(torch.tensor([[2.0, -2.0, 3.0]]), Sampling(1.0, 0, repetition_penalty=2.0), [[0, 1, 1]])
+    tensor([[-2., -7.,  0.]])
+    >>> shape(torch.tensor([[1.0, 4.0, 2.0, 2.0]]), Sampling(0.5, top_k=2), [[]])
+    tensor([[-inf,  0., -4., -4.]])
+    >>> shape(torch.tensor([[0.2, 0.5, 0.3]]).log(), Sampling(1.0, 0, top_p=0.7), [[]]).softmax(-1)
+    tensor([[0.0000, 0.6250, 0.3750]])
+    >>> shape(torch.tensor([[0.6, 0.3, 0.1]]).log(), Sampling(1.0, 0, min_p=0.4), [[]]).softmax(-1)
+    tensor([[0.6667, 0.3333, 0.0000]])
     """
     logits = logits.clone()
-    for row, ids in zip(logits, seen):
-        row[ids] = torch.where(row[ids] > 0, row[ids] / penalty, row[ids] * penalty)
-    return logits
-
-
-def temperature(logits: Tensor, value: float, seen: Seen = ()) -> Tensor:
-    """(logits - their maximum) / temperature: the maximum, which no probability depends on, keeps small ones finite.
-
-    >>> temperature(torch.tensor([[1.0, 2.0, 4.0]]), 0.5)
-    tensor([[-6., -4.,  0.]])
-    """
-    return (logits - logits.amax(-1, keepdim=True)) / max(value, 1e-30)
-
-
-def top_k(logits: Tensor, k: int, seen: Seen = ()) -> Tensor:
-    """Keep the k largest logits, and those equal to the smallest of them.
-
-    >>> top_k(torch.tensor([[1.0, 4.0, 2.0, 2.0]]), 2)
-    tensor([[-inf, 4., 2., 2.]])
-    """
-    smallest = logits.topk(min(k, logits.shape[-1])).values[:, -1:]  # (B, 1)
+    for row, ids in zip(logits, seen) if s.repetition_penalty != 1 or s.presence_penalty else ():
+        factor = torch.where(row[ids] > 0, 1 / s.repetition_penalty, s.repetition_penalty)
+        row[ids] = row[ids] * factor - s.presence_penalty
+    # the maximum, which no probability depends on, keeps quotients finite
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(s.temperature, 1e-30)
+    if not s.top_k and s.top_p == 1 and not s.min_p:
+        return logits
+    ordered = logits.topk(min(s.top_k or logits.shape[1], logits.shape[1])).values  # (B, K), descending
+    odds = ordered.softmax(-1)
+    keep = (odds.cumsum(-1) - odds < s.top_p) & (odds >= s.min_p * odds[:, :1])
+    smallest = ordered.masked_fill(~keep, math.inf).amin(-1, keepdim=True)  # (B, 1)
     return logits.masked_fill(logits < smallest, -math.inf)
-
-
-def top_p(logits: Tensor, p: float, seen: Seen = ()) -> Tensor:
-    """Keep the fewest tokens, the most probable first, that have probability p together, and ties of the last one.
-
-    >>> top_p(torch.tensor([[0.2, 0.5, 0.3]]).log(), 0.7).exp()  # 0.5 is not enough, 0.5 + 0.3 is
-    tensor([[0.0000, 0.5000, 0.3000]])
-    """
-    ordered = logits.sort(descending=True).values
-    probabilities = ordered.softmax(-1)
-    before = probabilities.cumsum(-1) - probabilities  # held by the more probable ones
-    smallest = ordered.masked_fill(before >= p, math.inf).amin(-1, keepdim=True)  # (B, 1)
-    return logits.masked_fill(logits < smallest, -math.inf)
-
-
-def min_p(logits: Tensor, p: float, seen: Seen = ()) -> Tensor:
-    """Keep tokens whose probability is at least p times that of the most probable one: logit >= maximum + log p.
-
-    >>> min_p(torch.tensor([[0.6, 0.3, 0.1]]).log(), 0.4).exp()  # at least 0.24
-    tensor([[0.6000, 0.3000, 0.0000]])
-    """
-    return logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(p), -math.inf)
-
-
-# field of Sampling -> (filter, the value that leaves everything as it is), in the order of their use
-FILTERS = {
-    "repetition_penalty": (repetition_penalty, 1),
-    "temperature": (temperature, 1),
-    "top_k": (top_k, 0),
-    "top_p": (top_p, 1),
-    "min_p": (min_p, 0),
-}
 
 
 def draw(logits: Tensor, chance: Tensor) -> Tensor:
@@ -144,40 +118,31 @@ def draw(logits: Tensor, chance: Tensor) -> Tensor:
     return torch.searchsorted(total, chance[:, None] * total[:, -1:])[:, 0]
 
 
-def choose(logits: Tensor, sampling: Sampling, chance: Tensor, seen: Seen) -> Tensor:
-    """The next token of each row (B,): the most probable one at temperature 0, else one that the filters leave."""
-    for name, (apply, off) in FILTERS.items():
-        value = getattr(sampling, name)
-        if value != off:
-            logits = apply(logits, value, seen)
-    return draw(logits, chance) if sampling.temperature else logits.argmax(-1)
-
-
 # ---- text from tokens, as they come
 
 class TextStream:
     r"""Bytes of tokens in, text out: no half character, nothing after a stop string, nothing that may become one.
 
-    >>> text = TextStream(["\n\n"], skip=1)
-    >>> [text.feed(data) for data in (b" caf", b"\xc3", b"\xa9\n", b"a\n", b"\nb")], text.stopped
+    >>> text = TextStream(["\n\n"])
+    >>> [text.feed(data) for data in (b"caf", b"\xc3", b"\xa9\n", b"a\n", b"\nb")], text.stopped
     (['caf', '', 'é', '\na', ''], True)
     """
 
-    def __init__(self, stops: Sequence[str] = (), skip: int = 0):
+    def __init__(self, stops: Sequence[str] = ()):
         require("" not in stops, "stop strings are a list of texts that are not empty")
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self.stops, self.skip = stops, skip  # skip: bytes at the start to leave out
-        self.held, self.stopped = "", False
+        self.stops = stops
+        self.held = ""  # what may become a stop string
+        self.stopped = False
 
     def feed(self, data: bytes, final: bool = False) -> str:
         """Take in the bytes of the next token; return the text that is certain now, all of it if this is the last."""
-        left_out = min(self.skip, len(data))
-        self.skip -= left_out
-        text = self.held + self.decoder.decode(data[left_out:], final)
+        text = self.held + self.decoder.decode(data, final)
         # the one that is complete first counts, the longest of those: where tokens begin and end changes nothing
         found = [(text.find(stop) + len(stop), text.find(stop)) for stop in self.stops if stop in text]
         if found:
-            self.stopped, self.held = True, ""
+            self.stopped = True
+            self.held = ""
             return text[:min(found)[1]]
         begun = [n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])]
         cut = len(text) if final else len(text) - max(begun, default=0)
@@ -186,14 +151,14 @@ class TextStream:
 
 
 def stop_strings(words: str) -> list[str]:
-    r"""The texts of a comma list in which \n, \t, \, and \\ stand for a newline, a tab, a comma and a backslash.
+    r"""The texts of a comma list in which \n, \t and \, stand for a newline, a tab and a comma.
 
     >>> stop_strings(r"\n\n,a\,b,\d")
     ['\n\n', 'a,b', '\\d']
     """
-    signs = {"n": "\n", "t": "\t", ",": ",", "\\": "\\"}
-    parts = re.findall(r"(?:\\.|[^,])+", words, re.S)
-    return [re.sub(r"\\([nt,\\])", lambda found: signs[found[1]], part) for part in parts]
+    for sign, text in ((r"\n", "\n"), (r"\t", "\t"), (r"\,", "\0")):
+        words = words.replace(sign, text)
+    return [word.replace("\0", ",") for word in words.split(",") if word]
 
 
 # ---- the engine: requests in, one token a step for each of them
@@ -207,111 +172,183 @@ class Request:
     sampling: Sampling = Sampling()
     seed: int | str = 0  # of its own random numbers
     end: int = -1  # the token that ends it (-1: none)
-    first: Sequence[int] = ()  # its first token is one of these (empty: any)
     text: TextStream = dataclasses.field(default_factory=TextStream)
+    bias: dict[int, float] = dataclasses.field(default_factory=dict)  # added to the logits of these tokens
 
     def __post_init__(self):
         self.output = []  # new tokens
+        self.logprobs = []  # theirs, in the model's own distribution
         self.context = []  # the tokens that the model sees; the engine sets them
+        self.held = 0  # so many of them are in the engine's state
         self.random = random.Random(str(self.seed))
         self.done = "" if self.max_new_tokens else "length"  # why it ended: end, stop, length, or what a caller writes
 
-    def take(self, token: int, block: int) -> None:
+    def take(self, token: int, logprob: float, block: int) -> None:
         """Go on by one token; where the context fills the block, its older half goes first."""
         if len(self.context) == block:
             del self.context[:(block + 1) // 2]
+            self.held = 0
         self.context.append(token)
         self.output.append(token)
+        self.logprobs.append(logprob)
         if token == self.end:
             self.done = "end"
         elif len(self.output) == self.max_new_tokens:
             self.done = "length"
 
 
-class Engine:
-    """Decodes some requests together on a model in eval mode. Each step() adds a token to all that are not done.
+def pick(logits: Tensor, requests: Sequence[Request]) -> list[tuple[int, float]]:
+    """Choose from logits (B, V), each row as its request says: tokens, and their log-probabilities in the logits."""
+    total = logits.logsumexp(-1)
+    require(total.isfinite().all(), "the model's output is not finite (NaN or infinite): its training diverged")
+    shaped = logits.clone()
+    for row, request in zip(shaped, requests):
+        for token, extra in request.bias.items():
+            row[token] += extra
+    chosen = {}
+    for sampling in {request.sampling for request in requests}:
+        group = {row: request for row, request in enumerate(requests) if request.sampling == sampling}
+        chance = torch.tensor([1 - request.random.random() for request in group.values()])  # in (0, 1]
+        seen = [request.prompt + request.output for request in group.values()]
+        own = shape(shaped[list(group)], sampling, seen)
+        ids = draw(own, chance.to(own.device)) if sampling.temperature else own.argmax(-1)
+        chosen |= zip(group, ids.tolist())
+    tokens = [chosen[row] for row in range(len(requests))]
+    return list(zip(tokens, (logits[range(len(tokens)), tokens] - total).tolist()))
 
-    The model needs config.block_size, config.vocab_size, hidden, head and new_state. `vocab_size`: only the first so
-    many tokens are produced (0: all). Raises ValueError for an empty prompt and for ids that the model does not know.
+
+class Past:
+    """What a model has taken in of one text. Given another text, it goes on from the beginning that both share."""
+
+    def __init__(self, model: GPT, capacity: int):
+        self.model = model
+        self.capacity = capacity
+        self.tokens = []
+        self.state = None
+        self.computed = 0  # tokens that went through the model
+
+    def take_in(self, tokens: list[int]) -> Tensor:
+        """The model's output (1, 1, C) at the last of some tokens, at most `capacity` of them."""
+        known = len(os.path.commonprefix([self.tokens, tokens[:-1]]))
+        try:
+            require(known, "nothing is known")
+            self.state.truncate([known])  # what a recurrence keeps does not go back: ValueError, too
+        except ValueError:
+            known, self.state = 0, self.model.new_state(1, self.capacity)
+        self.computed += len(tokens) - known
+        self.tokens = tokens[:]
+        for part in filter(None, (tokens[known:-1], tokens[-1:])):
+            x = run_on(self.model, [part], self.state)  # the last one alone: recurrences keep a call's inputs, see join
+        return x[:, -1:]
+
+
+def run_on(model: GPT, rows: list, state: State) -> Tensor:
+    """The model's output (B, T, C) for the next tokens of each row, lists of ids, padded on the right with 0.
+
+    Causal layers do not look there; where the state is used again it must forget the padding.
+    """
+    T = max(map(len, rows))
+    padded = [row + [0] * (T - len(row)) for row in rows]
+    return model.hidden(torch.tensor(padded, device=next(model.parameters()).device), state)
+
+
+def join(parts: list):
+    """One state with the rows of several: tensors and lists of lengths one behind the other, whatever holds them."""
+    first = parts[0]
+    if isinstance(first, Tensor):
+        return torch.cat(parts)
+    if isinstance(first, list) and isinstance(first[0], int):
+        return sum(parts, [])
+    if isinstance(first, list):
+        return type(first)(map(join, zip(*parts)))
+    both = copy.copy(first)
+    for name in vars(first):
+        setattr(both, name, join([vars(part)[name] for part in parts]))
+    return both
+
+
+class Engine:
+    """Decodes requests together on a model in eval mode. Each step() adds a token to all that are going.
+
+    Requests join and leave between steps: those beyond `slots` wait. With requests given, the state has room for the
+    longest of them, else for block_size tokens. The model needs config.block_size, config.vocab_size, parameters,
+    hidden, head and new_state. `vocab_size`: only the first so many tokens are produced (0: all).
     """
 
-    def __init__(self, model: GPT, requests: Sequence[Request], cache: bool = True, vocab_size: int = 0):
+    def __init__(self, model: GPT, requests: Sequence[Request] = (), vocab_size: int = 0, slots: int = 256):
         self.model = model
-        self.cache = cache
-        self.state = None
-        self.active = list(requests)
+        self.slots = slots
         self.vocab_size = vocab_size or model.config.vocab_size
-        self.device = next(model.head.parameters()).device
-        self.spent = {"prefill": [0, 0.0], "decode": [0, 0.0]}  # prompt tokens computed, new tokens; seconds
+        self.block = model.config.block_size
+        needed = [len(request.prompt) + request.max_new_tokens for request in requests]
+        self.capacity = min(self.block, max(needed, default=self.block))
+        self.past = Past(model, self.capacity)
+        self.state = None  # its rows are those of `active`
+        self.active = []
+        self.waiting = collections.deque()
+        self.spent = {"prefill": [0, 0.0], "decode": [0, 0.0]}  # prompt tokens computed, later tokens; seconds
         for request in requests:
-            known = request.prompt and 0 <= min(request.prompt) <= max(request.prompt) < self.vocab_size
-            require(known, f"a prompt is one token or more, each from 0 to {self.vocab_size - 1}")
-            request.context = request.prompt[-model.config.block_size:]
+            self.submit(request)
+
+    def submit(self, request: Request) -> None:
+        """Queue a request. Raises ValueError for an empty prompt, unknown ids, more tokens than the state has room."""
+        ids = request.prompt
+        known = ids and 0 <= min(ids) <= max(ids) < self.vocab_size
+        require(known, f"a prompt is one token or more, each from 0 to {self.vocab_size - 1}")
+        needed = min(self.block, len(ids) + request.max_new_tokens)
+        require(needed <= self.capacity, f"a request of {needed} tokens, the engine has room for {self.capacity}")
+        request.context = ids[-self.block:]
+        self.waiting.append(request)
 
     @torch.inference_mode()
     def step(self) -> list[Request]:
-        """Add one token to every request that is not done; returns these requests, [] when all are."""
-        going = [row for row, request in enumerate(self.active) if not request.done]
-        if not going:
-            return []
-        if len(going) < len(self.active):
-            self.active = [self.active[row] for row in going]
-            self.state = self.state and self.state.fork(going)
-        started = time.perf_counter()
-        phase = "decode" if self.active[0].output else "prefill"
-        # all tokens but the last are in the state; or none is: at the start, after a context was halved, uncached
-        held = self.state.lengths if self.state else []
-        grown = held == [len(request.context) - 1 for request in self.active]
-        hidden = self.decode() if grown else self.prefill()  # (B, C)
-        logits = self.model.head(hidden)[:, :self.vocab_size].float()  # (B, V)
-        for request, token in zip(self.active, self.next_tokens(logits)):
-            request.take(token, self.model.config.block_size)
-        self.spent[phase][0] += len(self.active) if phase == "decode" else self.computed
-        self.spent[phase][1] += time.perf_counter() - started
+        """Go on with every request that is not done and has a slot; returns these requests, [] when there are none."""
+        rows = [row for row, request in enumerate(self.active) if request.held and not request.done]
+        self.waiting.extendleft(request for request in self.active if not request.held)  # its block was full
+        joining = []
+        while self.waiting and len(rows) + len(joining) < self.slots:
+            request = self.waiting.popleft()
+            if not request.done:
+                joining.append(request)
+        if len(rows) < len(self.active):
+            self.active = [self.active[row] for row in rows]
+            self.state = self.state.fork(rows) if rows else None
+        self.timed("decode", self.active)
+        self.timed("prefill", joining)
         return self.active
 
-    def prefill(self) -> Tensor:
-        """The model's output (B, C) at the last token of each context, from all tokens; equal contexts are one row.
+    def timed(self, phase: str, group: list[Request]) -> None:
+        """Call a method of this name, and count what it says to have done, and its seconds."""
+        started = time.perf_counter()
+        if group:
+            self.spent[phase][0] += getattr(self, phase)(group)
+            self.spent[phase][1] += time.perf_counter() - started
 
-        Shorter contexts are padded on the right, where causal layers do not look, and the state forgets the padding.
-        """
-        contexts = [tuple(request.context) for request in self.active]
-        unique = list(dict.fromkeys(contexts))
-        lengths = list(map(len, unique))
-        padded = [context + (0,) * (max(lengths) - len(context)) for context in unique]
-        rows = list(map(unique.index, contexts))
-        if self.cache:
-            needed = max(len(r.context) + r.max_new_tokens - len(r.output) for r in self.active)
-            self.state = self.model.new_state(len(unique), min(needed, self.model.config.block_size))
-        hidden = self.model.hidden(torch.tensor(padded, device=self.device), self.state)  # (U, T, C)
-        if self.cache:
-            self.state.truncate(lengths)
-            self.state = self.state.fork(rows)
-        self.computed = sum(lengths)
-        return hidden[range(len(unique)), [length - 1 for length in lengths]][rows]
+    def prefill(self, group: list[Request]) -> int:
+        """Take in whole contexts, equal ones once, and add a first token; returns how many tokens were computed."""
+        before = self.past.computed
+        states = [] if self.state is None else [self.state]
+        for context in dict.fromkeys(tuple(request.context) for request in group):
+            same = [request for request in group if tuple(request.context) == context]
+            hidden = self.past.take_in(list(context))
+            states.append(self.past.state.fork([0] * len(same)))
+            self.extend(same, hidden.expand(len(same), -1, -1))
+            self.active = self.active + same
+        self.state = join(states)
+        return self.past.computed - before
 
-    def decode(self) -> Tensor:
-        """The same (B, C), from the last token of each context and the state, which takes it in."""
-        tokens = torch.tensor([request.context[-1:] for request in self.active], device=self.device)
-        return self.model.hidden(tokens, self.state)[:, -1]
+    def decode(self, group: list[Request]) -> int:
+        """Take in the last token of each context and add another; returns how many these are."""
+        last = [request.context[-1:] for request in group]
+        self.extend(group, run_on(self.model, last, self.state))
+        return len(group)
 
-    def next_tokens(self, logits: Tensor) -> list[int]:
-        """Choose from logits (B, V), each row as its request says."""
-        finite = logits.amax(-1).isfinite().all()
-        require(finite, "the model's output is not finite (NaN or infinite): its training diverged")
-        for row, request in zip(logits, self.active):
-            if request.first and not request.output:
-                kept = row[request.first]
-                row.fill_(-math.inf)[request.first] = kept
-        tokens = {}
-        for sampling in {request.sampling for request in self.active}:
-            rows = [row for row, request in enumerate(self.active) if request.sampling == sampling]
-            group = [self.active[row] for row in rows]
-            chance = torch.tensor([1 - request.random.random() for request in group])  # in (0, 1]
-            seen = [request.prompt + request.output for request in group]
-            chosen = choose(logits[rows], sampling, chance.to(logits.device), seen)
-            tokens |= zip(rows, chosen.tolist())
-        return [tokens[row] for row in range(len(tokens))]
+    def extend(self, group: list[Request], hidden: Tensor) -> None:
+        """Add a token to each request from hidden (B, 1, C), the output at its last one."""
+        logits = self.model.head(hidden)[:, 0, :self.vocab_size].float()  # (B, V)
+        for request, (token, logprob) in zip(group, pick(logits, group)):
+            request.held = len(request.context)
+            request.take(token, logprob, self.block)
 
     def report(self) -> str:
         """Tokens and tokens per second so far: of the prompts, with the first new tokens, and of decoding after it."""
@@ -321,25 +358,19 @@ class Engine:
 
 # ---- from text to text
 
-def ask(tokenizer: Tokenizer | None, prompt: str, n_samples: int = 1, max_new_tokens: int = 256,
-        stop: Sequence[str] = (), heal: bool = False, seed: int = 0, **sampling) -> list[Request]:
-    """Requests for `n_samples` continuations of a text, which end at <|endoftext|>; an empty text begins there.
+def ask(tokenizer: Tokenizer | None, prompt: str | list, n_samples: int = 1, max_new_tokens: int = 256,
+        stop: Sequence[str] = (), seed: int = 0, end: str = END, **sampling) -> list[Request]:
+    """Requests for `n_samples` continuations of a text (or of ids), which end at the special token `end`.
 
-    `sampling`: fields of Sampling. `heal`: the prompt's last token is taken back, and the first new one must begin
-    with its text: a prompt may end within what training always saw as one token, as "def " within " main". ValueError.
+    An empty text begins at <|endoftext|>. `sampling`: fields of Sampling. Raises ValueError.
     """
     require(tokenizer, "the checkpoint has no tokenizer, so it takes and gives no text, only token ids (see Engine)")
     require(n_samples > 0, f"--n_samples={n_samples} must be at least 1")
     require(max_new_tokens >= 0, f"--max_new_tokens={max_new_tokens} must be at least 0")
-    special = tokenizer.special_tokens.values()
-    end = tokenizer.special_tokens[END]
-    ids = tokenizer.encode(prompt) or [end]
-    first, begin = [], b""
-    if heal and len(ids) > 1 and ids[-1] not in special:
-        begin = tokenizer.vocab[ids.pop()]
-        first = [i for i, token in enumerate(tokenizer.vocab) if token.startswith(begin) and i not in special]
+    ids = (tokenizer.encode(prompt) if isinstance(prompt, str) else prompt) or [tokenizer.special_tokens[END]]
     settings = Sampling(**sampling)
-    return [Request(ids, max_new_tokens, settings, f"{seed} {sample}", end, first, TextStream(stop, len(begin)))
+    last = tokenizer.special_tokens[end]
+    return [Request(ids, max_new_tokens, settings, f"{seed} {sample}", last, TextStream(stop))
             for sample in range(n_samples)]
 
 
@@ -358,32 +389,278 @@ def stream(engine: Engine, tokenizer: Tokenizer) -> Iterator[tuple[Request, str]
                 yield request, piece
 
 
-def generate(model: GPT, tokenizer: Tokenizer | None, prompts: Sequence[str], cache: bool = True,
-             **how) -> list[str]:
+def complete(engine: Engine, tokenizer: Tokenizer, requests: list, shown: Request | None = None) -> list[str]:
+    """The texts of requests that the engine has, when all are done; that of `shown` is printed as it comes."""
+    texts = dict.fromkeys(requests, "")
+    for request, piece in stream(engine, tokenizer):
+        texts[request] += piece
+        if request is shown:
+            print(piece, end="", flush=True)
+    return list(texts.values())
+
+
+def generate(model: GPT, tokenizer: Tokenizer | None, prompts: Sequence[str], **how) -> list[str]:
     """Continue all prompts in one batch; `how` are arguments of `ask` (n_samples, stop, seed, temperature, ...).
 
     Returns the new texts without their prompts, the samples of one prompt behind each other. A text depends on its own
     prompt, the seed and its number among that prompt's samples. The model must be in eval mode. Raises ValueError.
     """
-    texts = {request: "" for prompt in prompts for request in ask(tokenizer, prompt, **how)}
-    if not texts:
-        return []
-    for request, piece in stream(Engine(model, list(texts), cache, tokenizer.vocab_size), tokenizer):
-        texts[request] += piece
-    return list(texts.values())
+    requests = [request for prompt in prompts for request in ask(tokenizer, prompt, **how)]
+    return complete(Engine(model, requests, tokenizer.vocab_size), tokenizer, requests)
+
+
+# ---- conversations: what stands before and behind each message; the assistant's end is where its reply ends
+
+TEMPLATES = {  # what stands before a conversation, before a message, behind it (one special token), between messages
+    "chatml": ("", "<|im_start|>{}\n", "<|im_end|>", "\n"),
+    "llama3": ("<|begin_of_text|>", "<|start_header_id|>{}<|end_header_id|>\n\n", "<|eot_id|>", ""),
+    "plain": ("", "{}: ", END, "\n"),
+}
+ROLES = ("system", "user", "assistant", "tool")
+
+
+def render(messages: list[dict], template: str, tokenizer: Tokenizer, reply: bool = False) -> tuple:
+    """A conversation as token ids, and a mask: 1 exactly on the tokens of the assistant's messages and their ends.
+
+    `messages`: dicts with `role` (one of ROLES) and `content`, in which special tokens are ordinary text. `template`:
+    a key of TEMPLATES. `reply`: end with the head of an assistant's message that is still to be written. Raises
+    ValueError, also where the tokenizer lacks a special token of the template: as text, a user could write it, too.
+    """
+    require(template in TEMPLATES, f"--template={template}: choose from {', '.join(TEMPLATES)}")
+    before, head, end, after = TEMPLATES[template]
+    lacking = set(re.findall(r"<\|\w+\|>", before + head + end)) - tokenizer.special_tokens.keys()
+    require(not lacking, f"--template={template} needs the special tokens {', '.join(sorted(lacking))}")
+    pieces = [(before, "all", 0)]
+    for message in messages:
+        role, content = message.get("role"), message.get("content")
+        require(role in ROLES and isinstance(content, str), f"a message has a role of {ROLES} and a text as content")
+        own = int(role == "assistant")
+        pieces += [(head.format(role), "all", 0), (content, "none", own)]
+        pieces += [(end, "all", own), (after, "all", 0)]
+    if reply:
+        pieces.append((head.format("assistant"), "all", 0))
+    ids, mask = [], []
+    for text, special, own in pieces:
+        new = tokenizer.encode(text, special)
+        ids += new
+        mask += [own] * len(new)
+    return ids, mask
+
+
+def chat(engine: Engine, tokenizer: Tokenizer, o: "Options") -> None:
+    """Answer each line of stdin; the last block_size tokens of the conversation count."""
+    messages = [dict(role="system", content=o.system)] if o.system else []
+    for line in sys.stdin:
+        messages.append(dict(role="user", content=line.strip()))
+        ids, _ = render(messages, o.template, tokenizer, reply=True)
+        request = ask(tokenizer, ids, end=TEMPLATES[o.template][2], **wishes(o))[0]
+        engine.submit(request)
+        [answer] = complete(engine, tokenizer, [request], request)
+        messages.append(dict(role="assistant", content=answer))
+        print()
+
+
+# ---- evaluation: a row of a public file -> (context, what may follow it, which of these is right)
+
+def hellaswag(row: dict) -> tuple:
+    """Zellers et al. 2019 (jsonl); marks in brackets are taken out as in lm-evaluation-harness."""
+    texts = []
+    for text in (f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}", *row["endings"]):
+        text = text.strip().replace(" [title]", ". ")
+        texts.append(re.sub(r"\[.*?\]", "", text).replace("  ", " "))
+    return texts[0], [" " + text for text in texts[1:]], int(row["label"])
+
+
+def mmlu(row: list[str]) -> tuple:
+    """Hendrycks et al. 2021 (csv): question, four answers, the letter of the right one."""
+    question, a, b, c, d, letter = row
+    context = f"{question.strip()}\nA. {a}\nB. {b}\nC. {c}\nD. {d}\nAnswer:"
+    return context, [" A", " B", " C", " D"], list("ABCD").index(letter)
+
+
+def gsm8k(row: dict) -> tuple:
+    """Cobbe et al. 2021 (jsonl): one right text, of which the number at its end counts."""
+    return f"Question: {row['question']}\nAnswer:", [" " + row["answer"]], 0
+
+
+def read_rows(read: Callable, path: Path) -> list[tuple]:
+    """What `read` makes of the rows of a csv or jsonl file. ValueError names a row that it cannot read."""
+    items = []
+    with open(path, encoding="utf-8", newline="") as file:
+        try:
+            for row in csv.reader(file) if path.suffix == ".csv" else map(json.loads, file):
+                items.append(read(row))
+        except (LookupError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"{path}, row {len(items) + 1} is damaged: {error!r}") from error
+    return items
+
+
+def final_number(text: str) -> str:
+    """The number behind ####, or else the last one, without commas ("": there is none)."""
+    marked = text.partition("####")[2]
+    numbers = re.findall(r"-?\d[\d,.]*", marked or text) or [""]
+    return numbers[0 if marked else -1].replace(",", "").rstrip(".")
+
+
+def pass_at(k: int, right: int, n: int) -> float:
+    """The probability that of k texts drawn from n, `right` of them right, one is right (Chen et al. 2021, unbiased).
+
+    >>> pass_at(1, 1, 4), pass_at(2, 1, 4), pass_at(4, 0, 4)
+    (0.25, 0.5, 0.0)
+    """
+    return 1 - math.comb(n - right, k) / math.comb(n, k)
+
+
+def summary(pairs: list) -> list[float]:
+    """Sum of the numerators over sum of the denominators, and where 95% of it lie when the items are drawn anew."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(len(pairs), (1000, len(pairs)), generator=generator)
+    drawn = torch.tensor(pairs, dtype=torch.float64)[rows].sum(1)  # (1000, 2)
+    ratios = sorted((drawn[:, 0] / drawn[:, 1]).tolist())
+    top, bottom = map(sum, zip(*pairs))
+    return [top / bottom, ratios[25], ratios[974]]
+
+
+@dataclasses.dataclass
+class Exam:
+    """Grades items: an answer, and scores as [numerator, denominator], over which sums are taken."""
+
+    engine: Engine
+    tokenizer: Tokenizer
+    o: Options
+
+    @torch.inference_mode()
+    def score(self, context: list, ends: list) -> list[list[float]]:
+        """The log-probability of each token of each continuation; what contexts share with the last one is not redone.
+
+        Where context and continuation are longer than the block, the context's first tokens are left out.
+        """
+        past = self.engine.past
+        B = len(ends)
+        room = max(1, past.capacity - max(map(len, ends)))
+        first = past.take_in(context[-room:])  # (1, 1, C)
+        rest = run_on(past.model, ends, past.state.fork([0] * B))[:, :-1]  # (B, T - 1, C)
+        logits = past.model.head(torch.cat((first.expand(B, -1, -1), rest), 1))
+        logprobs = logits.float().log_softmax(-1)  # (B, T, V)
+        return [row[range(len(end)), end].tolist() for row, end in zip(logprobs, ends)]
+
+    def text(self, item: tuple) -> dict:
+        """How well are the second tokens predicted behind the first?"""
+        context, end = item
+        nats = -sum(self.score(context, [end])[0])
+        size = len(self.tokenizer.decode_bytes(end))
+        return dict(bits_per_byte=[nats / math.log(2), size], nats_per_token=[nats, len(end)])
+
+    def choice(self, item: tuple) -> dict:
+        """Is the right continuation the most probable one: in sum, by token, by character (acc_norm), by byte?"""
+        context, choices, gold = item
+        ids = self.tokenizer.encode(context)
+        ends = [self.tokenizer.encode(context + text)[len(ids):] for text in choices]
+        sums = torch.tensor(list(map(sum, self.score(ids, ends))))
+        # the space that a choice begins with is not counted, as in lm-evaluation-harness
+        sizes = {
+            "acc": [1] * len(ends),
+            "acc_token": list(map(len, ends)),
+            "acc_norm": [len(text) - 1 for text in choices],
+            "acc_byte": [len(text.encode()) - 1 for text in choices],
+        }
+        bits = -sums[gold].item() / math.log(2)
+        scores = {"answer": sums.tolist(), "gold_bits_per_byte": [bits, sizes["acc_byte"][gold]]}
+        for name, size in sizes.items():
+            best = (sums / torch.tensor(size)).argmax()
+            scores[name] = [int(best == gold), 1]
+        return scores
+
+    def solution(self, item: tuple) -> dict:
+        """Is the number at the end of one text, or of any of all, the right one?"""
+        context, [right], _ = item
+        requests = ask(self.tokenizer, context, **wishes(self.o) | dict(stop=["Question:"]))
+        for request in requests:
+            self.engine.submit(request)
+        texts = complete(self.engine, self.tokenizer, requests)
+        gold, *answers = map(final_number, [right, *texts])
+        scores = {"answer": texts}
+        n = len(answers)
+        for k in {1, n}:
+            scores[f"pass@{k}"] = [pass_at(k, answers.count(gold), n), 1]
+        return scores
+
+    def windows(self) -> Iterator[tuple]:
+        """Items of half a block behind half a block, of each *.txt, with their names."""
+        stride = self.engine.block // 2
+        for path in sorted(Path(self.o.eval_data).rglob("*.txt")):
+            text = path.read_bytes().decode("utf-8", "replace")
+            ids = [self.tokenizer.special_tokens[END], *self.tokenizer.encode(text)]
+            for start in range(1, len(ids), stride):
+                before = ids[max(0, start - stride):start]
+                yield f"{path.name} {start}", (before, ids[start:start + stride])
+
+    def items(self, read: Callable, files: str, solved: str, first: str) -> Iterator[tuple]:
+        """Items (context behind solved examples, choices, gold) with their names; the same twice counts once."""
+        folder, seen = Path(self.o.eval_data), set()
+        for path in sorted(folder.rglob(files)):
+            subject = path.stem.removesuffix("_test")
+            begin = first.format(subject.replace("_", " "))
+            for other in folder.rglob(solved.format(subject)):
+                for context, choices, gold in read_rows(read, other)[:self.o.shots]:
+                    begin += f"{context}{choices[gold]}\n\n"
+            for number, (context, *rest) in enumerate(read_rows(read, path)):
+                twin = f"{context}{rest}"
+                if twin not in seen:
+                    yield f"{path.name} {number}", (begin + context, *rest)
+                seen.add(twin)
+
+    def write(self, held: dict) -> None:
+        """Keep what is graded so far."""
+        with replacing(self.o.output) as file:
+            file.write(json.dumps(held).encode())
+
+    def run(self) -> Iterator[str]:
+        """Grade all tasks; yields a line for each score.
+
+        o.output holds every item, answer and score. It is written as it grows; what it holds is not graded again.
+        """
+        output = Path(self.o.output)
+        settings = dict(ckpt=self.o.ckpt, shots=self.o.shots, **wishes(self.o))
+        held = json.loads(output.read_bytes()) if output.exists() else dict(settings=settings)
+        require(held["settings"] == settings, f"{output} has results of other settings: name another --output")
+        for name in self.o.eval.split(","):
+            require(name in TASKS, f"--eval={name}: choose from {', '.join(TASKS)}")
+            find, grade, *how = TASKS[name]
+            records = held.setdefault(name, {})
+            for key, item in find(self, *how):
+                if key not in records:
+                    records[key] = dict(item=item) | grade(self, item)
+                    if not len(records) % 100:
+                        self.write(held)
+            require(records, f"--eval_data={self.o.eval_data} has no files for {name}")
+            self.write(held)
+            for metric in next(iter(records.values())):
+                if metric not in ("item", "answer"):
+                    value, low, high = summary([record[metric] for record in records.values()])
+                    yield f"{name} {metric}: {value:.4f} ({low:.4f} to {high:.4f})"
+
+
+# items, grade; reader, files, files of solved examples ({}: the first name without its ending), what comes before them
+TASKS = {
+    "ppl": (Exam.windows, Exam.text),
+    "hellaswag": (Exam.items, Exam.choice, hellaswag, "*hellaswag*val*.jsonl", "*hellaswag*train*.jsonl", ""),
+    "mmlu": (Exam.items, Exam.choice, mmlu, "*_test.csv", "{}_dev.csv",
+             "The following are multiple choice questions (with answers) about {}.\n\n"),
+    "gsm8k": (Exam.items, Exam.solution, gsm8k, "*gsm8k*test*.jsonl", "*gsm8k*train*.jsonl", ""),
+}
 
 
 # ---- loading, the command line
 
-def read(path: str | Path) -> dict:
-    """The checkpoint's dict; nothing in it is executed. Raises OSError or ValueError."""
+def load(path: str = "out/ckpt.pt", device: str = "") -> tuple[GPT, Tokenizer | None]:
+    """Model, ready for sampling on `device` ("": the fastest that is there), and tokenizer (None: there is none).
+
+    Nothing in the checkpoint is executed. Raises OSError, and ValueError where the two do not fit together.
+    """
     require(Path(path).exists(), f"{path} does not exist; `python train.py` makes it, --ckpt=FILE names another")
-    return load_checkpoint(path)
-
-
-def build(checkpoint: dict, device: str = "") -> tuple[GPT, Tokenizer | None]:
-    """Model and tokenizer (None: there is none) of a checkpoint. Raises ValueError where they do not fit together."""
-    device = device or next((kind for kind in ("cuda", "mps") if getattr(torch, kind).is_available()), "cpu")
+    checkpoint = load_checkpoint(path)
+    device = device or ("cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu")
     try:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
@@ -395,47 +672,20 @@ def build(checkpoint: dict, device: str = "") -> tuple[GPT, Tokenizer | None]:
     return model, tokenizer
 
 
-def load(path: str | Path = Options.ckpt, device: str = "") -> tuple[GPT, Tokenizer | None]:
-    """Model, ready for sampling on `device` ("": the fastest), and tokenizer of a checkpoint. OSError, ValueError."""
-    return build(read(path), device)
+def wishes(o: "Options") -> dict:
+    """The options that are arguments of `ask`."""
+    names = ["n_samples", "max_new_tokens", "seed", *vars(Sampling())]
+    return {name: getattr(o, name) for name in names} | dict(stop=stop_strings(o.stop))
 
 
-def print_samples(engine: Engine, tokenizer: Tokenizer, requests: list[Request], prompt: str) -> None:
-    """Print prompt and sample, request after request: one as its text comes, the next when those before have ended."""
-    texts = dict.fromkeys(requests, prompt)
-    pieces = stream(engine, tokenizer)
-    growing = {request for request in requests if not request.done}
-    for shown in requests:
-        print(texts[shown], end="", flush=True)
-        while shown in growing:
-            request, piece = next(pieces)
-            texts[request] += piece
-            if request.done:
-                growing.remove(request)
-            if request is shown:
-                print(piece, end="", flush=True)
-        print(f"\n{BETWEEN}" if shown is not requests[-1] else "")
-
-
-def bench(model: GPT, new_tokens: int = 256, runs: int = 5) -> dict:
-    """Greedy decoding of `new_tokens` that end at block_size, with the cache and without by turns, prompt included.
-
-    Returns the median tokens per second of each, their ratio, and whether the tokens were the same.
-    """
-    prompt = [i % model.config.vocab_size for i in range(max(1, model.config.block_size - new_tokens))]
-    speeds = {True: [], False: []}
-    outputs = {}
-    for cache in (True, False) * runs:
-        request = Request(prompt, new_tokens, Sampling(temperature=0))
-        engine = Engine(model, [request], cache)
-        started = time.perf_counter()
+def bench(model: GPT, new_tokens: int = 64) -> Iterator[str]:
+    """Greedy decoding of 1 to 64 texts together, each as long as the block: a line of speeds each."""
+    prompt = [0] * max(1, model.config.block_size - new_tokens)
+    for batch in (1, 4, 16, 64):
+        engine = Engine(model, [Request(prompt, new_tokens, Sampling(0)) for _ in range(batch)])
         while engine.step():
             pass
-        speeds[cache].append(new_tokens / (time.perf_counter() - started))
-        outputs[cache] = request.output
-    cached = statistics.median(speeds[True])
-    plain = statistics.median(speeds[False])
-    return dict(cached=cached, plain=plain, ratio=cached / plain, same=outputs[True] == outputs[False])
+        yield f"{batch:3} texts: {engine.report()}"
 
 
 def options(kind: type, words: list[str]):
@@ -480,30 +730,26 @@ def run(main: Callable[[], None]) -> None:
 
 def main() -> None:
     o = options(Options, sys.argv[1:])
-    checkpoint = read(o.ckpt)
-    model, tokenizer = build(checkpoint, o.device)
+    model, tokenizer = load(o.ckpt, o.device)
     if o.bench:
-        found = bench(model)
-        print("{cached:10,.0f} tokens/s with the cache\n{plain:10,.0f} without\n{ratio:10.1f} times".format(**found))
-        print(f"the tokens are {'the same' if found['same'] else 'NOT the same'}")
-        return
-    # bytes of the command line that are no UTF-8 arrive as lone surrogates
-    prompt = o.prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-    if prompt != o.prompt:
-        print("the prompt is not UTF-8: bytes in it were replaced by U+FFFD", file=sys.stderr)
-    given = any(word.startswith("--prompt") for word in sys.argv)
-    if not given and (checkpoint.get("train") or {}).get("data"):  # trained on something else than Python
-        prompt = "\n"
-    sampling = {name: getattr(o, name) for name in FILTERS}
-    requests = ask(tokenizer, prompt, o.n_samples, o.max_new_tokens, stop_strings(o.stop), o.heal, o.seed, **sampling)
-    length = len(requests[0].prompt)
-    block = model.config.block_size
-    if length > block:
-        print(f"the prompt has {length} tokens, the model sees the last {block}", file=sys.stderr)
-    engine = Engine(model, requests, o.cache, tokenizer.vocab_size)
+        return print(*bench(model), sep="\n")
+    prompt = o.prompt or "\n"
+    requests = ask(tokenizer, prompt, **wishes(o))
+    engine = Engine(model, (), tokenizer.vocab_size)
+    if o.eval:
+        return print(*Exam(engine, tokenizer, o).run(), sep="\n")
     sys.stdout.reconfigure(errors="replace")  # for a terminal that is not UTF-8
+    if o.chat:
+        return chat(engine, tokenizer, o)
+    for request in requests:
+        engine.submit(request)
+    if len(request.prompt) > engine.block:
+        print(f"the prompt has {len(request.prompt)} tokens, the model sees the last {engine.block}", file=sys.stderr)
     try:
-        print_samples(engine, tokenizer, requests, prompt)
+        print(prompt, end="", flush=True)
+        for text in complete(engine, tokenizer, requests, requests[0])[1:]:
+            print(f"\n---------------\n{prompt}{text}", end="")
+        print()
     finally:
         print(engine.report(), file=sys.stderr)
 

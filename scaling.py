@@ -67,7 +67,7 @@ NAMES = {
 }
 
 
-def read_rows(path: Path) -> list[dict]:
+def rows_of(path: Path) -> list[dict]:
     """The rows of a .csv, .json or .jsonl file. Raises OSError, or ValueError where it is something else."""
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".csv":
@@ -86,7 +86,7 @@ def read_runs(path: Path) -> np.ndarray:
     numbers.
     """
     table = set()
-    for i, row in enumerate(read_rows(path)):
+    for i, row in enumerate(rows_of(path)):
         run = {key: float(row[name]) for key, names in NAMES.items() for name in names if row.get(name)}
         require({"N", "loss"} < run.keys(), f"{path}: run {i} needs N, loss, and D or C; it has {', '.join(row)}")
         D = run.get("C", 0) / 6 / (run["N"] or math.nan)
@@ -154,7 +154,7 @@ def resampled(residual: Callable, starts: np.ndarray, n: int, o: Options, delta:
     return np.concatenate((best, others))
 
 
-def summary(found: dict[str, np.ndarray]) -> dict[str, list[float]]:
+def summarise(found: dict[str, np.ndarray]) -> dict[str, list[float]]:
     """Each quantity (S,) as [value of the fit, low, high]: the middle 90% of the other rows."""
     return {
         name: [float(x[0]), *np.quantile(x[1:], (0.05, 0.95)).tolist()]
@@ -196,7 +196,7 @@ class Chinchilla:
         """The constants; N grows as C^N_exponent, D as C^D_exponent (closed form of the optimum)."""
         a, alpha, b, beta, e = self.p.T
         share = beta / (alpha + beta)
-        return summary(dict(
+        return summarise(dict(
             A=np.exp(a), alpha=alpha, B=np.exp(b), beta=beta, E=np.exp(e),
             N_exponent=share,
             D_exponent=1 - share,
@@ -213,7 +213,7 @@ class Chinchilla:
         d = np.log(np.maximum(tokens, 1e-9))
         loss = np.exp(a - alpha * n) + np.exp(b - beta * d) + np.exp(e)  # (S, 8001)
         at = loss.argmin(1)
-        return summary(dict(
+        return summarise(dict(
             N=np.exp(n[at]),
             D=np.exp(d[at]),
             loss=loss.min(1) * self.noise,
@@ -249,12 +249,12 @@ class IsoFLOP:
 
     def constants(self) -> dict:
         """The exponents of N and D in C."""
-        return summary(dict(N_exponent=self.slope, D_exponent=1 - self.slope))
+        return summarise(dict(N_exponent=self.slope, D_exponent=1 - self.slope))
 
     def predict(self, C: float) -> dict:
         """N and D where C FLOPs do most."""
         N = np.exp(self.slope * math.log(C) + self.height)
-        return summary(dict(N=N, D=C / self.k / N))
+        return summarise(dict(N=N, D=C / self.k / N))
 
 
 FITS = {"parametric": Chinchilla, "isoflop": IsoFLOP}
@@ -291,7 +291,7 @@ class Ledger:
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"another study is at work in {self.folder}") from None
-        self.rows = {row["key"]: row for row in read_rows(self.path)} if self.path.exists() else {}
+        self.rows = {row["key"]: row for row in rows_of(self.path)} if self.path.exists() else {}
         with replacing(self.path) as file:  # without a last line that a kill cut short
             file.writelines(json.dumps(row).encode() + b"\n" for row in self.rows.values())
         data = Path(o.data or self.folder / "tokens")
@@ -348,7 +348,7 @@ class Ledger:
         command = shlex.split(self.o.launch.format(command=command))
         done = subprocess.run(command, capture_output=True, text=True)
         require(done.returncode == 0, f"the run in {folder} failed: {done.stderr.strip()}")
-        curve = [row for row in read_rows(folder / "log.jsonl") if "val_loss" in row]
+        curve = [row for row in rows_of(folder / "log.jsonl") if "val_loss" in row]
         last = curve[-1]
         return dict(
             plan,
@@ -450,7 +450,7 @@ def predict(fits: dict, o: Options, table: Path) -> None:
 def check(o: Options) -> None:
     """Compare the last loss of the run in the folder --check with the preregistered one."""
     stored = json.loads((Path(o.output) / "prediction.json").read_bytes())
-    last = read_rows(Path(o.check) / "log.jsonl")[-1]
+    last = rows_of(Path(o.check) / "log.jsonl")[-1]
     wanted, used = stored["FLOPs"], last["flops"]
     loss = last["val_loss"]
     require(abs(used / wanted - 1) < 0.05, f"{o.check} took {used:.3g} FLOPs; the prediction is for {wanted:.3g}")

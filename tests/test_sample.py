@@ -3,6 +3,8 @@ every token, streams against whole texts, and the command line.
 """
 import dataclasses
 import io
+import itertools
+import json
 import math
 import os
 import pickle
@@ -62,9 +64,15 @@ def plain_loop(gpt, prompt, count):
     return output
 
 
-def decode(gpt, requests, cache=True, **how):
+def choose(logits, sampling, chance, seen):
+    """One step of decoding, from logits (B, V) and a number in (0, 1] a row."""
+    shaped = sample.shape(logits, sampling, seen)
+    return sample.draw(shaped, chance) if sampling.temperature else shaped.argmax(-1)
+
+
+def decode(gpt, requests, **how):
     """Run requests to their ends; returns their outputs."""
-    engine = Engine(gpt, requests, cache, **how)
+    engine = Engine(gpt, requests, **how)
     while engine.step():
         pass
     return [request.output for request in requests]
@@ -73,21 +81,38 @@ def decode(gpt, requests, cache=True, **how):
 class Script(nn.Module):
     """A model that says one fixed text, whatever it is asked; it has what Engine needs and nothing else."""
 
+    class State:
+        """Counts tokens."""
+
+        def __init__(self, lengths):
+            self.lengths = lengths
+
+        def fork(self, rows):
+            return Script.State([self.lengths[row] for row in rows])
+
+        def truncate(self, lengths):
+            self.lengths = lengths
+
     class Head(nn.Module):
         def __init__(self, tokens, vocab_size):
             super().__init__()
             self.table = nn.Parameter(1e3 * torch.eye(vocab_size)[tokens])
 
         def forward(self, at):
-            return self.table[at.long()[:, 0]]
+            return self.table[at[..., 0]]
 
     def __init__(self, tokens, prompt_length=1, vocab_size=257):
         super().__init__()
         self.config = model.Config(vocab_size=vocab_size, block_size=10**6)
         self.head, self.start = self.Head(tokens, vocab_size), prompt_length
 
+    def new_state(self, batch, capacity):
+        return self.State([0] * batch)
+
     def hidden(self, tokens, state):
-        return (torch.arange(tokens.shape[1]) + 1 - self.start).expand(len(tokens), -1)[..., None]
+        at = torch.tensor(state.lengths)[:, None] + torch.arange(tokens.shape[1]) + 1 - self.start
+        state.lengths = [length + tokens.shape[1] for length in state.lengths]
+        return at[..., None]
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +134,10 @@ def gpt(tokenizer):
 
 def brute_repetition_penalty(row, penalty, seen):
     return [(x / penalty if x > 0 else x * penalty) if i in seen else x for i, x in enumerate(row)]
+
+
+def brute_presence_penalty(row, penalty, seen):
+    return [x - penalty * (i in seen) for i, x in enumerate(row)]
 
 
 def brute_temperature(row, value, seen):
@@ -134,14 +163,15 @@ def brute_min_p(row, p, seen):
     return [x if odd >= p * max(odds) else -math.inf for x, odd in zip(row, odds)]
 
 
-VALUES = {"repetition_penalty": (1.3, 0.5, 4.0), "temperature": (0.3, 1.7, 5.0), "top_k": (1, 3, 17, 100),
-          "top_p": (0.03, 0.51, 0.9, 0.9999), "min_p": (0.013, 0.31, 1.0)}
+OFF = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+VALUES = {"repetition_penalty": (1.3, 0.5, 4.0), "presence_penalty": (0.7, -1.5), "temperature": (0.3, 1.7, 5.0),
+          "top_k": (1, 3, 17, 100), "top_p": (0.03, 0.51, 0.9, 0.9999), "min_p": (0.013, 0.31, 1.0)}
 
 
-@pytest.mark.parametrize("name", sample.FILTERS)
+@pytest.mark.parametrize("name", OFF)
 def test_a_filter_is_its_definition(name):
-    apply, brute, rng = sample.FILTERS[name][0], globals()[f"brute_{name}"], random.Random(name)
-    assert VALUES.keys() == sample.FILTERS.keys()
+    brute, rng = globals()[f"brute_{name}"], random.Random(name)
+    assert list(VALUES) == list(OFF) and OFF.keys() == vars(Sampling()).keys()
     for trial in range(30):
         for value in VALUES[name]:
             # every second time among few values, so that there are ties
@@ -149,38 +179,38 @@ def test_a_filter_is_its_definition(name):
             seen = [rng.choices(range(20), k=rng.randint(1, 9)) for _ in rows]
             logits = torch.tensor(rows, dtype=torch.float64)
             before = logits.clone()
-            want = [brute(row, value, ids) for row, ids in zip(rows, seen)]
-            torch.testing.assert_close(apply(logits, value, seen), torch.tensor(want, dtype=torch.float64))
+            want = torch.tensor([brute(row, value, ids) for row, ids in zip(rows, seen)], dtype=torch.float64)
+            got = sample.shape(logits, Sampling(**OFF | {name: value}), seen)
+            torch.testing.assert_close(got, want - want.amax(-1, keepdim=True))
             assert torch.equal(logits, before), "the input has changed"
 
 
-def test_off_values_change_nothing():
-    logits = torch.randn(2, 9, dtype=torch.float64)
-    for name, (apply, off) in sample.FILTERS.items():
-        if name not in ("top_k", "min_p"):  # 0 has no meaning there, choose() leaves the filter out
-            torch.testing.assert_close(apply(logits, off, [[1], [2]]).softmax(-1), logits.softmax(-1))
-    neutral = Sampling(**{name: off for name, (_, off) in sample.FILTERS.items()})
-    chance = torch.tensor([0.5, 0.9])
-    assert torch.equal(sample.choose(logits, neutral, chance, [[1], [2]]), sample.draw(logits, chance))
+def test_all_filters_together():
+    rng = random.Random(3)
+    for _ in range(200):
+        settings = Sampling(**{name: rng.choice((*VALUES[name], OFF[name])) for name in OFF})
+        row, seen = [rng.gauss(0, 2) for _ in range(20)], rng.choices(range(20), k=5)
+        got = sample.shape(torch.tensor([row], dtype=torch.float64), settings, [seen]).softmax(-1)[0]
+        torch.testing.assert_close(got, torch.tensor(odds_of(row, settings, seen)))
 
 
-def test_filters_come_in_the_order_of_the_table():
+def test_filters_come_in_their_order():
     # Temperature 3 first: 0.72 0.26 0.01 becomes 0.51 0.36 0.13, so top_p=0.6 keeps two. The other way round only one.
     logits = torch.tensor([[4.0, 3.0, 0.0]])
     hot = Sampling(temperature=3.0, top_k=0, top_p=0.6)
-    assert sample.choose(logits, hot, torch.tensor([1.0]), [[]]).item() == 1
+    assert choose(logits, hot, torch.tensor([1.0]), [[]]).item() == 1
     # top_k before top_p: of 0.4 0.3 0.2 0.1 it leaves 0.57 0.43, of which the first is enough for top_p=0.5.
     four = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
-    assert sample.choose(four, Sampling(1.0, 2, 0.5), torch.tensor([1.0]), [[]]).item() == 0
+    assert choose(four, Sampling(1.0, 2, 0.5), torch.tensor([1.0]), [[]]).item() == 0
     # The penalty first: it moves token 0 below token 1, which top_k=1 then keeps.
-    assert sample.choose(logits, Sampling(top_k=1, repetition_penalty=2.0), torch.tensor([1.0]), [[0]]).item() == 1
+    assert choose(logits, Sampling(top_k=1, repetition_penalty=2.0), torch.tensor([1.0]), [[0]]).item() == 1
 
 
 @pytest.mark.parametrize("value", [1e-300, 1e-9, 0.0])
 def test_the_smallest_temperatures_are_greedy(value):
     logits = torch.tensor([[1.0, 80.0, 79.0, -90.0]])
     for chance in (1e-12, 0.5, 1.0):
-        assert sample.choose(logits, Sampling(temperature=value), torch.tensor([chance]), [[]]).item() == 1
+        assert choose(logits, Sampling(temperature=value), torch.tensor([chance]), [[]]).item() == 1
 
 
 @pytest.mark.parametrize("field, value", [
@@ -205,11 +235,11 @@ def chi_square(counts, odds):
 
 
 def odds_of(row, sampling, seen=()):
-    """The probabilities after all filters, by the brute forces above."""
-    for name, (_, off) in sample.FILTERS.items():
+    """The probabilities after all filters, by the brute forces above, one after the other."""
+    for name, off in OFF.items():
         if getattr(sampling, name) != off:
             row = globals()[f"brute_{name}"](row, getattr(sampling, name), seen)
-    odds = np.exp(row)
+    odds = np.exp(np.array(row) - max(row))
     return odds / odds.sum()
 
 
@@ -237,7 +267,7 @@ def test_tokens_of_one_request_are_drawn_independently():
     # a model that says 50 : 50 at each step; pairs of neighbours must be equally frequent
     gpt = Script([0] * 1600)
     gpt.head.table.data.fill_(-math.inf)[:, :2] = 0.0
-    [output] = decode(gpt, [Request([0], 1600, PLAIN)], cache=False)
+    [output] = decode(gpt, [Request([0], 1600, PLAIN)])
     assert chi_square(Counter(2 * a + b for a, b in zip(output[::2], output[1::2])), [0.25] * 4) < 3.5
     assert chi_square(Counter(2 * a + a for a in output), [0.25] * 4) > 3.5
 
@@ -247,21 +277,19 @@ def test_tokens_of_one_request_are_drawn_independently():
 @pytest.mark.parametrize("position", model.POSITIONS)
 @pytest.mark.parametrize("mixer", [*model.MIXERS, ",".join(model.MIXERS)])
 def test_greedy_is_the_plain_loop(mixer, position):
-    """With the cache and without, from prompts of any length, within the block and far beyond it."""
+    """From prompts of any length, within the block and far beyond it."""
     gpt = make_model(mixer=mixer, position=position)
     prompts = [[7], list(range(9)), list(range(16)), [i * i % 40 for i in range(30)]]
     want = [plain_loop(gpt, prompt, 30) for prompt in prompts]
     assert len(set(map(tuple, want))) > 2 and len(set(sum(want, []))) > 6, "the model says too little"
-    for cache in (True, False):
-        assert [decode(gpt, [Request(prompt, 30, GREEDY)], cache)[0] for prompt in prompts] == want
-        assert decode(gpt, [Request(prompt, 30, GREEDY) for prompt in prompts], cache) == want, "in one batch"
+    assert [decode(gpt, [Request(prompt, 30, GREEDY)])[0] for prompt in prompts] == want
+    assert decode(gpt, [Request(prompt, 30, GREEDY) for prompt in prompts]) == want, "in one batch"
 
 
 @pytest.mark.parametrize("block", [1, 2, 3])
 def test_the_smallest_blocks(block):
     gpt = make_model(block_size=block)
-    for cache in (True, False):
-        assert decode(gpt, [Request([3, 1, 2], 9, GREEDY)], cache)[0] == plain_loop(gpt, [3, 1, 2], 9)
+    assert decode(gpt, [Request([3, 1, 2], 9, GREEDY)])[0] == plain_loop(gpt, [3, 1, 2], 9)
 
 
 def make_requests():
@@ -271,13 +299,13 @@ def make_requests():
             for i, (prompt, sampling) in enumerate(zip(prompts, settings))]
 
 
-@pytest.mark.parametrize("cache", [True, False])
-def test_a_request_does_not_depend_on_its_neighbours(cache):
-    """Prompts, lengths, settings, ends and seeds all differ; rows leave the batch at different times."""
+@pytest.mark.parametrize("slots", [1, 2, 4, 100])
+def test_a_request_does_not_depend_on_its_neighbours(slots):
+    """Prompts, lengths, settings, ends and seeds all differ; rows join and leave the batch at different times."""
     gpt, requests = make_model(1), make_requests()
-    together = decode(gpt, requests, cache)
-    assert [decode(gpt, [request], cache)[0] for request in make_requests()] == together
-    assert decode(gpt, make_requests()[::-1], cache) == together[::-1]
+    together = decode(gpt, requests, slots=slots)
+    assert [decode(gpt, [request])[0] for request in make_requests()] == together
+    assert decode(gpt, make_requests()[::-1], slots=slots) == together[::-1]
     assert len({len(output) for output in together}) == 6
     reasons = ["end" if output[-1] == request.end else "length" for request, output in zip(requests, together)]
     assert [request.done for request in requests] == reasons and set(reasons) == {"end", "length"}
@@ -333,34 +361,86 @@ def test_a_common_prompt_is_computed_once_and_the_head_sees_last_positions_only(
     recorder = Recorder(gpt)
     requests = [Request([4, 2, 9], 6, PLAIN, seed) for seed in range(5)] + [Request([4], 6, PLAIN, 9)]
     outputs = decode(recorder, requests)
-    assert recorder.shapes == [(2, 3)] + [(6, 1)] * 5
-    assert recorder.rows == [(6,)] * 6 and recorder.capacities == [(2, 9)]
+    assert recorder.shapes == [(1, 2), (1, 1), (1, 1)] + [(6, 1)] * 5  # a prompt's last token goes alone
+    assert recorder.rows == [(5, 1), (1, 1)] + [(6, 1)] * 5 and set(recorder.capacities) == {(1, 9)}
     # samples from one forked state are those of a prompt computed for each
     assert outputs == [decode(gpt, [Request(r.prompt, 6, PLAIN, r.seed)])[0] for r in requests]
     assert len(set(map(tuple, outputs))) == 6
 
 
-def test_the_cache_is_used_and_left_out():
-    for cache, shapes in ((True, [(1, 3), (1, 1), (1, 1)]), (False, [(1, 3), (1, 4), (1, 5)])):
-        recorder = Recorder(make_model())
-        decode(recorder, [Request([4, 2, 9], 3, GREEDY)], cache)
-        assert recorder.shapes == shapes
+@pytest.mark.parametrize("slots", [2, 32])
+def test_a_common_beginning_is_computed_once(slots):
+    """32 requests that share 1,000 tokens: those once, then the tails, however few go together."""
+    gpt = make_model(block_size=1024, n_layer=1, mixer="attention")
+    common = [i * i % 40 for i in range(1000)]
+    requests = [Request(common + [i, i + 1, i % 7], 4, GREEDY) for i in range(32)]
+    engine = Engine(gpt, requests, slots=slots)
+    while engine.step():
+        pass
+    assert engine.past.computed == engine.spent["prefill"][0] == 1000 + 32 * 3
+    assert [request.output for request in requests[::9]] == [plain_loop(gpt, common + [i, i + 1, i % 7], 4)
+                                                             for i in range(0, 32, 9)]
+
+
+def test_the_state_is_used():
+    recorder = Recorder(make_model())
+    decode(recorder, [Request([4, 2, 9], 3, GREEDY)])
+    assert recorder.shapes == [(1, 2), (1, 1), (1, 1), (1, 1)]
     recorder = Recorder(make_model())
     decode(recorder, [Request([4, 2, 9], 2, GREEDY), Request([5], 4, GREEDY)])
-    assert recorder.shapes == [(2, 3), (2, 1), (1, 1), (1, 1)], "when a row leaves, the others keep their state"
+    assert recorder.shapes == [(1, 2), (1, 1), (1, 1), (2, 1), (1, 1), (1, 1)], "when a row leaves, the others keep their state"
     recorder = Recorder(make_model(block_size=4))
-    decode(recorder, [Request([4, 2, 9], 8, GREEDY)])
-    assert recorder.shapes == [(1, 3), (1, 1), (1, 3), (1, 1), (1, 3), (1, 1), (1, 3), (1, 1)] and recorder.capacities[0] == (1, 4)
+    decode(recorder, [Request([4, 2, 9], 8, GREEDY), Request([1], 4, GREEDY)])
+    assert recorder.shapes[:8] == [(1, 2), (1, 1), (1, 1), (2, 1), (1, 1), (1, 2), (1, 1), (2, 1)], "only the row whose block is full"
 
 
 def test_engine_counts_and_times():
     requests = [Request([1, 2, 3], 7, GREEDY), Request([1, 2, 3], 7, GREEDY), Request([9, 9], 4, GREEDY)]
-    for cache in (True, False):
-        engine = Engine(make_model(), [dataclasses.replace(request) for request in requests], cache)
-        assert [len(engine.step()) for _ in range(8)] == [3, 3, 3, 3, 2, 2, 2, 0]
-        assert [tokens for tokens, _ in engine.spent.values()] == [5, 3 * 3 + 2 * 3]
-        assert all(seconds > 0 for _, seconds in engine.spent.values()) and "prefill 5 tokens" in engine.report()
+    engine = Engine(make_model(), requests)
+    assert [len(engine.step()) for _ in range(8)] == [3, 3, 3, 3, 2, 2, 2, 0]
+    assert [tokens for tokens, _ in engine.spent.values()] == [5, 3 * 3 + 2 * 3]
+    assert all(seconds > 0 for _, seconds in engine.spent.values()) and "prefill 5 tokens" in engine.report()
     assert not torch.is_inference_mode_enabled() and torch.is_grad_enabled()
+
+
+def test_requests_join_and_leave():
+    """Five slots of two; later ones enter as earlier ones leave, in the order of their coming, also while it runs."""
+    gpt, engine = make_model(1), Engine(make_model(1), slots=2)
+    lengths = [3, 9, 2, 5, 4]
+    requests = [Request([i + 1, 7], length, GREEDY) for i, length in enumerate(lengths)]
+    for request in requests[:3]:
+        engine.submit(request)
+    sizes = [len(engine.step()) for _ in range(2)]
+    requests[3].done = "cancelled"
+    for request in requests[3:]:
+        engine.submit(request)
+    while running := engine.step():
+        sizes.append(len(running))
+    assert sizes == [2] * 9 and requests[3].output == [] and not engine.waiting
+    for request in requests[:3] + requests[4:]:
+        assert request.output == plain_loop(gpt, request.prompt, request.max_new_tokens)
+    with pytest.raises(ValueError, match="room for 5"):
+        Engine(gpt, [Request([1, 2], 3)]).submit(Request([1, 2, 3], 9))
+
+
+def test_log_probabilities_are_the_models_own():
+    gpt = make_model(block_size=64)
+    for sampling in (GREEDY, PLAIN, Sampling(0.7, 3, 0.9, 0.1, 1.5, 0.5)):
+        request = Request([3, 1, 4], 20, sampling, 5, bias={7: 3.0, 8: -2.0})
+        decode(gpt, [request, Request([9], 30, PLAIN)])
+        with torch.no_grad():
+            row = gpt(torch.tensor([request.prompt + request.output]))[0].log_softmax(-1)
+        want = [row[2 + i, token].item() for i, token in enumerate(request.output)]
+        np.testing.assert_allclose(request.logprobs, want, rtol=1e-4)
+    assert request.logprobs != [0.0] * 20
+
+
+def test_a_bias_is_added_to_the_logits():
+    gpt = make_model()
+    free, always, never = decode(gpt, [Request([1, 2], 9, GREEDY, bias=bias) for bias in ({}, {5: 1e3}, {})])
+    assert always == [5] * 9 and free == never
+    [without] = decode(gpt, [Request([1, 2], 9, GREEDY, bias={token: -1e3 for token in free})])
+    assert not set(without) & set(free)
 
 
 def test_only_the_tokenizers_tokens_are_produced():
@@ -369,24 +449,13 @@ def test_only_the_tokenizers_tokens_are_produced():
     assert max(decode(gpt, [Request([1], 30, PLAIN)], vocab_size=20)[0]) < 20
 
 
-def test_the_first_token_may_be_limited():
-    gpt, free = make_model(), decode(make_model(), [Request([1, 2], 5, GREEDY)])[0]
-    for first in ([3, 30], [free[0], 3]):
-        with torch.no_grad():
-            row = gpt(torch.tensor([[1, 2]]))[0, -1]
-        best = max(first, key=lambda i: row[i])
-        output, other = decode(gpt, [Request([1, 2], 5, GREEDY, first=first), Request([1, 2], 5, GREEDY)])
-        assert output == [best] + plain_loop(gpt, [1, 2, best], 4) and other == free
-
-
 def test_the_penalty_sees_prompt_and_output():
     gpt, context = make_model(block_size=64), [3, 1, 4]
     for _ in range(30):
         with torch.no_grad():
             row = gpt(torch.tensor([context]))[0, -1].tolist()
         context.append(int(np.argmax(brute_repetition_penalty(row, 1.5, context))))
-    for cache in (True, False):
-        assert decode(gpt, [Request([3, 1, 4], 30, Sampling(0, repetition_penalty=1.5))], cache) == [context[3:]]
+    assert decode(gpt, [Request([3, 1, 4], 30, Sampling(0, repetition_penalty=1.5))]) == [context[3:]]
     assert context[3:] != plain_loop(gpt, [3, 1, 4], 30)
 
 
@@ -451,13 +520,6 @@ def test_half_characters_wait():
         assert "".join(pieces) == data.decode("utf-8", "replace")
 
 
-def test_skipped_bytes():
-    for size in (1, 2, 3, 9):
-        stream, data = TextStream(["bc"], skip=4), "abc éabcd".encode()
-        assert "".join(stream.feed(data[i:i + size]) for i in range(0, len(data), size)).startswith("éa")
-        assert stream.stopped
-
-
 @pytest.mark.parametrize("stops", [[""], ["a", ""], ""])
 def test_text_stream_refuses(stops):
     with pytest.raises(ValueError, match="stop strings"):
@@ -466,7 +528,7 @@ def test_text_stream_refuses(stops):
 
 @pytest.mark.parametrize("words, stops", [
     ("", []), ("a", ["a"]), ("a,b c", ["a", "b c"]), (r"\n\n,\t", ["\n\n", "\t"]), (r"a\,b,c", ["a,b", "c"]),
-    (r"\\n", [r"\n"]), (r"\\,a", ["\\", "a"]), (r"\d", [r"\d"]), ("a\\", ["a\\"]), (",,a,", ["a"]), ("\n,é", ["\n", "é"])])
+    (r"\d", [r"\d"]), ("a\\", ["a\\"]), (",,a,", ["a"]), ("\n,é", ["\n", "é"])])
 def test_the_stop_option(words, stops):
     assert sample.stop_strings(words) == stops
 
@@ -477,27 +539,26 @@ def test_generate_stops_streams_and_ends(byte_tokenizer):
     text = "über 東京 STOP and 😀 more"
     script = Script(list(text.encode()) + [byte_tokenizer.special_tokens[END]] * 9)
     def say(**how):
-        return sample.generate(script, byte_tokenizer, ["x"], cache=False, **how)
+        return sample.generate(script, byte_tokenizer, ["x"], **how)
     assert say() == [text] and say(max_new_tokens=0) == [""]
     assert say(stop=["STOP", "more"]) == [text.split("STOP")[0]]
     assert say(stop=["never"], n_samples=2) == [text, text]
     assert say(max_new_tokens=7) == ["über \ufffd"], "the budget ends within a character"
     requests = sample.ask(byte_tokenizer, "x", stop=["STOP"])
-    pieces = [(piece, requests[0].done) for _, piece in sample.stream(Engine(script, requests, False), byte_tokenizer)]
+    pieces = [(piece, requests[0].done) for _, piece in sample.stream(Engine(script, requests), byte_tokenizer)]
     assert pieces == [(c, "") for c in "über 東京 "] + [("", "stop")]
     assert len(requests[0].output) == len("über 東京 STOP".encode())
     requests = sample.ask(byte_tokenizer, "x")
-    list(sample.stream(Engine(script, requests, False), byte_tokenizer))
+    list(sample.stream(Engine(script, requests), byte_tokenizer))
     assert requests[0].done == "end"
 
 
 def test_generate_is_each_prompt_alone(gpt, tokenizer):
     prompts = ["def ", "", "return the model, the tokens\n" * 9, "é"]
-    for how in (dict(temperature=0), dict(temperature=1.0, top_k=0, seed=3), dict(seed=3, heal=True, n_samples=2)):
+    for how in (dict(temperature=0), dict(temperature=1.0, top_k=0, seed=3), dict(seed=3, n_samples=2)):
         together = sample.generate(gpt, tokenizer, prompts, max_new_tokens=50, **how)
         alone = [sample.generate(gpt, tokenizer, [prompt], max_new_tokens=50, **how) for prompt in prompts]
         assert together == sum(alone, []) and len(set(together)) == len(together)
-        assert together == sample.generate(gpt, tokenizer, prompts, cache=False, max_new_tokens=50, **how)
     assert sample.generate(gpt, tokenizer, []) == []
 
 
@@ -516,29 +577,6 @@ def test_a_prompt_in_tokens(tokenizer):
     assert end not in request.prompt and tokenizer.decode(request.prompt) == f"a{END}b"
 
 
-def test_the_last_token_may_grow(gpt, tokenizer):
-    """Healing: "def " and then " main" are one text; without it the space is a token of its own."""
-    assert [tokenizer.vocab[i] for i in tokenizer.encode("def ")] == [b"def", b" "]
-    [request] = sample.ask(tokenizer, "def ", heal=True)
-    assert request.prompt == tokenizer.encode("def")
-    assert {tokenizer.vocab[i] for i in request.first} >= {b" ", b" main", b" model"}
-    assert all(tokenizer.vocab[i].startswith(b" ") for i in request.first)
-    for prompt in ("def ", "return the mo", "café"):
-        requests = sample.ask(tokenizer, prompt, n_samples=9, heal=True, max_new_tokens=9, temperature=1.0)
-        texts = dict.fromkeys(requests, prompt)
-        for request, piece in sample.stream(Engine(gpt, requests, vocab_size=tokenizer.vocab_size), tokenizer):
-            texts[request] += piece
-        for request, text in texts.items():
-            assert text == tokenizer.decode(request.prompt + [i for i in request.output if i != request.end])
-    # a special token, unknown text and a prompt of one token stay as they are; no special token grows out of "<|"
-    assert sample.ask(tokenizer, "", heal=True)[0].first == [] == sample.ask(tokenizer, "d", heal=True)[0].first
-    end = tokenizer.special_tokens[END]
-    assert not any(end in sample.ask(tokenizer, f"a{END[:i]}", heal=True)[0].first for i in range(len(END) + 1))
-    words = bpe.train("word", ["the cat"], 20)
-    [request] = sample.ask(words, "the dog", heal=True)
-    assert request.prompt == words.encode("the dog") and request.first == []
-
-
 @pytest.mark.parametrize("how, message", [
     (dict(n_samples=0), "n_samples=0"), (dict(max_new_tokens=-1), "max_new_tokens=-1"), (dict(temperature=-1), "temperature"),
     (dict(stop=[""]), "stop"), (dict(top_p=2), "top_p")])
@@ -553,8 +591,9 @@ def test_generate_refuses(gpt, tokenizer, how, message):
 def test_every_kind_of_tokenizer(kind):
     tokenizer = bpe.train(kind, ["the cat sat on the mat\n" * 9], 300 if kind in ("byte", "bpe") else 20)
     gpt = make_model(vocab_size=tokenizer.vocab_size)
-    a, b = (sample.generate(gpt, tokenizer, ["the ", "zebra"], cache, heal=True, max_new_tokens=40) for cache in (True, False))
-    assert a == b and len(set(a)) == 2
+    together = sample.generate(gpt, tokenizer, ["the ", "zebra"], max_new_tokens=40)
+    alone = [sample.generate(gpt, tokenizer, [prompt], max_new_tokens=40)[0] for prompt in ("the ", "zebra")]
+    assert together == alone and len(set(alone)) == 2
 
 
 # ------------------------------------------------------------------------------------------------------------ checkpoints
@@ -674,11 +713,11 @@ def test_a_missing_checkpoint_says_how_to_make_one(main, tmp_path, monkeypatch):
 def test_samples_are_printed_in_order(ckpt, main):
     gpt, tokenizer = sample.load(ckpt, "cpu")
     # the stop strings end samples after different numbers of tokens
-    texts = sample.generate(gpt, tokenizer, ["def "], n_samples=6, stop=["q", "w", "é"], seed=4, max_new_tokens=40, heal=True)
-    code, out, err = main(f"--ckpt={ckpt}", "--n_samples=6", "--stop=q,w,é", "--seed=4", "--max_new_tokens=40")
+    texts = sample.generate(gpt, tokenizer, ["def "], n_samples=6, stop=["q", "w", "é"], seed=4, max_new_tokens=40)
+    code, out, err = main(f"--ckpt={ckpt}", "--prompt=def ", "--n_samples=6", "--stop=q,w,é", "--seed=4", "--max_new_tokens=40")
     assert code == 0 and len({len(text) for text in texts}) > 3
-    assert out == f"\n{sample.BETWEEN}\n".join("def " + text for text in texts) + "\n"
-    assert err.count("\n") == 1 and "prefill 1 tokens" in err and err.count("tokens/s") == 2
+    assert out == "\n---------------\n".join("def " + text for text in texts) + "\n"
+    assert err.count("\n") == 1 and "prefill " in err and err.count("tokens/s") == 2
 
 
 def test_the_first_sample_streams_and_the_others_wait(gpt, tokenizer, monkeypatch):
@@ -690,37 +729,30 @@ def test_the_first_sample_streams_and_the_others_wait(gpt, tokenizer, monkeypatc
 
     monkeypatch.setattr(sys, "stdout", Terminal())
     requests = sample.ask(tokenizer, "def ", 3, 20, seed=1)
-    sample.print_samples(Engine(gpt, requests), tokenizer, requests, "def ")
+    texts = sample.complete(Engine(gpt, requests), tokenizer, requests, requests[1])
     shown = Terminal.flushes
-    assert shown[0] == "def " and len(set(shown)) > 15, "text comes piece by piece"
-    texts = sample.generate(gpt, tokenizer, ["def "], n_samples=3, seed=1, max_new_tokens=20)
-    whole = f"\n{sample.BETWEEN}\n".join("def " + text for text in texts) + "\n"
-    assert sys.stdout.getvalue() == whole and all(whole.startswith(text) for text in shown)
+    assert len(set(shown)) > 15 and sys.stdout.getvalue() == texts[1], "text comes piece by piece"
+    assert texts == sample.generate(gpt, tokenizer, ["def "], n_samples=3, seed=1, max_new_tokens=20)
+    assert all(texts[1].startswith(text) for text in shown)
 
 
-def test_cache_off_prints_the_same(ckpt, main):
+def test_options_change_the_text(ckpt, main):
     words = f"--ckpt={ckpt}", "--prompt=return ", "--max_new_tokens=80", "--n_samples=2"
-    assert main(*words)[:2] == main(*words, "--cache=False")[:2]
-    assert main(*words)[1] != main(*words, "--seed=1")[1]
+    assert main(*words)[:2] == main(*words)[:2] and main(*words)[1] != main(*words, "--seed=1")[1]
     assert main(*words, "--temperature=0")[1] == main(*words, "--temperature=0", "--seed=1")[1]
     assert main(*words, "--repetition_penalty=9")[1] != main(*words)[1] != main(*words, "--top_k=2")[1]
+    assert main(*words, "--presence_penalty=9")[1] != main(*words)[1]
 
 
-def test_the_default_prompt_suits_the_checkpoint(tmp_path, tokenizer, main):
-    gpt = make_model(vocab_size=tokenizer.vocab_size)
-    ours = save(tmp_path / "a.pt", gpt, tokenizer, train={"data": ""})
-    theirs = save(tmp_path / "b.pt", gpt, tokenizer, train={"data": "poems.txt"})
-    short = ["--max_new_tokens=0"]
-    assert main(f"--ckpt={ours}", *short)[1] == "def \n" and main(f"--ckpt={theirs}", *short)[1] == "\n\n"
-    assert main(f"--ckpt={theirs}", "--prompt=def ", *short)[1] == "def \n"
-    code, out, _ = main(f"--ckpt={ours}", "--prompt=", "--max_new_tokens=9", "--temperature=0")
-    assert out == sample.generate(*sample.load(ours, "cpu"), [""], max_new_tokens=9, temperature=0)[0] + "\n"
+def test_the_default_prompt_is_a_new_line(ckpt, main):
+    assert main(f"--ckpt={ckpt}", "--max_new_tokens=0")[1] == "\n\n"
+    assert main(f"--ckpt={ckpt}", "--prompt=def ", "--max_new_tokens=0")[1] == "def \n"
 
 
 def test_a_prompt_longer_than_the_block_is_said(ckpt, main):
     gpt, tokenizer = sample.load(ckpt, "cpu")
     prompt = "the tokens, " * 40
-    code, out, err = main(f"--ckpt={ckpt}", f"--prompt={prompt}", "--temperature=0", "--max_new_tokens=9", "--heal=False")
+    code, out, err = main(f"--ckpt={ckpt}", f"--prompt={prompt}", "--temperature=0", "--max_new_tokens=9")
     last = tokenizer.encode(prompt)[-32:]
     request = Request(last, 9, GREEDY, end=tokenizer.special_tokens[END])
     decode(gpt, [request], vocab_size=tokenizer.vocab_size)
@@ -728,16 +760,92 @@ def test_a_prompt_longer_than_the_block_is_said(ckpt, main):
     assert err.count("\n") == 2 and f"the prompt has {len(tokenizer.encode(prompt))} tokens" in err and "last 32" in err
 
 
-def test_bench(ckpt, main, monkeypatch):
+def test_bench(ckpt, main):
     recorder = Recorder(make_model(block_size=24))
-    found = sample.bench(recorder, 8, 1)
-    assert recorder.shapes == [(1, 16)] + [(1, 1)] * 7 + [(1, n) for n in range(16, 24)]
-    assert found["same"] and found["ratio"] == pytest.approx(found["cached"] / found["plain"])
-    monkeypatch.setattr(sample.bench, "__defaults__", (8, 1))
+    lines = list(sample.bench(recorder, 8))
+    one = [(1, 15)] + [(1, 1)] * 8
+    assert recorder.shapes[:9] == one and recorder.shapes[9:18] == [(1, 15), (1, 1)] + [(4, 1)] * 7 and len(lines) == 4
+    assert "16 texts: prefill 16 tokens" in lines[2] and "decode 112 tokens" in lines[2]
     code, out, err = main(f"--ckpt={ckpt}", "--bench")
-    assert code == 0 and out.count("tokens/s") == 1 and "the same" in out and "NOT" not in out
-    monkeypatch.setattr(Request, "take", lambda self, token, block, take=Request.take: take(self, random.randrange(9), block))
-    assert not sample.bench(make_model(), 8, 1)["same"], "the comparison must see other tokens"
+    assert code == 0 and out.count("tokens/s") == 8
+
+
+# ----------------------------------------------------------------------------------------------------------- conversations
+
+TALK = [dict(role="system", content="Be brief."), dict(role="user", content="Hi <|im_end|>\n<|eot_id|>"),
+        dict(role="assistant", content="Hello café!"), dict(role="user", content=""), dict(role="assistant", content="x")]
+SPECIAL = "<|endoftext|>,<|im_start|>,<|im_end|>,<|begin_of_text|>,<|start_header_id|>,<|end_header_id|>,<|eot_id|>"
+
+
+@pytest.fixture(scope="module")
+def chat_tokenizer():
+    return bpe.train("bpe", ["def main(argument):\n    return the model, user: the tokens\n" * 9], 330,
+                     special_tokens=SPECIAL.split(","))
+
+
+def written(template, message):
+    """A message as the format's authors write it."""
+    role, content = message["role"], message["content"]
+    return {"chatml": ("", f"<|im_start|>{role}\n", content, "<|im_end|>", "\n"),
+            "llama3": ("<|begin_of_text|>", f"<|start_header_id|>{role}<|end_header_id|>\n\n", content, "<|eot_id|>", ""),
+            "plain": ("", f"{role}: ", content, END, "\n")}[template]
+
+
+@pytest.mark.parametrize("template", sample.TEMPLATES)
+def test_render(template, chat_tokenizer):
+    """The text is the format's; each special token is one id where the format has it and none where a user wrote it; the
+    mask covers the assistant's words and their ends, nothing else."""
+    ids, mask = sample.render(TALK, template, chat_tokenizer)
+    parts = [written(template, message) for message in TALK]
+    assert chat_tokenizer.decode(ids) == parts[0][0] + "".join("".join(part[1:]) for part in parts)
+    own = "".join(part[2] + part[3] for message, part in zip(TALK, parts) if message["role"] == "assistant")
+    assert len(mask) == len(ids) and set(mask) == {0, 1}
+    assert chat_tokenizer.decode([i for i, m in zip(ids, mask) if m]) == own
+    end = chat_tokenizer.special_tokens[parts[0][3]]
+    assert ids.count(end) == len(TALK), "one for each message, none from the text of a user"
+    assert [i for i, m in zip(ids, mask) if m].count(end) == 2
+    for special in set(chat_tokenizer.special_tokens.values()) & set(ids):
+        assert chat_tokenizer.decode([special]) in "".join(parts[0])
+    asked, quiet = sample.render(TALK[:2], template, chat_tokenizer, reply=True)
+    assert ids[:len(asked)] == asked and not any(quiet) and mask[len(asked)] == 1, "a prompt is the beginning of the whole"
+
+
+def test_render_is_chatml_of_transformers(chat_tokenizer):
+    """The template of Qwen and others, run by jinja, on text without special tokens."""
+    jinja2 = pytest.importorskip("jinja2", reason="jinja2 is not installed")
+    source = ("{% for m in messages %}{{'<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+              "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+    talk = [message | dict(content=message["content"].replace("<|", "<")) for message in TALK]
+    want = jinja2.Template(source, keep_trailing_newline=True).render(messages=talk[:4], add_generation_prompt=True)
+    assert chat_tokenizer.decode(sample.render(talk[:4], "chatml", chat_tokenizer, True)[0]) == want
+
+
+@pytest.mark.parametrize("messages", [[{}], [dict(role="user")], [dict(role="<|im_end|>", content="x")],
+                                      [dict(role="user", content=5)], [dict(content="x")]])
+def test_render_refuses(messages, chat_tokenizer, tokenizer):
+    with pytest.raises(ValueError, match="a message has"):
+        sample.render(messages, "chatml", chat_tokenizer)
+    with pytest.raises(ValueError, match="chatml needs the special tokens"):
+        sample.render(TALK, "chatml", tokenizer)
+    with pytest.raises(ValueError, match="choose from chatml, llama3, plain"):
+        sample.render(TALK, "chatlm", tokenizer)
+
+
+def test_chat(tmp_path, chat_tokenizer, main, monkeypatch):
+    gpt = make_model(vocab_size=chat_tokenizer.vocab_size, block_size=64)
+    path = save(tmp_path / "chat.pt", gpt, chat_tokenizer)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\nthe model <|im_end|>\n"))
+    code, out, err = main(f"--ckpt={path}", "--chat", "--system=Be", "--template=chatml", "--max_new_tokens=9", "--temperature=0")
+    assert code == 0 and err == ""
+    talk, want = [dict(role="system", content="Be")], ""
+    for line in ("Hi", "the model <|im_end|>"):
+        talk.append(dict(role="user", content=line))
+        ids, _ = sample.render(talk, "chatml", chat_tokenizer, True)
+        request = Request(ids, 9, GREEDY, end=chat_tokenizer.special_tokens["<|im_end|>"])
+        decode(sample.load(path, "cpu")[0], [request])
+        talk.append(dict(role="assistant", content=chat_tokenizer.decode([i for i in request.output if i != request.end])))
+        want += talk[-1]["content"] + "\n"
+    assert out == want and len(want) > 9
 
 
 # one process each, as a user starts it
@@ -748,15 +856,16 @@ def start(*words, **how):
 
 
 def test_the_script_by_itself(ckpt, main):
-    """Bytes of the prompt that are no UTF-8 are replaced and said; stdout holds the text and nothing else."""
+    """Bytes of the prompt that are no UTF-8 are U+FFFD for the model; stdout holds the text and nothing else."""
     process = start(f"--ckpt={ckpt}", b"--prompt=caf\xe9 \xf0\x9f\x98\x80", "--max_new_tokens=20", "--seed=5")
     out, err = process.communicate(timeout=100)
-    assert process.returncode == 0 and b"U+FFFD" in err and err.count(b"\n") == 2, err
-    assert out.decode() == main(f"--ckpt={ckpt}", "--prompt=caf\ufffd 😀", "--max_new_tokens=20", "--seed=5")[1]
+    assert process.returncode == 0 and err.count(b"\n") == 1, err
+    want = main(f"--ckpt={ckpt}", "--prompt=caf\ufffd 😀", "--max_new_tokens=20", "--seed=5")[1]
+    assert out.decode().removeprefix("caf? 😀") == want.removeprefix("caf\ufffd 😀")
 
 
 def test_ctrl_c_leaves_what_was_printed(ckpt):
-    process = start(f"--ckpt={ckpt}", "--max_new_tokens=1000000", f"--stop={END}")
+    process = start(f"--ckpt={ckpt}", "--prompt=def ", "--max_new_tokens=1000000", f"--stop={END}")
     begun = process.stdout.read(200)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=100)
@@ -770,3 +879,199 @@ def test_a_closed_pipe_is_no_error(ckpt):
     process.stdout.close()
     err = process.stderr.read()
     assert process.wait(timeout=100) == 0 and b"Traceback" not in err and b"Exception" not in err
+
+
+# -------------------------------------------------------------------------------------------------------------- evaluation
+
+HELLASWAG = [dict(ind=i, activity_label="Cooking [x]", ctx_a=f"A man {i} [title] stirs", ctx_b="he then",
+                  endings=[f"sleeps {i}.", "eats  it all.", "[step] café.", "goes."], label=str(i % 4)) for i in range(7)]
+GSM8K = [dict(question=f"What is {i} + 1,000?", answer=f"{i} + 1000 = <<x>>{i + 1000}\n#### 1,00{i}") for i in range(6)]
+
+
+@pytest.fixture
+def eval_data(tmp_path):
+    folder = tmp_path / "data"
+    (folder / "mmlu").mkdir(parents=True)
+    (folder / "hellaswag_val.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*HELLASWAG, HELLASWAG[0]]))
+    (folder / "gsm8k_test_400.jsonl").write_text("".join(json.dumps(row) + "\n" for row in GSM8K[:4]))
+    (folder / "gsm8k_train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in GSM8K[4:]))
+    (folder / "mmlu" / "high_school_art_dev.csv").write_text('"Is it ""red""?",yes,no,both,neither,B\n')
+    (folder / "mmlu" / "high_school_art_test.csv").write_text('What is red?,one,two,three,four,D\n"a\nb",1,2,3,4,A\n')
+    (folder / "text.txt").write_bytes("the model returns the tokens\r\nof the café\n".encode() * 9)
+    return folder
+
+
+@pytest.fixture
+def exam(gpt, tokenizer, eval_data):
+    """An exam in float64 on texts that the block holds."""
+    big = make_model(vocab_size=tokenizer.vocab_size, block_size=512)
+    o = sample.Options(eval_data=str(eval_data), shots=1, max_new_tokens=9)
+    return sample.Exam(Engine(big, (), tokenizer.vocab_size), tokenizer, o)
+
+
+def items_of(exam, name):
+    find, _, *how = sample.TASKS[name]
+    return list(find(exam, *how))
+
+
+def test_items_are_read_as_the_harness_reads_them(exam):
+    rows = items_of(exam, "hellaswag")
+    assert len(rows) == 7, "the same row twice counts once"
+    assert rows[2][1] == ("Cooking : A man 2.  stirs He then".replace("  ", " "),
+                          [" sleeps 2.", " eats it all.", "  café.", " goes."], 2)
+    first, second = (item for _, item in items_of(exam, "mmlu"))
+    assert first[0] == ("The following are multiple choice questions (with answers) about high school art.\n\n"
+                        'Is it "red"?\nA. yes\nB. no\nC. both\nD. neither\nAnswer: B\n\n'
+                        "What is red?\nA. one\nB. two\nC. three\nD. four\nAnswer:")
+    assert first[1:] == ([" A", " B", " C", " D"], 3) and second[2] == 0 and "\n\na\nb\nA. 1" in second[0]
+    key, item = items_of(exam, "gsm8k")[3]
+    assert key == "gsm8k_test_400.jsonl 3" and item[0] == (
+        "Question: What is 4 + 1,000?\nAnswer: 4 + 1000 = <<x>>1004\n#### 1,004\n\nQuestion: What is 3 + 1,000?\nAnswer:")
+    exam.o = dataclasses.replace(exam.o, shots=0)
+    assert items_of(exam, "gsm8k")[0][1][0] == "Question: What is 0 + 1,000?\nAnswer:"
+
+
+def brute_logprobs(gpt, ids, end):
+    """The log-probabilities of each token of `end` behind `ids`, from one whole forward pass."""
+    with torch.no_grad():
+        rows = gpt(torch.tensor([ids + end]))[0].float().log_softmax(-1)
+    return [rows[len(ids) - 1 + i, token].item() for i, token in enumerate(end)]
+
+
+def test_scores_are_those_of_whole_passes(exam):
+    gpt, rng = exam.engine.model, random.Random(1)
+    ids = rng.choices(range(250), k=40)
+    for shared in (40, 25, 0, 39):  # what follows shares a beginning with what came before
+        ids = ids[:shared] + rng.choices(range(250), k=40 - shared)
+        ends = [rng.choices(range(250), k=k) for k in (1, 5, 2, 1)]
+        before = exam.engine.past.computed
+        for got, end in zip(exam.score(ids, ends), ends, strict=True):
+            np.testing.assert_allclose(got, brute_logprobs(gpt, ids, end), rtol=1e-5)
+        assert exam.engine.past.computed - before == 40 - min(shared, 39) * (before > 0)
+    long = rng.choices(range(250), k=600)
+    [got] = exam.score(long, [[5, 6, 7]])
+    np.testing.assert_allclose(got, brute_logprobs(gpt, long[-509:], [5, 6, 7]), rtol=1e-5)
+
+
+def test_choices(exam):
+    """Sums and their four norms, on rows of the files and on rows whose choices differ in length and in script."""
+    tokenizer, picks, rng = exam.tokenizer, {}, random.Random(2)
+    odd = [("the", [" " + "".join(rng.choices(rng.choice(("abc model", "éüø東")), k=rng.randint(1, 12))) for _ in range(4)], i % 4)
+           for i in range(60)]
+    for item in odd + [item for _, item in items_of(exam, "hellaswag") + items_of(exam, "mmlu")]:
+        context, choices, gold = item
+        got, sums, scores = exam.choice(item), [], {}
+        for text in choices:
+            whole, ids = tokenizer.encode(context + text), tokenizer.encode(context)
+            sums.append(sum(brute_logprobs(exam.engine.model, ids, whole[len(ids):])))
+        np.testing.assert_allclose(got["answer"], sums, rtol=1e-4)
+        sizes = {"acc": lambda text: 1, "acc_norm": lambda text: len(text) - 1, "acc_byte": lambda text: len(text.encode()) - 1,
+                 "acc_token": lambda text: len(tokenizer.encode(context + text)) - len(tokenizer.encode(context))}
+        for name, size in sizes.items():
+            means = [total / size(text) for total, text in zip(sums, choices)]
+            assert got[name] == [int(means.index(max(means)) == gold), 1]
+            picks.setdefault(name, []).append(means.index(max(means)))
+        bits, size = got["gold_bits_per_byte"]
+        assert bits == pytest.approx(-sums[gold] / math.log(2), rel=1e-4) and size == len(choices[gold].encode()) - 1
+    assert len(set(map(tuple, picks.values()))) == 4, "two norms choose alike, so the test does not tell them apart"
+
+
+def test_perplexity_counts_every_token_once(exam, eval_data):
+    ids = [exam.tokenizer.special_tokens[END], *exam.tokenizer.encode((eval_data / "text.txt").read_bytes().decode())]
+    exam.engine = Engine(make_model(vocab_size=exam.tokenizer.vocab_size, block_size=32), (), 0)
+    rows = items_of(exam, "ppl")
+    assert sum((item[1] for _, item in rows), []) == ids[1:] and all(len(item[0]) == 16 for _, item in rows[1:])
+    grades = [exam.text(item) for _, item in rows]
+    want = sum(sum(brute_logprobs(exam.engine.model, item[0], item[1])) for _, item in rows)
+    assert sum(grade["nats_per_token"][0] for grade in grades) == pytest.approx(-want, rel=1e-5)
+    assert sum(grade["nats_per_token"][1] for grade in grades) == len(ids) - 1
+    assert sum(grade["bits_per_byte"][1] for grade in grades) == (eval_data / "text.txt").stat().st_size
+
+
+@pytest.mark.parametrize("text, number", [
+    ("so 3 + 4 = 7\n#### 7\nand 9", "7"), ("it is $1,234.", "1234"), ("#### -5", "-5"), ("2 or 3.50 dollars", "3.50"),
+    ("none", ""), ("#### none", ""), ("x #### 1,000,000", "1000000")])
+def test_final_number(text, number):
+    assert sample.final_number(text) == number
+
+
+def test_pass_at_k_is_the_share_of_all_draws():
+    for n in range(1, 7):
+        for right in range(n + 1):
+            for k in range(1, n + 1):
+                draws = [any(i < right for i in drawn) for drawn in itertools.combinations(range(n), k)]
+                assert sample.pass_at(k, right, n) == pytest.approx(sum(draws) / len(draws))
+
+
+def test_gsm8k_right_and_wrong(byte_tokenizer, eval_data):
+    for said, right in (("so #### 1,002\nQuestion: 7", [0, 0, 1, 0]), ("1000", [1, 0, 0, 0])):
+        script = Script(list(said.encode()) + [byte_tokenizer.special_tokens[END]] * 9)
+        o = sample.Options(eval_data=str(eval_data), n_samples=3, shots=0)
+        for (_, item), want in zip(items_of(sample.Exam(None, byte_tokenizer, o), "gsm8k"), right):
+            script.start = len(byte_tokenizer.encode(item[0]))
+            grade = sample.Exam(Engine(script, (), 257), byte_tokenizer, o).solution(item)
+            assert grade["pass@1"] == grade["pass@3"] == [want, 1]
+            assert grade["answer"] == [said.split("Question:")[0]] * 3
+
+
+def test_summary():
+    value, low, high = sample.summary([[1, 1]] * 30 + [[0, 1]] * 70)
+    assert value == 0.3 and low == pytest.approx(0.3 - 1.96 * 0.0458, abs=0.02) and high == pytest.approx(0.39, abs=0.02)
+    assert sample.summary([[6, 2], [2, 2]])[0] == 2.0
+    assert sample.summary([[1, 2]] * 9) == [0.5] * 3, "no spread, no interval"
+
+
+def test_the_eval_option(ckpt, main, eval_data, tmp_path, monkeypatch):
+    """A line for each score; all items in one file; a second run asks the model nothing, an interrupted one the rest."""
+    output = tmp_path / "eval.json"
+    words = [f"--ckpt={ckpt}", "--eval=ppl,hellaswag,mmlu,gsm8k", f"--eval_data={eval_data}", f"--output={output}",
+             "--max_new_tokens=5", "--n_samples=2"]
+    code, out, err = main(*words)
+    assert code == 0, err
+    held = json.loads(output.read_text())
+    names = [line.split(":")[0] for line in out.splitlines()]
+    assert names == [f"ppl {m}" for m in ("bits_per_byte", "nats_per_token")] + [
+        f"{task} {m}" for task in ("hellaswag", "mmlu") for m in ("gold_bits_per_byte", "acc", "acc_token", "acc_norm", "acc_byte")
+    ] + ["gsm8k pass@1", "gsm8k pass@2"]
+    assert [len(held[task]) for task in ("hellaswag", "mmlu", "gsm8k")] == [7, 2, 4]
+    acc = [record["acc"][0] for record in held["hellaswag"].values()]
+    assert f"hellaswag acc: {sum(acc) / 7:.4f} (" in out and held["settings"]["ckpt"] == str(ckpt)
+    assert held["gsm8k"]["gsm8k_test_400.jsonl 0"]["item"][0].endswith("Question: What is 0 + 1,000?\nAnswer:")
+
+    asked = []
+    for name in ("choice", "solution", "text"):
+        find, grade, *how = next(task for task in sample.TASKS.values() if task[1].__name__ == name)
+        for task, row in list(sample.TASKS.items()):
+            if row[1] is grade:
+                spy = lambda exam, item, grade=grade: asked.append(item) or grade(exam, item)
+                monkeypatch.setitem(sample.TASKS, task, (row[0], spy, *row[2:]))
+    assert main(*words)[:2] == (0, out) and asked == []
+    del held["mmlu"], held["gsm8k"]["gsm8k_test_400.jsonl 2"]
+    output.write_text(json.dumps(held))
+    assert main(*words)[0] == 0 and len(asked) == 3
+    code, _, err = main(*words, "--shots=2")
+    assert code == 1 and "other settings" in err
+
+
+@pytest.mark.parametrize("name, text, message", [
+    ("hellaswag_val.jsonl", '{"ctx_a": "x"}\n', "hellaswag_val.jsonl, row 1 is damaged"),
+    ("hellaswag_val.jsonl", json.dumps(HELLASWAG[0]) + "\n{", "row 2 is damaged"), ("x_test.csv", "a,b,c\n", "row 1"),
+    ("x_test.csv", "q,a,b,c,d,E\n", "row 1"), ("x_test.csv", "q,a,b,c,d,\n", "row 1"), ("hellaswag_val.jsonl", "[1]\n", "row 1"), ("other.txt", "", "no files for")])
+def test_bad_files_of_tasks(ckpt, main, tmp_path, name, text, message):
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / name).write_text(text)
+    task = "mmlu" if name.endswith("csv") else "hellaswag"
+    code, out, err = main(f"--ckpt={ckpt}", f"--eval={task}", f"--eval_data={tmp_path / 'bad'}", f"--output={tmp_path / 'e.json'}")
+    assert (code, out, err.count("\n")) == (1, "", 1) and message in err, err
+    assert "choose from ppl" in main(f"--ckpt={ckpt}", "--eval=mmul", f"--output={tmp_path / 'e.json'}")[2]
+
+
+def test_real_files(test_data, tokenizer, gpt):
+    """The published files of MMLU and GSM8K are read whole: every row, its gold answer, its solved examples."""
+    exam = sample.Exam(Engine(gpt), tokenizer, sample.Options(eval_data=str(test_data / "eval")))
+    rows = items_of(exam, "gsm8k")
+    assert len(rows) == 400 and all(sample.final_number(item[1][0]).lstrip("-").replace(".", "").isdigit() for _, item in rows)
+    assert all(item[0].count("Question: ") == 6 for _, item in rows)
+    rows = items_of(exam, "mmlu")
+    assert {key.split()[0] for key, _ in rows} == {path.name for path in (test_data / "eval/mmlu/test").iterdir()}
+    assert all(item[0].count("Answer:") == 6 and item[0].count("Answer: ") == 5 for _, item in rows)
