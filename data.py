@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import difflib
 import hashlib
+import html
 import inspect
 import io
 import itertools
@@ -24,6 +25,7 @@ import json
 import lzma
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import sys
@@ -207,6 +209,183 @@ class Corpus:
             document += ends
         if (document, at) != (len(self.held), self.characters):
             raise changed
+
+
+# --- HTML to text ----------------------------------------------------------------------------------------------------
+
+# Character sets that an HTTP header or a <meta> may name. Others are not tried: some of Python's codecs take quadratic
+# time, or are none of text.
+CHARSET = re.compile(rb"charset\s*=\s*[\"']?(utf-?8|(?:iso-?8859-?|windows-?|cp)\d+|koi8-[ru]|gb\w{1,6}|big5|euc-?\w\w|"
+                     rb"shift[_-]jis|iso-2022-jp|tis-620|us-ascii)", re.I)
+WIDER = {"iso-8859-1": "cp1252", "iso-8859-9": "cp1254", "us-ascii": "cp1252", "gb2312": "gb18030", "gbk": "gb18030",
+         "shift_jis": "cp932", "euc-kr": "cp949", "big5": "big5hkscs", "tis-620": "cp874"}  # as browsers read them
+# One alternative matches at each "<" and takes all it has read, to the end of the text if need be: linear time.
+# Python's html.parser needs quadratic time for "<!--<!--...", and 15 times as long for usual pages.
+TAG = re.compile(r"""<!--.*?(?:-->|\Z) | <!\[CDATA\[.*?(?:\]\]>|\Z)
+    | <(script|style|noscript|template|svg|iframe|object|canvas|textarea|select|button|title|video|audio)\b
+        .*?(?:</\1\b[^>]*(?:>|\Z)|\Z)
+    | <(/?)([a-z][^\s/>]*)((?:[^>=]+|=+\s*(?:"[^"]*(?:"|\Z)|'[^']*(?:'|\Z))?)*)(?:>|\Z)
+    | <[!?/][^>]*(?:>|\Z)""", re.S | re.I | re.X)
+BLOCKS = set("""address article aside blockquote body br center dd details dialog div dl dt fieldset figcaption figure
+    footer form h1 h2 h3 h4 h5 h6 header hr html li main menu nav ol option p pre section summary table tbody td tfoot
+    th thead tr ul""".split())  # a new line begins where they begin and end
+VOID = set("area base br col embed hr img input link meta param source track wbr".split())  # they hold nothing
+# A tag that ends the element in which it stands, if that is one of these.
+ENDS = {"li": ["li"], "td": ["td", "th"], "th": ["td", "th"], "tr": ["tr", "td", "th"], "dt": ["dd"], "dd": ["dt"]}
+# Kinds of blocks, with what stands before the text in Markdown.
+KINDS = {"li": "- ", "td": "", "th": "", "pre": "", "blockquote": "> ", "h1": "# ", "h2": "## ", "h3": "### ",
+         "h4": "#### ", "h5": "##### ", "h6": "###### "}
+NEVER = set("nav footer aside form figcaption address dialog menu".split())  # elements that hold no main content
+BOXES = set("div article main body td".split())  # elements that may hold the whole main content
+ALWAYS = set("html body main article".split())  # elements whose class is not looked at
+# Words in class, id and role of an element that holds none: what designers call such parts, not names of one site.
+NOISE = set("""ad ads advert advertisement advertising also author authors banner bio breadcrumb breadcrumbs byline
+    caption carousel comment comments commentform commentlist contentinfo contributors cookie copyright correction
+    credit credits disclaimer discussion dropdown follow footer gallery hidden hide lightbox login menu meta modal more
+    most nav navbar navigation newsletter overlay pager pagination paywall popular popup print promo promoted promotion
+    rating ratings read recirc recommend recommendations recommended related relatedposts reply respond search share
+    sharing sidebar signup skip social sponsor sponsored sub submenu subscribe subscription tag tags teaser teasers
+    timestamp toc toolbar trending vote widget widgets""".split())
+ATTRIBUTE = re.compile(r"""\b(?:class|id|role)\s*=\s*("[^"]*"|'[^']*'|[^\s>]+)""", re.I)
+WORD = re.compile("[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
+HIDDEN = re.compile(r"\bhidden\b|display:\s*none", re.I)
+CELLS = ("td", "th")
+DEEP = 100  # an end tag looks so far out for what it ends
+CELL = 200  # characters of a cell above which a table is there for the layout
+NEAR = 0.75  # how much of a block's score reaches the next outer element
+MOST = 0.5  # an element with more than this share of a page's text is no side matter, whatever it is called
+LINKS = 0.4  # a block with more than this share of links is a menu
+
+
+def decode(raw: bytes, header: str = "") -> str:
+    """Text of bytes, in the character set that a byte order mark, their form, an HTTP header or a <meta> tells."""
+    if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return raw.decode("utf-16", "replace")
+    told = CHARSET.search(header.encode() + raw[:4096])
+    name = told[1].decode().lower() if told else "cp1252"
+    with contextlib.suppress(UnicodeDecodeError):
+        return raw.decode("utf-8-sig")  # other character sets almost never happen to be UTF-8
+    with contextlib.suppress(LookupError):
+        return raw.decode(WIDER.get(name, name), "replace")
+    return raw.decode("cp1252", "replace")
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class Element:
+    """An element of a page; sums are over all that lies in it."""
+    name: str
+    parent: "Element"  # of the outermost one: None
+    noise: bool = False  # whether it holds no main content
+    block: "Element" = None  # the nearest list item, cell, heading, ...: itself or what it is in
+    prose: float = 0.0  # characters outside of links
+    score: float = 0.0  # the same of main content, less characters in links, weighted by nearness
+    main: bool = False  # whether it lies in the main content
+
+
+def is_noise(name: str, attributes: str) -> bool:
+    """Whether an element looks as if it held none of the main content."""
+    words = {word.lower() for value in ATTRIBUTE.findall(attributes) for word in WORD.findall(value)}
+    return name not in ALWAYS and (name in NEVER or not NOISE.isdisjoint(words) or bool(HIDDEN.search(attributes)))
+
+
+def parse_html(page: str) -> tuple[list[Element], list[tuple[Element, str, int]]]:
+    """All elements of a page, and its visible text as (innermost element, text, characters of it in links).
+
+    Markup may be of any form: an end that nothing begins is ignored, an element ends with what it is in.
+    """
+    element = Element("", None)
+    element.block = element
+    elements, blocks, words = [element], [], []
+    at, linked, link = 0, 0, False
+    for tag in itertools.chain(TAG.finditer(page), [None]):
+        words.append(page[at:tag.start() if tag else None])
+        linked += link and len(words[-1])
+        at = tag.end() if tag else at
+        end, name, attributes = tag.group(2, 3, 4) if tag else ("/", "html", "")
+        name, kind = (name or "").lower(), element.block.name
+        if name in BLOCKS:
+            text = html.unescape("".join(words))
+            text = text if kind == "pre" else " ".join(text.split())
+            if text.strip() or element.name in CELLS:  # empty cells count, too
+                blocks.append((element, text, min(linked, len(text))))
+            words, linked = [], 0
+        link = not end if name == "a" else link
+        if name == "code" and kind != "pre":
+            words.append("`")
+        outer = element
+        for _ in range(DEEP if end else 0):  # the nearest element of this name ends
+            if outer.name == name:
+                element = outer.parent
+                break
+            outer = outer.parent or outer
+        if name and not end and name not in VOID:
+            if element.name in ENDS.get(name, ()) or element.name == "p" and name in BLOCKS:
+                element = element.parent
+            element = Element(name, element, is_noise(name, attributes), element.block)
+            element.block = element if name in KINDS else element.block
+            elements.append(element)
+    return elements, blocks
+
+
+def to_markdown(blocks: Iterable[tuple[Element, str, int]], most: float) -> str:
+    """The text of blocks as Markdown, without those of which more than the share `most` is links.
+
+    Rows of a table and lines of code stay together. Cells with long text are of a table for layout, which is no table.
+    """
+    out, before, last = [], "", None
+
+    def unit(block):
+        element = block[0].block
+        return element.parent if element.name in CELLS else element if element.name == "pre" else block
+
+    for _, group in itertools.groupby(blocks, unit):
+        cells, lines, linked = {}, [], 0
+        for element, text, links in group:
+            cells[element.block] = f"{cells.get(element.block, '')} {text}".strip()
+            lines += [text] * bool(text)
+            linked += links
+        kind = element.block.name
+        if lines and kind in CELLS and len(cells) > 1 and max(map(len, cells.values())) <= CELL:
+            lines = [f"| {' | '.join(cells.values())} |"] + ["|" + "---|" * len(cells)] * (before != "row")
+            kind = "row"
+        elif not lines or linked > most * sum(map(len, lines)):
+            continue
+        elif kind == "pre":
+            lines = ["```", *(line.strip("\n") for line in lines), "```"]
+        else:
+            lines[0] = KINDS.get(kind, "") + lines[0]
+        tight = element is last or kind == before and kind in ("li", "row")
+        out += ["\n" * (2 - tight), "\n".join(lines)]
+        before, last = kind, element
+    return "".join(out[1:])
+
+
+def extract(page: bytes | str, main: bool = True) -> str:
+    """The main content of an HTML page as Markdown; main=False: all visible text.
+
+    It is what lies in the element with the highest score, except parts that look like menus, comments, advertisements
+    and so on, and blocks that are links for the most part. A block of text gives its characters outside of links, less
+    those in links, to the element that it stands in, and NEAR of that to the next outer one, and so on: paragraphs that
+    stand side by side beat the same ones in a box each (after Readability's idea).
+    """
+    elements, blocks = parse_html(page if isinstance(page, str) else decode(page))
+    for element, text, links in blocks:
+        element.prose += max(0, len(text) - 2 * links)
+    for element in elements[:0:-1]:  # from the inner ones to the outer ones
+        element.parent.prose += element.prose
+    for element in elements[1:]:
+        element.noise = element.parent.noise or element.noise and element.prose <= MOST * elements[0].prose
+    for element, text, links in blocks:
+        element.score += (not element.noise) * (len(text) - 2 * links)
+    for element in elements[:0:-1]:
+        element.parent.score += NEAR * element.score
+    best = max((element for element in elements if not element.noise), key=lambda element: element.score)
+    while best.parent and best.name not in BOXES:
+        best = best.parent  # one long paragraph or section is a part
+    best.main = True
+    for element in elements[1:]:
+        element.main |= element.parent.main and not element.noise
+    return to_markdown([block for block in blocks if block[0].main], LINKS) if main else to_markdown(blocks, 1)
 
 
 # --- many processes --------------------------------------------------------------------------------------------------

@@ -1,16 +1,19 @@
 """data.py against a few lines that do the same with everything in memory, and against every way in which a run can end."""
+import gzip
 import hashlib
 import io
 import json
 import multiprocessing
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 import tracemalloc
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -658,3 +661,131 @@ def test_a_terminal_sees_a_live_line(corpus, tmp_path):
 def test_the_default_corpus(tmp_path, run_script):
     done = run_script("data.py", cwd=tmp_path)
     assert done.returncode == 0 and json.loads((tmp_path / "data/manifest.json").read_text())["train"]["documents"] > 500
+
+
+# ---------------------------------------------------------------------------------------------------------- HTML to text
+
+def four_grams(text):
+    words = re.findall(r"\w+", text)
+    return Counter(tuple(words[i:i + 4]) for i in range(max(bool(words), len(words) - 3)))
+
+
+def f1(texts, truths):
+    """The harmonic mean of macro precision and recall of the multisets of 4-grams."""
+    precision, recall = [], []
+    for text, truth in zip(texts, truths):
+        found, wanted = four_grams(text), four_grams(truth)
+        both = sum((found & wanted).values())
+        precision.append(both / max(1, sum(found.values())))
+        recall.append(both / max(1, sum(wanted.values())))
+    p, r = sum(precision) / len(precision), sum(recall) / len(recall)
+    return 2 * p * r / (p + r)
+
+
+def test_the_main_content_of_real_pages(test_data):
+    folder = test_data / "web/aeb_dev"
+    truth = json.loads((folder / "ground-truth.json").read_text())
+    pages = {name: gzip.decompress((folder / f"{name}.html.gz").read_bytes()) for name in truth}
+    wanted = [truth[name]["articleBody"] for name in pages]
+    assert len(pages) == 88 and f1(map(data.extract, pages.values()), wanted) > 0.965
+    assert f1([data.extract(page, main=False) for page in pages.values()], wanted) < 0.75  # an offender: all text
+    sites = {part for entry in truth.values() for part in re.split(r"[./]+", entry["url"])[1:3] if len(part) > 3}
+    assert len(sites) > 50 and not sites & data.NOISE - {"news", "blog"}
+
+
+PAGE = """<html><head><title>no</title><style>p {}</style></head><body class="menu"><nav><a href=x>Home</a> of all</nav>
+<div id="page"><h1>The title</h1><p>First <b>para</b>graph &amp; more,<br>a line<p class='related-posts'>Read this, too<ul>
+<li>one<li>two <code>x = 1</code><ol><li><p>inner</ol></ul><h3>Data</h3>
+<table><thead><tr><th></th><th>Name<th>Age</thead><tr><td><p>1</p></td><td><a href=a>Ann</a></td><td>7</td></tr></table>
+<table><tr><td>%s<td>short</table><pre><code>def f():
+    return 1 &lt; 2
+
+</code></pre><!-- <p>no --><script>var a = "<p>no</p>";</script><![CDATA[<p>no</p>]]><blockquote>Said.</blockquote>
+<div style="display: none">no</div><div><a href=1>one link</a> <a href=2>more links</a></div><p>The last, long paragraph. %s
+</div></section><footer>Copyright</footer></body></html>""" % ("long cell " * 30, "More of it. " * 30)
+MARKDOWN = f"""# The title
+
+First paragraph & more,
+a line
+
+- one
+- two `x = 1`
+
+- inner
+
+### Data
+
+|  | Name | Age |
+|---|---|---|
+| 1 | Ann | 7 |
+
+{("long cell " * 30).strip()}
+short
+
+```
+def f():
+    return 1 < 2
+```
+
+> Said.
+
+The last, long paragraph. {("More of it. " * 30).strip()}"""
+
+
+def test_structure_is_kept_as_markdown():
+    found = data.extract(PAGE)
+    assert re.sub("\n+", "\n", found) == re.sub("\n+", "\n", MARKDOWN)
+    for part in ("a line\n\n", "- one\n- two `x = 1`\n", "\n\n### Data\n\n|", "|---|\n| 1 |", "```\ndef f():\n    return 1 < 2\n```\n"):
+        assert part in found
+    everything = data.extract(PAGE, main=False)
+    assert all(word in everything for word in ("Home", "Copyright", "Read this", "one link", *found.split()))
+    assert everything.split().count("no") == 1  # of the element that is not displayed
+
+
+@pytest.mark.parametrize("name, charset", [("utf-8", ""), ("utf-8-sig", ""), ("utf-16", ""), ("cp1252", ""), ("cp1251", "windows-1251"),
+                                           ("gb18030", "gb2312"), ("shift_jis", "Shift_JIS"), ("latin-1", "ISO-8859-1")])
+def test_character_sets(name, charset):
+    text = {"cp1251": "Привет, мир", "gb18030": "你好,世界", "shift_jis": "こんにちは"}.get(name, "naïve café – “yes”" if name != "latin-1" else "naïve")
+    page = f"<meta charset='{charset}'><p>{text}</p>" if charset else f"<p>{text}</p>"
+    assert data.extract(page.encode(name)) == text
+    assert data.decode(text.encode(name), f"Content-Type: text/html; charset={charset}") == text
+
+
+def test_a_hostile_character_set_is_not_tried():
+    for name in ("unicode_escape", "idna", "zip", "utf-7", "utf-99", "gbfoo", "none"):
+        assert data.extract(f"<meta charset={name}><p>a\\u0041+AEE-é".encode("cp1252")) == "a\\u0041+AEE-é"
+
+
+HOSTILE = ["<div>x", "<b>x<br>", "<!--", "<![CDATA[", "<script>", '<a "', "<a =x", '<a b="', "<", "<table><td>x", "</div>", "<a></b>", "&amp",
+           "<ul><li>x", "<a class=class ", "<pre>x\n", "<script></scrip", "<!", "a=b ", "<p></q>", "\0", "<h1><table>"]
+
+
+def test_hostile_pages_take_linear_time():
+    """A quadratic step would take an hour, not the seconds of a linear one."""
+    def late(*_):
+        raise TimeoutError
+    signal.signal(signal.SIGALRM, late)
+    signal.alarm(50)
+    try:
+        for unit in HOSTILE:
+            text = data.extract("<a " * (unit == "a=b ") + unit * (300_000 // len(unit)))
+            assert len(text) < 1_000_000
+    finally:
+        signal.alarm(0)
+
+
+def mutated(rng, raw):
+    """Bytes with a few cuts, repetitions and strange bytes."""
+    raw = bytearray(raw)
+    for _ in range(rng.randrange(1, 12)):
+        at, length = rng.randrange(len(raw) + 1), rng.choice([1, 2, 10, 100])
+        raw[at:at + length] = rng.choice([b"", bytes(raw[at:at + length]) * 3, rng.randbytes(length), b"<", b">", b'"', b"&#x110000;", b"</", b"\0"])
+    return bytes(raw)
+
+
+def test_mutated_pages_give_text():
+    rng = random.Random(0)
+    for _ in range(int(os.environ.get("FUZZ", 1500))):
+        page = mutated(rng, PAGE.encode())
+        text = data.extract(page)
+        assert text.encode() is not None and len(text) < 3 * len(page) + 100  # no half of a surrogate pair
