@@ -1,6 +1,6 @@
 """Text <-> tokens: characters, bytes, words and byte pair encoding (BPE), trained and run in pure Python.
 
-Reads: text files and folders of them; with no --input the Python standard library's text.
+Reads: text files, .jsonl files (field "text"), gzipped ones (.gz), folders; the standard library's text by default.
 Writes: tokenizer.json, which holds all that encoding and decoding need.
 Usage: python bpe.py --input=shakespeare.txt --vocab_size=1024 --output=tokenizer.json
        python bpe.py --tokenizer=tokenizer.json --show="Hello, world!"
@@ -11,21 +11,21 @@ import codecs
 import contextlib
 import dataclasses
 import difflib
+import gc
+import gzip
 import inspect
 import io
+import itertools
 import json
+import multiprocessing
 import os
 import re
-import signal
 import sys
 import sysconfig
 import textwrap
-import time
 import tokenize
-from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
+from collections import Counter, defaultdict
 from heapq import heappop, heappush
-from itertools import islice, repeat
 from pathlib import Path
 from typing import BinaryIO, Callable, Iterable, Iterator
 
@@ -41,19 +41,28 @@ PATTERNS = {
     # and the next line's indentation ("):\n    "), a line's end with the next indentation
     "code": r"[^\r\n\p{L}\p{N}]?[\p{L}]+|[\p{N}]{1,3}| ?[^\s\p{L}\p{N}]+(?:[\r\n]+[ \t]*)?|[\r\n]+[ \t]*"
             r"|[\s]+(?![^\s])|[\s]+",
+    # OpenAI's for GPT-4 (cl100k): as "code" without the indentation; contractions, in capitals too
+    "gpt4": r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?[\p{L}]+|[\p{N}]{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+            r"|[\s]+\Z|[\s]*[\r\n]|[\s]+(?![^\s])|[\s]+",
+    # OpenAI's for GPT-4o: a word begins anew at a capital after small letters, and holds its contraction
+    "o200k": r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'(?:[sdmt]|ll|ve|re))?"
+             r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'(?:[sdmt]|ll|ve|re))?"
+             r"|[\p{N}]{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|[\s]*[\r\n]+|[\s]+(?![^\s])|[\s]+",
     "char": r"(?s:.)",
+    "bytes": r"(?s:.+)",  # nothing is cut
 }
-# The same for ASCII text, in the notation of the module `re`, which takes half the time.
-ASCII = {pattern: re.compile(pattern.replace(r"\p{L}", "A-Za-z").replace(r"\p{N}", "0-9").replace(r"\s", r"\t-\r "))
-         for pattern in PATTERNS.values()}
+# The same for ASCII text, in the notation of the module `re`, which takes half the time. Only of these patterns it is
+# known where text may be cut. (ASCII has no letters of other kinds, and no marks.)
+RANGES = {r"\p{L}": "A-Za-z", r"\p{Lu}": "A-Z", r"\p{Ll}": "a-z", r"\p{N}": "0-9", r"\s": r"\t-\r "}
+ASCII = {pattern: re.compile(re.sub(r"\\p\{\w+\}|\\s", lambda match: RANGES.get(match[0], ""), pattern))
+         for pattern in PATTERNS.values() if pattern != PATTERNS["bytes"]}
 # Where text may be cut without changing its pieces: between a sign and a space, between a letter or digit and white
 # space. No piece of the patterns above holds such a place or looks across it. (?r) searches from the end.
 CUT = regex.compile(r"(?r)(?:\S(?= )|[\p{L}\p{N}](?=\s))")
-CHUNK = 1 << 12  # characters read and split at a time: bounds memory, and most are ASCII though the text is not
+CHUNK = 1 << 14  # characters read and split at a time: bounds memory, and most are ASCII though the text is not
+BLOCK = 1 << 20  # characters of text that are worth a process
 CACHE = 1 << 18  # pieces whose ids are remembered while encoding
-LONG = 256  # characters of a piece above which its ids are not remembered; bytes above which merging takes a queue
 END, UNKNOWN = "<|endoftext|>", "<|unk|>"
-VERSION = 1  # of the tokenizer file
 
 
 @dataclasses.dataclass
@@ -61,7 +70,7 @@ class Options:
     input: str = ""  # text files and folders, comma list; "": the Python standard library's text
     tokenizer: str = "bpe"  # what to train: bpe, char, byte or word; or a tokenizer file to load
     vocab_size: int = 8192  # number of tokens, special ones included
-    pattern: str = "gpt2"  # how text is split first: gpt2, code, or a regular expression of your own
+    pattern: str = "gpt2"  # how text is split first: gpt2, code, gpt4, o200k, bytes (not at all), or your own regex
     special_tokens: str = "<|endoftext|>"  # comma list of tokens that ordinary text never gives
     separator: str = ""  # text that stands between the documents of a file
     output: str = "tokenizer.json"  # file for the trained tokenizer
@@ -139,17 +148,32 @@ def find_files(input: str) -> list[Path]:
     return files
 
 
+@contextlib.contextmanager
+def blaming(what: str) -> Iterator[None]:
+    """An error in the content of a file becomes a ValueError that begins with `what`, which names the file."""
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError, EOFError) as error:
+        raise ValueError(f"{what}: {error}") from None
+
+
+def opened(path: Path, mode: str = "rb", **how):
+    """Open a file for reading, through gzip if its name ends in .gz."""
+    return (gzip.open if path.suffix == ".gz" else open)(path, mode, **how)
+
+
 def is_text(path: Path) -> bool:
     """Whether a file has no NUL among its first bytes, as binary files and UTF-16 have."""
-    with open(path, "rb") as file:
+    with opened(path) as file:
         return b"\0" not in file.read(8192)
 
 
 def read_parts(files: Iterable[Path], separator: str, errors: dict) -> Iterator[tuple[str, bool]]:
     """Yield (text, whether a document ends here), at most CHUNK characters of a document at a time.
 
-    A file is one document, or several with `separator` between them if it is not "".
-    Invalid UTF-8 becomes U+FFFD and is counted in `errors` (path -> number). Newlines are never translated.
+    A file is one document, or several with `separator` between them if it is not ""; of a .jsonl file each line is
+    one, its field "text". Invalid UTF-8 becomes U+FFFD and is counted in `errors` (path -> number). Newlines are never
+    translated.
     """
     def replace(error):
         errors[str(path)] = errors.get(str(path), 0) + 1
@@ -159,7 +183,10 @@ def read_parts(files: Iterable[Path], separator: str, errors: dict) -> Iterator[
     for path in files:
         if not is_text(path):
             raise ValueError(f"{path} is no text in UTF-8, but binary or UTF-16")
-        with open(path, encoding="utf-8", errors="count", newline="\n") as file:
+        with blaming(f"{path} is damaged"), opened(path, "rt", encoding="utf-8", errors="count", newline="\n") as file:
+            if ".jsonl" in path.suffixes:
+                yield from ((json.loads(line)["text"] + "", True) for line in file)
+                continue
             rest = ""
             while block := file.read(CHUNK):
                 *documents, rest = (rest + block).split(separator) if separator else [rest + block]
@@ -172,43 +199,45 @@ def read_parts(files: Iterable[Path], separator: str, errors: dict) -> Iterator[
             yield rest, True
 
 
-def chunks(parts: Iterable[str], pattern: str, least: int = 1) -> Iterator[str]:
+def chunks(parts: Iterable[str], pattern: str, least: int = 1, end: str = "") -> Iterator[str]:
     """Move the cuts in a text to where `pattern` cannot see across: each chunk is split as it is in the whole text.
 
     >>> list(chunks(["the c", "at in th", "e hat"], PATTERNS["gpt2"]))
     ['the', ' cat in', ' the', ' hat']
 
-    A chunk has `least` characters or more. Of a user's own pattern nothing is known, so its text is one chunk.
+    A chunk has `least` characters or more. Of a user's own pattern nothing is known, so its text is one chunk, or is
+    cut behind an `end`.
     """
     rest = ""  # the text behind the last cut
+    cut = CUT if pattern in ASCII else regex.compile("(?r)" + (regex.escape(end) or "(?!)"))
     for part in parts:
         for start in range(0, len(part), CHUNK):
-            searched = max(0, len(rest) - 1)
+            searched = max(0, len(rest) - 20)  # a place to cut is shorter
             rest += part[start:start + CHUNK]
-            if len(rest) >= least and pattern in ASCII and (place := CUT.search(rest, searched)):
+            if len(rest) >= least and (place := cut.search(rest, searched)):
                 yield rest[:place.end()]
                 rest = rest[place.end():]
-    yield rest
-
-
-def well_formed(text: str) -> str:
-    """The text with surrogate pairs joined and lone surrogates, which have no UTF-8, replaced by U+FFFD."""
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    yield from filter(None, [rest])
 
 
 def split(text: str, pattern: str) -> list[str]:
-    """The pieces of a text, made well-formed; ValueError if a pattern of the user's own drops some of it.
+    """The pieces of a text; ValueError if a pattern of the user's own drops some of it, or takes too long.
+
+    Surrogate pairs are joined, and lone surrogates, which have no UTF-8, replaced by U+FFFD.
+
 
     >>> split("Hello world's  end", PATTERNS["gpt2"])
     ['Hello', ' world', "'s", ' ', ' end']
     """
-    text = well_formed(text)
+    text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    if pattern in ASCII and text.isascii():
+        return ASCII[pattern].findall(text)
     try:
-        find = ASCII[pattern] if pattern in ASCII and text.isascii() else regex.compile(pattern)
-    except regex.error as error:
-        raise ValueError(f"pattern {pattern!r} is no regular expression: {error}") from None
-    pieces = find.findall(text)
-    if pattern not in ASCII and "".join(map(str, pieces)) != text:
+        # seconds; asking the clock takes three times as long as the matches, so it is for patterns of the user's own
+        pieces = regex.findall(pattern, text, timeout=None if pattern in ASCII else 10 + len(text) / 1e5)
+    except (regex.error, TimeoutError) as error:
+        raise ValueError(f"pattern {pattern!r} is no regular expression, or takes too long: {error}") from None
+    if "".join(map(str, pieces)) != text:
         raise ValueError(f"pattern {pattern!r} drops text or has a group (...); write (?:...), and |. at its end")
     return pieces
 
@@ -218,25 +247,48 @@ def any_of(names: Iterable[str]) -> str:
     return "|".join(map(regex.escape, sorted(names, key=len, reverse=True)))
 
 
+def answer(pipe: object, work: Callable, *given) -> None:
+    """A process: send work(*given), or the exception that it raised."""
+    try:
+        pipe.send(work(*given))
+    except BaseException as error:  # Ctrl-C, too: the parent has it as well, and ends its processes
+        pipe.send(error)
+
+
+def parallel(work: Callable, jobs: Iterable, workers: int, *given) -> Iterator:
+    """work(job, *given) for each job, in order, each in a process of its own, `workers` at a time.
+
+    Raises what the work raises, and ChildProcessError if a process is killed. (A pool of multiprocessing would hang.)
+    """
+    jobs, running = iter(jobs), []
+    try:
+        while workers > 1:
+            for job in itertools.islice(jobs, workers - len(running)):
+                here, there = multiprocessing.Pipe()
+                running.append((here, multiprocessing.Process(target=answer, args=(there, work, job, *given))))
+                running[-1][1].start()
+                there.close()  # so that the pipe ends when the process dies
+            if not running:
+                return
+            result = running[0][0].recv()
+            running.pop(0)[1].join()
+            if isinstance(result, BaseException):
+                raise result
+            yield result
+        yield from (work(job, *given) for job in jobs)
+    except EOFError:
+        raise ChildProcessError("a process was killed, perhaps for want of memory: try --workers=1") from None
+    finally:
+        for _, process in running:
+            process.kill()
+            process.join()
+
+
 def count_text(text: str, pattern: str, special_tokens: list) -> Counter:
     """How often each piece occurs in a text. Special tokens are boundaries and not counted."""
-    counts = Counter()
-    for ordinary in regex.split(any_of(special_tokens), text):
-        counts.update(split(ordinary, pattern))
-    return counts
-
-
-def count_pieces(counts: Counter, texts: Iterable[str], pattern: str, special_tokens: list, workers: int) -> None:
-    """Add the pieces of all texts to `counts`, on several processes if there is much; few texts are in memory."""
-    if pattern in ASCII:  # then short texts are joined, as long ones are quicker to count
-        texts = chunks((text + END for text in texts), pattern, 256 * CHUNK)
-    stream, workers = iter(texts), workers or os.cpu_count()
-    ignore = signal.signal, (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
-    with ProcessPoolExecutor(workers, None, *ignore) as pool:  # starts no process before its first job
-        while group := list(islice(stream, 4 * workers)):
-            each = pool.map if min(workers, len(group)) > 1 else map
-            for part in each(count_text, group, repeat(pattern), repeat(special_tokens)):
-                counts.update(part)
+    parts = regex.split(any_of(special_tokens), text)
+    pieces = (split(chunk, pattern) for part in parts for chunk in chunks([part], pattern))
+    return Counter(itertools.chain.from_iterable(pieces))
 
 
 def train_lookup(counts: Counter, size: int) -> tuple:
@@ -249,13 +301,49 @@ def train_lookup(counts: Counter, size: int) -> tuple:
     return list(map(str.encode, pieces[:size])), []
 
 
-# In train_bpe the distinct pieces stand in one row, tokens at the places of their bytes: first[i] is the token that
-# begins at i, last[i] the one that ends there, both -1 between two pieces; inside a token first is -1, and last is not
-# asked. So the neighbours of a token are last[i - 1] and first[i + length]. A pair is one number, left << 32 | right,
-# which is negative where there is no right.
-# A pair gets all its places when the newer of its tokens is made, and later only loses some. So what is on the heap is
-# an upper bound, and the pair on top is counted again before it is merged; and a pair below `floor` stays below, so it
-# is left out until no other is left. Then the floor falls and all pairs are counted anew, about ten times in all.
+# Tokens stand at the places of their bytes: first[i] is the token that begins at i, last[i] the one that ends there,
+# both -1 between two pieces; inside a token first is -1, and last is not asked. So the neighbours of a token are
+# last[i - 1] and first[i + length]. A pair gets all its places when the newer of its tokens is made, and later only
+# loses some. So what the heap says of it may be too cheap, and the pair on top is priced again before it is merged.
+def merge_row(pieces: Iterable[bytes], byte_ids: list, vocab: list, price: Callable, make: Callable) -> list[int]:
+    """Merge pairs of neighbours, the cheapest first: BPE in training and in encoding.
+
+    price(pair, places) orders the pairs (left, right), and may rise as places are lost; None: never merged. make(pair)
+    gives the id of the token that it becomes, in `vocab`; None: it is enough. Returns `first`.
+    """
+    first, heap, found = [], [], defaultdict(list)
+    for piece in pieces:
+        first += [byte_ids[byte] for byte in piece] + [-1]
+    last = first.copy()
+    for place, pair in enumerate(zip(first, first[1:])):
+        found[pair].append(place)
+    while True:
+        for pair, places in found.items():
+            if places and min(pair) >= 0 and (cost := price(pair, places)) is not None:
+                heappush(heap, (cost, pair, places))
+        if not heap:
+            return first
+        cost, pair, places = heappop(heap)
+        left, right = pair
+        middle = len(vocab[left])
+        places = [place for place in places if first[place] == left and first[place + middle] == right]
+        if not places or price(pair, places) > cost:
+            found = {pair: places}
+            continue
+        if (new := make(pair)) is None:
+            return first
+        before, after = defaultdict(list), defaultdict(list)  # neighbour -> places of the new token
+        end = len(vocab[new])
+        for place in places:
+            if first[place] == left:  # not so any more in the middle of "aaa"
+                first[place + middle] = -1
+                first[place] = last[place + end - 1] = new
+                before[last[place - 1]].append(place)
+                after[first[place + end]].append(place)
+        found = {(other, new): [place - len(vocab[other]) for place in before[other]] for other in before}
+        found |= {(new, other): after[other] for other in after}
+
+
 # Of equally frequent pairs the greatest wins, (left, right) compared as byte strings. "aaa" has the pair (a, a) twice.
 def train_bpe(counts: Counter, size: int) -> tuple:
     """Byte pair encoding: from the 256 bytes on, make the most frequent pair of neighbours a token, until `size`.
@@ -263,72 +351,22 @@ def train_bpe(counts: Counter, size: int) -> tuple:
     >>> train_bpe(Counter({"the": 2, " cat": 1, " in": 1, " the": 1, " hat": 1}), 260)[1]
     [(b't', b'h'), (b'th', b'e'), (b'a', b't'), (b'i', b'n')]
     """
-    pieces = list(map(str.encode, counts))
-    spans = np.array([len(piece) + 1 for piece in pieces])
-    first = np.frombuffer(b"\n".join([*pieces, b""]), np.uint8).astype(np.int64)
-    first[np.cumsum(spans) - 1] = -1
-    last = first.copy()
-    weight = np.repeat(np.fromiter(counts.values(), np.int64), spans)  # how often the piece occurs
     vocab, merges = [bytes([byte]) for byte in range(256)], []
-    length = np.ones(size, np.int64)
-    where, heap, floor = {}, [], 2  # pair -> places; (-times, name, pair)
+    names, pieces = list(map(descending, vocab)), list(map(str.encode, counts))
+    weight = [count for piece, count in zip(pieces, counts.values()) for _ in range(len(piece) + 1)]
 
-    def index(places):  # take up the pairs that begin at some places and reach the floor
-        nonlocal floor
-        left = first[places]
-        keys = left << 32 | first[places + length[left]]
-        order = np.argsort(keys, kind="stable")[np.count_nonzero(keys < 0):]
-        keys, places = keys[order], places[order]
-        starts = np.flatnonzero(np.concatenate(([-1], keys[:-1])) != keys)
-        ends = np.append(starts[1:], len(keys))
-        times = np.add.reduceat(weight[places], starts)
-        floor = floor or max(1, times.max(initial=0) // 4)
-        for i in np.flatnonzero(times >= floor).tolist():
-            key = int(keys[starts[i]])
-            where[key] = places[starts[i]:ends[i]]
-            name = descending(vocab[key >> 32]) + descending(vocab[key & 0xFFFFFFFF])
-            heappush(heap, (-int(times[i]), name, key))
+    def price(pair, places):
+        return -sum(map(weight.__getitem__, places)), names[pair[0]] + names[pair[1]]
 
-    while len(vocab) < size:
-        if not heap or -heap[0][0] < floor:
-            if floor == 1:
-                break
-            where, heap, floor = {}, [], 0
-            index(np.flatnonzero(first >= 0))
-            continue
-        negative, name, key = heappop(heap)
-        left, right = divmod(key, 1 << 32)
-        places = where[key]
-        places = places[(first[places] == left) & (first[places + length[left]] == right)]
-        if (times := int(weight[places].sum())) < -negative:
-            where[key] = places
-            heappush(heap, (-times, name, key))
-            continue
-        places = every_other(places, length[left])
-        new, middle = len(vocab), places + length[left]
-        merges.append((vocab[left], vocab[right]))
-        vocab.append(b"".join(merges[-1]))
-        length[new] = len(vocab[new])
-        first[middle] = -1
-        first[places] = last[places + length[new] - 1] = new
-        before = last[places - 1]
-        others = (before >= 0) & (before != new)  # where a new token stands before, that one's pair is this
-        index(np.concatenate((places, (places - length[before])[others])))
+    def make(pair):
+        if len(vocab) < size:
+            merges.append((vocab[pair[0]], vocab[pair[1]]))
+            vocab.append(b"".join(merges[-1]))
+            names.append(descending(vocab[-1]))
+            return len(vocab) - 1
+
+    merge_row(pieces, range(256), vocab, price, make)
     return vocab, merges
-
-
-def every_other(places: np.ndarray, length: int) -> np.ndarray:
-    """The places at which a pair is merged, not two that overlap, which are `length` apart: "aaaaa" has (a, a) at
-    0, 1, 2, 3 and merges at 0 and 2. Only a pair of a token with itself can overlap.
-
-    >>> every_other(np.array([0, 1, 2, 3, 7, 9, 10]), 1).tolist()
-    [0, 2, 7, 9]
-    """
-    kept = [-1 - length]
-    for place in places.tolist():
-        if place > kept[-1] + length:
-            kept.append(place)
-    return np.array(kept[1:])
 
 
 def descending(token: bytes) -> str:
@@ -347,49 +385,43 @@ BYTE_KINDS = ("bpe", "byte")  # they can write any text; the others need <|unk|>
 
 
 def train(kind: str, documents: Iterable[str], vocab_size: int, pattern: str = "gpt2",
-          special_tokens: Iterable[str] = (END,), workers: int = 0, counts: Counter | None = None) -> "Tokenizer":
+          special_tokens: list | tuple = (END,), workers: int = 0, counts: Counter | None = None) -> "Tokenizer":
     """Train a tokenizer of a kind of TRAINERS; the same for any number of `workers` (0: one for each core).
 
     `vocab_size` counts the special tokens, which get the last ids. <|endoftext|> is added where it is missing, and
     <|unk|> for char and word. `pattern` is a name of PATTERNS or a regular expression; char has its own. A Counter
     given as `counts` is filled with the pieces of the documents.
     """
-    names = [UNKNOWN] * (kind not in BYTE_KINDS) + list(special_tokens)
-    names += [END] * (END not in names)
+    if kind not in TRAINERS:
+        raise ValueError(f"there is no tokenizer {kind!r}; kinds are {', '.join(TRAINERS)}")
+    names = [UNKNOWN] * (kind not in BYTE_KINDS) + [*special_tokens] + [END] * (END not in special_tokens)
     if len(set(names)) < len(names) or any(name.split() != [name] for name in names):
         raise ValueError(f"special tokens must be different, not empty and without white space, unlike {names}")
     if vocab_size < (least := len(names) + (256 if kind in BYTE_KINDS else 1)):
         raise ValueError(f"vocab_size={vocab_size} is too small: {kind} with {len(names)} special tokens needs {least}")
     pattern = PATTERNS["char"] if kind == "char" else PATTERNS.get(pattern, pattern)
     counts = Counter() if counts is None else counts
-    count_pieces(counts, documents, pattern, names, workers)
+    gc.disable()  # it would look through millions of lists again and again, without a cycle among them
+    texts = chunks((text + END for text in documents), pattern, BLOCK, END)
+    for part in parallel(count_text, texts, workers or os.cpu_count(), pattern, names):
+        counts.update(part)
     if not counts:
         raise ValueError("there is no text to train on")
     vocab, merges = TRAINERS[kind](counts, vocab_size - len(names))
+    gc.enable()
     specials = {name: i for i, name in enumerate(names, len(vocab))}
     if kind == "bpe" and len(vocab) + len(names) < vocab_size:
         print(f"stopped at {len(vocab) + len(names)} tokens: no pair is left to merge in this text", file=sys.stderr)
     return Tokenizer(kind, pattern, vocab + list(map(str.encode, names)), merges, specials)
 
 
-class Cache(dict):
-    """piece -> ids as bytes; computes what it lacks (with `compute`), and begins anew when it is full."""
-
-    def __missing__(self, piece: str) -> bytes:
-        ids = self.compute(piece)
-        if len(self) >= CACHE:
-            self.clear()
-        if len(piece) <= LONG:
-            self[piece] = ids
-        return ids
-
-
 class Tokenizer:
     """Text to ids and back; characters, bytes, words and BPE fill the same columns.
 
     kind: a key of TRAINERS; pattern: regular expression that cuts text into pieces; vocab: id -> bytes; merges: pairs
-    of byte strings by rank; special_tokens: name -> id. A vocabulary with all 256 bytes merges the bytes of a piece;
-    any other looks the whole piece up, and where it is unknown gives <|unk|>, which decodes to its name.
+    of byte strings, in the order of the ids they make; special_tokens: name -> id. A piece that is a token is encoded
+    as this token. Of any other a vocabulary with all 256 bytes merges the bytes; without them it is <|unk|>, which
+    decodes to its name.
 
     >>> for kind, vocab_size in [("char", 9), ("byte", 257), ("word", 5), ("bpe", 260)]:
     ...     tokenizer = train(kind, ["low low lower"], vocab_size)
@@ -401,34 +433,29 @@ class Tokenizer:
     """
 
     def __init__(self, kind: str, pattern: str, vocab: list, merges: list, special_tokens: dict):
-        self.kind, self.pattern = kind, pattern
-        self.vocab, self.merges = vocab, merges
-        self.special_tokens = special_tokens
-        self.vocab_size = len(vocab)
+        self.kind, self.pattern, self.vocab, self.merges = kind, pattern, vocab, merges
+        self.special_tokens, self.vocab_size = special_tokens, len(vocab)
         self.index = index = {token: i for i, token in enumerate(vocab) if i not in special_tokens.values()}
         right = [vocab[i] for i in special_tokens.values()] == list(map(str.encode, special_tokens))
-        if not right or len(index) + len(special_tokens) != self.vocab_size:
+        if not right or len(index) + len(special_tokens) != len(vocab):
             raise ValueError("two tokens are the same, or a special token is not in its place")
         self.byte_ids = [index.get(bytes([byte])) for byte in range(256)]
         self.unknown = special_tokens[UNKNOWN] if None in self.byte_ids else None
-        self.known = frozenset(range(self.vocab_size))
-        self.lengths = [*map(len, vocab), 0]  # the last one, at -1, is that of no token
-        self.ranks = {(index[left], index[right]): rank for rank, (left, right) in enumerate(merges)}
-        self.merged = [index[left + right] for left, right in merges]  # rank -> id
-        if self.unknown is None and not len(set(self.merged)) == len(merges) == len(index) - 256:
-            raise ValueError("a merge is missing or comes twice")
-        self.dtype = np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
-        self.cache = Cache()
-        self.cache.compute = self._piece_ids
+        self.pairs = {(index[left], index[right]): index[left + right] for left, right in merges}
+        made = list(self.pairs.values())
+        whole = self.unknown is not None or len(set(made)) == len(merges) == len(index) - 256
+        if not whole or made != sorted(made) or any(max(pair) > new for pair, new in self.pairs.items()):
+            raise ValueError("a merge is missing, comes twice, or comes before its parts")
+        self.dtype = np.dtype(np.uint16 if len(vocab) <= 1 << 16 else np.uint32)
+        self.cache = {}  # piece -> ids as bytes
 
     def encode(self, text: str, allowed_special: str | set = "none") -> list[int]:
         """Ids of a text. What looks like a special token in it is ordinary text ("none"), an error ("none_raise"), or
         one id if it is allowed ("all", or a set of names); the longest is taken where one begins with another."""
-        names = self.special_tokens
+        names, ids = self.special_tokens, []
         if allowed_special == "none_raise" and regex.search(any_of(names), text):
             raise ValueError("the text holds a special token, which is not allowed here")
-        allowed = {"none": (), "none_raise": (), "all": names}.get(str(allowed_special), allowed_special)
-        ids = []
+        allowed = names if allowed_special == "all" else () if isinstance(allowed_special, str) else allowed_special
         found = any_of(names.keys() & allowed)
         for i, part in enumerate(regex.split(f"({found})", text) if found else [text]):
             ids += [names[part]] if i % 2 else self.encode_ordinary(part).tolist()
@@ -438,12 +465,22 @@ class Tokenizer:
         """Ids of a text, special tokens in it as ordinary text: uint16, or uint32 for more than 65,536 tokens."""
         ids = bytearray()
         for chunk in chunks([text], self.pattern):
-            ids += b"".join(map(self.cache.__getitem__, split(chunk, self.pattern)))
+            self.cache = self.cache if len(self.cache) < CACHE else {}
+            pieces = split(chunk, self.pattern)
+            for piece in set(pieces).difference(self.cache):
+                self.cache[piece] = np.array(self._ids(piece.encode()), self.dtype).tobytes()
+            ids += b"".join(map(self.cache.__getitem__, pieces))
         return np.frombuffer(ids, self.dtype)
 
-    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        """Ids of each text, as of `encode_ordinary`."""
-        return list(map(self.encode_ordinary, texts))
+    def encode_batch(self, texts: list[str], workers: int = 0) -> list[np.ndarray]:
+        """Ids of each text, as of `encode_ordinary`; much text on several processes (0: one for each core)."""
+        workers = min(workers or os.cpu_count(), 1 + sum(map(len, texts)) // BLOCK)
+        if workers == 1:
+            return list(map(self.encode_ordinary, texts))
+        out, shares = list(texts), [texts[i::workers] for i in range(workers)]
+        for i, ids in enumerate(parallel(self.encode_batch, shares, workers, 1)):
+            out[i::workers] = ids
+        return out
 
     def encode_iterable(self, parts: Iterable[str]) -> Iterator[int]:
         """Ids of a text that comes in parts: lazily, and those of the whole text, wherever it was cut.
@@ -457,8 +494,8 @@ class Tokenizer:
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes of tokens; ValueError names an id that is not in the vocabulary."""
         ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
-        if wrong := set(ids) - self.known:
-            raise ValueError(f"id {min(wrong)} is not in this vocabulary of {self.vocab_size} tokens")
+        if wrong := [i for i in set(ids) if not 0 <= i < self.vocab_size]:
+            raise ValueError(f"id {wrong[0]} is not in this vocabulary of {self.vocab_size} tokens")
         return b"".join(map(self.vocab.__getitem__, ids))
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -467,78 +504,51 @@ class Tokenizer:
 
     def to_dict(self) -> dict:
         """What `save` writes. Tokens are written as Latin-1, in which character n is byte n; merges as pairs of ids."""
-        return {"version": VERSION, "kind": self.kind, "pattern": self.pattern, "special_tokens": self.special_tokens,
-                "merges": list(map(list, self.ranks)), "vocab": [token.decode("latin-1") for token in self.vocab]}
+        return {"version": 1, "kind": self.kind, "pattern": self.pattern, "special_tokens": self.special_tokens,
+                "merges": list(map(list, self.pairs)), "vocab": [token.decode("latin-1") for token in self.vocab]}
 
     def save(self, path: str | Path) -> None:
         """Write the tokenizer as JSON, for `load`."""
         with replacing(path) as file:
             file.write(json.dumps(self.to_dict()).encode())
 
-    def _piece_ids(self, piece):
-        """Ids of one piece, as the bytes of an array."""
-        data = piece.encode()
-        ids = [self.index.get(data, self.unknown)]
-        if self.unknown is None:
-            merge = self._merge if len(data) <= LONG else self._merge_long
-            ids = merge([self.byte_ids[byte] for byte in data])
-        return np.array(ids, self.dtype).tobytes()
+    def _ids(self, data):
+        """Ids of one piece: a token's own, <|unk|>, or what merging leaves of the bytes.
 
-    def _merge(self, ids):
-        """Merge the pair of lowest rank, of several the first one, until no pair of neighbours has a rank."""
-        get, never = self.ranks.get, len(self.merged)
-        ranks = list(map(get, zip(ids, ids[1:]), repeat(never)))
-        while ranks and (rank := min(ranks)) < never:
-            i = ranks.index(rank)
-            ids[i:i + 2] = [self.merged[rank]]
-            del ranks[i]
-            if i:
-                ranks[i - 1] = get((ids[i - 1], ids[i]), never)
-            if i < len(ranks):
-                ranks[i] = get((ids[i], ids[i + 1]), never)
+        Merged is the pair that makes the lowest id, of several the first one, until no pair makes any: in this order
+        training made them. For a long piece `merge_row` does that without looking at all pairs each time.
+        """
+        if data in self.index or self.unknown is not None:
+            return [self.index.get(data, self.unknown)]
+        get, never = self.pairs.get, self.vocab_size
+        if len(data) > 64:
+            row = merge_row([data], self.byte_ids, self.vocab, lambda pair, places: get(pair), get)
+            return [token for token in row if token >= 0]
+        ids = [self.byte_ids[byte] for byte in data]
+        while made := [get(pair, never) for pair in zip(ids, ids[1:])]:
+            if (new := min(made)) == never:
+                break
+            i = made.index(new)
+            ids[i:i + 2] = [new]
         return ids
 
-    def _merge_long(self, ids):
-        """The same in about n log n steps for n bytes, as the pairs wait in a queue: rank << 32 | place.
 
-        Tokens stay at the places of their bytes, as in train_bpe.
-        """
-        first, last, ranks, lengths = [*ids, -1], [*ids, -1], self.ranks, self.lengths
-        queue = sorted(ranks[pair] << 32 | place for place, pair in enumerate(zip(ids, ids[1:])) if pair in ranks)
-        while queue:
-            rank, place = divmod(heappop(queue), 1 << 32)
-            left = first[place]
-            new = self.merged[rank]
-            middle = place + lengths[left]
-            if ranks.get((left, first[middle])) == rank:  # else one of the two is part of another token by now
-                first[middle] = -1
-                first[place] = last[place + lengths[new] - 1] = new
-                for start in (place - lengths[last[place - 1]], place):
-                    pair = first[start], first[start + lengths[first[start]]]
-                    if pair in ranks:
-                        heappush(queue, ranks[pair] << 32 | start)
-        return [token for token in first if token >= 0]
-
-
-def from_dict(data: dict) -> Tokenizer:
-    """The tokenizer that `to_dict` wrote; ValueError if the data are not whole."""
-    try:
-        if data["version"] != VERSION:
-            raise ValueError(f"version {data['version']!r} of the format; this program reads {VERSION}")
+def from_dict(data: dict, source: object = "this") -> Tokenizer:
+    """The tokenizer that `to_dict` wrote; ValueError, which names the source, if the data are not whole."""
+    with blaming(f"{source} is not a tokenizer of bpe.py, or a damaged one"):
+        if data["version"] != 1:
+            raise ValueError(f"version {data['version']!r} of the format; this program reads 1")
         vocab = [token.encode("latin-1") for token in data["vocab"]]
         merges = [(vocab[left], vocab[right]) for left, right in data["merges"]]
         split("", data["pattern"])
         return Tokenizer(data["kind"], data["pattern"], vocab, merges, data["special_tokens"])
-    except (LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"not a tokenizer of bpe.py, or a damaged one ({type(error).__name__} {error})") from None
 
 
 def load(path: str | Path) -> Tokenizer:
     """Read what `save` wrote; ValueError says what is wrong with the file."""
-    try:
-        return from_dict(json.loads(Path(path).read_bytes()))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    with blaming(f"{path} is not a tokenizer of bpe.py, or a damaged one"):
+        data = json.loads(Path(path).read_bytes())
+    return from_dict(data, path)
 
 
 def main():
@@ -546,19 +556,18 @@ def main():
     if o.tokenizer not in TRAINERS:
         tokenizer = load(o.tokenizer)
     else:
-        began, counts, errors = time.time(), Counter(), {}
+        os.stat(Path(o.output).parent)  # a missing folder is told before the work
+        counts, errors = Counter(), {}
         parts = read_parts(find_files(o.input), o.separator, errors)
         # Joined by special tokens, which are boundaries, documents of any length can be cut to chunks.
-        texts = chunks((text + END * ends for text, ends in parts), PATTERNS.get(o.pattern, o.pattern))
-        tokenizer = train(o.tokenizer, texts, o.vocab_size, o.pattern, o.special_tokens.split(","), o.workers,
-                          counts)
+        texts = chunks((text + END * ends for text, ends in parts), PATTERNS.get(o.pattern, o.pattern), BLOCK, END)
+        tokenizer = train(o.tokenizer, texts, o.vocab_size, o.pattern, o.special_tokens.split(","), o.workers, counts)
         tokenizer.save(o.output)
         if errors:
             print(f"{sum(errors.values())} errors in UTF-8, replaced by U+FFFD: {', '.join(errors)}", file=sys.stderr)
-        print(f"{o.output}: {o.tokenizer}, {tokenizer.vocab_size} tokens, trained in {time.time() - began:.1f} s")
         size = sum(len(piece.encode()) * number for piece, number in counts.items())
         tokens = sum(len(tokenizer.encode_ordinary(piece)) * number for piece, number in counts.items())
-        print(f"{size} bytes in {tokens} tokens: {size / tokens:.3f} bytes per token")
+        print(f"{o.output}: {size} bytes in {tokens} tokens: {size / tokens:.3f} bytes per token")
     for i in tokenizer.encode(o.show, "all"):
         print(f"{i:6} {tokenizer.vocab[i]!r}")
 

@@ -1,9 +1,9 @@
 """Speed of bpe.py beside its peers, on the default corpus, alternating in one run: python tests/bench_bpe.py
 
-Training: 10,000 merges, files read before, start-up of the processes included; both sides use the cores they are given.
-Encoding: one process, the whole corpus document by document, the vocabulary just trained, a fresh tokenizer each time,
-in turns of 100 documents; it and decoding are measured in processor time, which other programs disturb less.
-Run it under `taskset -c 0,1` for two cores. Arguments: number of rounds (3), number of merges (10000), share of files (1).
+Both sides use all the cores they are given, and start-up of processes is included; the files are read before. The
+tokenizer is loaded freshly for each encoding; tiktoken has GPT-2's pattern as it publishes it. One column is wall time, the
+other processor time of all processes, which other programs on the machine disturb less. The ids are compared.
+Run it under `taskset -c 0,1` for two cores. Arguments: number of rounds (3), share of files (1).
 """
 import os
 import platform
@@ -22,6 +22,9 @@ import tokenizers
 
 import bpe
 
+PUBLISHED = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+DIGITS = r"\p{L}+|\p{N}|[^\p{L}\p{N}]"  # a pattern of the user's own
+
 
 def read():
     documents, held = [], ""
@@ -33,10 +36,6 @@ def read():
     return documents
 
 
-def ours_train(documents, size):
-    return bpe.train("bpe", documents, size, workers=CORES)
-
-
 def theirs_train(documents, size):
     byte_level = tokenizers.pre_tokenizers.ByteLevel
     peer = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -46,57 +45,61 @@ def theirs_train(documents, size):
     return peer
 
 
-def timed(call, clock=time.process_time):
-    began = clock()
+def timed(call):
+    """(wall seconds, processor seconds of this process and its children, what the call gave)"""
+    began, before = time.perf_counter(), sum(os.times()[:4])
     out = call()
-    return clock() - began, out
+    return time.perf_counter() - began, sum(os.times()[:4]) - before, out
 
 
-def row(what, ours, theirs, unit):
-    a, b = statistics.median(ours), statistics.median(theirs)
-    print(f"| {what} | {a:.2f} {unit} ({min(ours):.2f} to {max(ours):.2f}) | {b:.2f} {unit} ({min(theirs):.2f} to {max(theirs):.2f}) "
-          f"| {a / b:.2f} |", flush=True)
+def compare(what, rounds, ours, theirs, same=lambda a, b: None):
+    """Alternate the two calls; print medians and their ratio, for wall and for processor time."""
+    times = []
+    for _ in range(rounds):
+        a, b = timed(ours), timed(theirs)
+        same(a[2], b[2])
+        times.append((*a[:2], *b[:2]))
+    wall, cpu, their_wall, their_cpu = map(statistics.median, zip(*times))
+    print(f"| {what} | {wall:.2f} s | {their_wall:.2f} s | {wall / their_wall:.2f} | {cpu:.2f} s | {their_cpu:.2f} s | {cpu / their_cpu:.2f} |", flush=True)
+
+
+def equal(ours, theirs):
+    assert [list(ids) for ids in ours] == theirs, "the ids differ"
 
 
 def main():
-    rounds, merges, share = (kind(word) for kind, word in zip((int, int, float), [*sys.argv[1:], *"3 10000 1".split()[len(sys.argv) - 1:]]))
-    documents = read()
-    documents = documents[::round(1 / share)]
-    size, bytes_ = 257 + merges, sum(len(text.encode()) for text in documents)
-    print(f"{len(documents)} documents, {bytes_ / 1e6:.1f} MB; {CORES} cores of {platform.processor() or platform.machine()}, Python "
-          f"{platform.python_version()}, tokenizers {tokenizers.__version__}, tiktoken {tiktoken.__version__}; load {os.getloadavg()[0]:.1f}")
-    print(f"| median of {rounds} alternating runs | bpe.py | peer | ours / peer |\n|---|---|---|---|")
-    ours, theirs = [], []
-    for _ in range(rounds):
-        seconds, tokenizer = timed(lambda: ours_train(documents, size), time.perf_counter)
-        ours.append(seconds)
-        theirs.append(timed(lambda: theirs_train(documents, size), time.perf_counter)[0])
-    row(f"training, {merges} merges: tokenizers", ours, theirs, "s")
+    rounds, share = (kind(word) for kind, word in zip((int, float), [*sys.argv[1:], *"3 1".split()[len(sys.argv) - 1:]]))
+    documents = read()[::round(1 / share)]
+    print(f"{len(documents)} documents, {sum(len(text.encode()) for text in documents) / 1e6:.1f} MB; {CORES} cores of "
+          f"{platform.processor() or platform.machine()}, Python {platform.python_version()}, tokenizers {tokenizers.__version__}, "
+          f"tiktoken {tiktoken.__version__}; load {os.getloadavg()[0]:.1f}")
+    print(f"| median of {rounds} alternating runs | bpe.py | peer | ours / peer | processor time | of the peer | ours / peer |")
+    print("|---|---|---|---|---|---|---|")
+    for size in (10_257, 32_257):
+        compare(f"training {size - 257} merges: tokenizers", rounds, lambda: bpe.train("bpe", documents, size, workers=CORES),
+                lambda: theirs_train(documents, size))
+    tokenizer = bpe.train("bpe", documents, 32_257, workers=CORES)
+    state, ranks = tokenizer.to_dict(), {token: i for i, token in enumerate(tokenizer.vocab[:-1])}
 
-    ranks = {token: i for i, token in enumerate(tokenizer.vocab[:-1])}
-    ours, theirs, lists = [], [], []
-    for _ in range(rounds):
-        arrays, plain = bpe.from_dict(tokenizer.to_dict()), bpe.from_dict(tokenizer.to_dict())
-        peer = tiktoken.Encoding("ours", pat_str=tokenizer.pattern, mergeable_ranks=ranks, special_tokens={})
-        seconds, a = [0.0, 0.0, 0.0], []
-        for start in range(0, len(documents), 100):  # the three take turns every 100 documents
-            some = documents[start:start + 100]
-            outs = []
-            for i, encode in enumerate([arrays.encode_ordinary, plain.encode, peer.encode_ordinary]):
-                one, out = timed(lambda: [encode(text) for text in some])
-                seconds[i] += one
-                outs.append(out)
-            assert [ids.tolist() for ids in outs[0]] == outs[1] == outs[2], "the ids differ"
-            a += outs[0]
-        for speeds, one in zip((ours, lists, theirs), seconds):
-            speeds.append(bytes_ / 1e6 / one)
-    row("encoding to arrays: tiktoken", ours, theirs, "MB/s")
-    row("encoding to lists: tiktoken", lists, theirs, "MB/s")
-    ours, theirs, ids = [], [], [x.tolist() for x in a]
-    for _ in range(rounds):
-        ours.append(bytes_ / 1e6 / timed(lambda: [tokenizer.decode(x) for x in a])[0])
-        theirs.append(bytes_ / 1e6 / timed(lambda: [peer.decode(x) for x in ids])[0])
-    row("decoding: tiktoken", ours, theirs, "MB/s")
+    def peer(pattern=PUBLISHED):
+        return tiktoken.Encoding("ours", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+
+    def fresh(**change):
+        return bpe.from_dict(state | change).encode_batch(documents, CORES)
+    compare("encoding to arrays: tiktoken", rounds, fresh, lambda: peer().encode_ordinary_batch(documents, num_threads=CORES), equal)
+    compare("encoding to lists: tiktoken", rounds, lambda: [ids.tolist() for ids in fresh()],
+            lambda: peer().encode_ordinary_batch(documents, num_threads=CORES))
+    compare("encoding to arrays, a pattern of one's own: tiktoken", 1, lambda: fresh(pattern=DIGITS),
+            lambda: peer(DIGITS).encode_ordinary_batch(documents, num_threads=CORES), equal)
+    ids = fresh()
+    lists = [x.tolist() for x in ids]
+    compare("decoding arrays to text: tiktoken", rounds, lambda: [tokenizer.decode(x) for x in ids],
+            lambda: list(map(peer().decode, lists)))
+    text = ("The quick brown fox jumps over the lazy dog, and then it sleeps for 12 hours in the warm sun. " * 2)[:100]
+    cold, warm = bpe.from_dict(state), min(timed(lambda: [tokenizer.encode(text) for _ in range(1000)])[0] for _ in range(5))
+    print(f"one text of 100 characters: {timed(lambda: cold.encode(text))[0] * 1e6:.0f} microseconds cold, {warm * 1e3:.0f} warm")
+    for name, long in [("a", "a" * 10 ** 6), ("space", " " * 10 ** 6), ("letters", "etaoinshrdlu" * 83333)]:
+        print(f"1 MB of {name} without a place to cut: {timed(lambda: tokenizer.encode(long))[1]:.2f} s of processor time")
 
 
 if __name__ == "__main__":
