@@ -16,7 +16,9 @@ import array
 import contextlib
 import dataclasses
 import difflib
+import gzip
 import hashlib
+import html
 import inspect
 import itertools
 import json
@@ -25,13 +27,12 @@ import multiprocessing
 import os
 import re
 import shutil
-import signal
 import sys
 import textwrap
 import threading
 import time
+import zlib
 from collections import Counter
-from multiprocessing.connection import Connection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO, Callable, Iterable, Iterator
@@ -41,7 +42,10 @@ import numpy as np
 import bpe
 
 FORMAT = 1  # of the manifest; counts up when files of the same manifest would become different
-PIECE = 1 << 20  # characters that a worker encodes at a time: bounds memory
+PIECE = 1 << 20  # characters of the longest piece of a document
+STEPS = ("tokenise", "extract,tokenise")
+PAGES = re.compile(r"\.(html?|warc(\.gz)?|warc\.wet(\.gz)?)$", re.I)  # the files that the step extract is for
+JOB = 1 << 22  # characters that a process encodes: bounds memory
 FEW = 20  # fewer documents than this are too few to hold out whole ones
 
 
@@ -144,8 +148,8 @@ class Corpus:
         """
         self.counts, errors, at, due = Counter(), {}, 0, 0.0
         for path in self.files:
-            lines = path.suffix == ".jsonl"
-            parts = read_jsonl(path, self.counts) if lines else bpe.read_parts([path], self.separator, errors)
+            plain = path.suffix != ".jsonl"
+            parts = bpe.read_parts([path], self.separator, errors) if plain else read_jsonl(path, self.counts)
             rest, begun = "", False
             for text, ends in parts:
                 at += len(text)
@@ -208,106 +212,315 @@ class Corpus:
             raise changed
 
 
-# --- many processes --------------------------------------------------------------------------------------------------
+# --- WARC: web archives (ISO 28500) ----------------------------------------------------------------------------------
+
+RECORD = re.compile(rb"\s*WARC/[\d.]+ *\r?\n((?:(?!WARC/)[^\n]+\n)*?)\r?\n")
+LENGTH = re.compile(rb"^content-length:[ \t]*(\d{1,15})\s*$", re.I | re.M)
+FIELD = re.compile(r"^([^:\s]+):[ \t]*(.*?)\s*$", re.M)
+CODED = re.compile(rb"(?im)^(?:transfer-encoding: *(chunked)|content-encoding: *(gzip|deflate)|content-length:).*\n")
+CHUNK = re.compile(rb"\s*([\da-f]{1,8})\b.*\n", re.I)
+MEMBER = b"\x1f\x8b\x08"  # a gzip member begins
+HEAD = 1 << 16  # bytes of the longest header of a record; as many of a file are read at a time
 
 
-def answer_jobs(pipe: Connection, make: Callable, given: tuple) -> None:
-    """A worker: answer each job with make(*given)(job), or with the exception that it raised."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends its workers
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # the parent was killed
-    work, answer = make(*given), None
-    while True:
-        pipe.send(answer)
-        job = pipe.recv()
-        try:
-            answer = job and work(job)
-        except Exception as error:
-            answer = error
+def read_blocks(path: str | Path) -> Iterator[bytes | None]:
+    """The bytes of a file in blocks, gzip unpacked; None at a damaged place, behind which the next member follows."""
+    with open(path, "rb") as file:
+        packed, unpacker = file.peek(3)[:3] == MEMBER, zlib.decompressobj(31)
+        while rest := file.read(HEAD):
+            if not packed:
+                yield rest
+            while packed and rest:
+                try:
+                    unpacker = zlib.decompressobj(31) if unpacker.eof else unpacker
+                    yield unpacker.decompress(rest, 16 * HEAD)
+                    rest = unpacker.unconsumed_tail or unpacker.unused_data
+                except zlib.error:
+                    yield None
+                    unpacker, at = zlib.decompressobj(31), rest.find(MEMBER, 1)
+                    rest = rest[at:] * (at > 0)
+        if packed and not unpacker.eof:  # the file was cut
+            yield None
 
 
-def in_order(make: Callable, given: tuple, jobs: Iterable, workers: int) -> Iterator:
-    """map(make(*given), jobs) on `workers` processes: the same order and answers for any number, few jobs in memory.
+def http_body(block: bytes, most: int) -> tuple[str, bytes]:
+    """The header of an HTTP message, without how it was sent, and its body: chunks joined, gzip unpacked."""
+    head, gap, body = block.partition(b"\r\n\r\n")
+    codes, chunks, at = b" ".join(map(b"".join, CODED.findall(head + gap))).lower(), [], 0
+    while b"chunked" in codes and (size := CHUNK.match(body, at)):
+        at = size.end() + int(size[1], 16)
+        chunks.append(body[size.end():at])
+    body = b"".join(chunks) or body  # some archives hold the joined body under the old header
+    with contextlib.suppress(zlib.error):
+        body = zlib.decompressobj(47).decompress(body, most) if codes.strip(b" chunked") else body
+    return CODED.sub(b"", head + gap[:2]).decode("latin-1"), body
 
-    Raises what the work raises, and ChildProcessError if a worker dies. (A pool of multiprocessing would hang there.)
+
+def read_warc(path: str | Path, counts: Counter | None = None, most: int = 1 << 28) -> Iterator[tuple[dict, bytes]]:
+    """Yield (headers, payload) of each record of a WARC file, plain or gzip, in bounded memory.
+
+    Of an HTTP message the header is headers["http"], and the payload is the body as it was before it was sent. Damaged
+    records, and those longer than `most` bytes, are skipped and counted in counts["broken"].
     """
-    if workers == 1:
-        yield from map(make(*given), jobs)
-        return
-    processes = {}
-    try:
-        for _ in range(workers):
-            here, there = multiprocessing.Pipe()
-            processes[here] = multiprocessing.Process(target=answer_jobs, args=(there, make, given), daemon=True)
-            processes[here].start()
-            there.close()  # so that the pipe ends when the worker dies
-        # Each worker has one job at a time. Its first answer is None: ready. A last job, None, fetches its last answer.
-        for pipe, job in zip(itertools.cycle(processes), itertools.chain(jobs, [None] * workers)):
-            answer = pipe.recv()
-            pipe.send(job)
-            if isinstance(answer, Exception):
-                raise answer
-            if answer:
-                yield answer
-    except (EOFError, ConnectionError):
-        raise ChildProcessError("a worker process was killed, perhaps for want of memory: try --workers=1") from None
-    finally:
-        for pipe, process in processes.items():
-            process.kill()
-            process.join()
-            pipe.close()
+    held, counts = bytearray(), Counter() if counts is None else counts
+    for block in read_blocks(path):
+        counts["broken"] += block is None
+        held = held[:0] if block is None else held
+        held += block or b""
+        while True:
+            head = RECORD.match(bytes(held[:HEAD]))
+            size = head and LENGTH.search(head[1])
+            end = head.end() + int(size[1]) if size else most + 1
+            if end <= most and len(held) < end:
+                break  # more is to come
+            # An end of line follows a record. If not, its length is wrong: a record that begins within it is not lost.
+            sound = end <= most and not held[end:end + 2].strip()
+            at = -1 if sound else held.find(b"\nWARC/", head.end() if head else 1)
+            if end > most and at < 0 and len(held) < HEAD:
+                break
+            if end > most or 0 < at < end:
+                counts["broken"] += 1
+                del held[:at if at > 0 else len(held)]
+                continue
+            headers, payload = dict(FIELD.findall(head[1].decode("utf-8", "replace"))), bytes(held[head.end():end])
+            del held[:end]
+            if headers.get("Content-Type", "").startswith("application/http"):
+                headers["http"], payload = http_body(payload, most)
+            yield headers, payload
+    counts["broken"] += bool(held.strip())
+
+
+def write_warc(path: str | Path, records: Iterable[tuple[dict, bytes]]) -> None:
+    """Write records as `read_warc` yields them; each as a gzip member of its own if the name ends in .gz."""
+    with bpe.replacing(path) as file:
+        for headers, payload in records:
+            block = headers["http"].encode("latin-1") + b"\r\n" + payload if "http" in headers else payload
+            fields = {**headers, "Content-Length": len(block)}
+            lines = [f"{name}: {fields[name]}\r\n" for name in fields if name != "http" and "Digest" not in name]
+            record = f"WARC/1.0\r\n{''.join(lines)}\r\n".encode() + block + b"\r\n\r\n"
+            file.write(gzip.compress(record, mtime=0) if str(path).endswith(".gz") else record)
+
+
+# --- HTML to text ----------------------------------------------------------------------------------------------------
+
+# Character sets that an HTTP header or a <meta> may name. Others are not tried: some of Python's codecs take quadratic
+# time, or are none of text.
+CHARSET = re.compile(rb"(?i)charset=[\s\"']*(utf-?8|(?:iso-8859-|windows-|cp)\d+|koi8-\w|gb\w+|big5|euc-\w+|shift_jis)")
+WIDER = {"iso-8859-1": "cp1252", "us-ascii": "cp1252", "gb2312": "gb18030", "shift_jis": "cp932"}  # as browsers do
+# One alternative matches at each "<" and takes all it has read, to the end of the text if need be: linear time.
+# Python's html.parser needs quadratic time for "<!--<!--...", and 15 times as long for usual pages.
+TAG = re.compile(r"""<!--.*?(?:-->|\Z) | <!\[CDATA\[.*?(?:\]\]>|\Z) | <[!?][^>]*(?:>|\Z)
+    | <(script|style|noscript|template|svg|iframe|object|canvas|textarea|select|button|title|video|audio)\b
+        .*?(?:</\1\b[^>]*(?:>|\Z)|\Z)
+    | <(/?)([a-z][^\s/>]*)((?:[^>=]+|=+\s*(?:"[^"]*(?:"|\Z)|'[^']*(?:'|\Z))?)*)(?:>|\Z)""", re.S | re.I | re.X)
+BLOCKS = set("""address article aside blockquote body br center dd details dialog div dl dt fieldset figcaption figure
+    footer form h1 h2 h3 h4 h5 h6 header hr html li main menu nav ol option p pre section summary table tbody td tfoot
+    th thead tr ul""".split())  # a new line begins where they begin and end
+VOID = set("area base br col embed hr img input link meta param source track wbr".split())  # they hold nothing
+# A tag that ends the element in which it stands, if that is one of these.
+ENDS = {"li": ["li"], "td": ["td", "th"], "th": ["td", "th"], "tr": ["tr", "td", "th"], "dt": ["dd"], "dd": ["dt"]}
+# Kinds of blocks, with what stands before the text in Markdown.
+KINDS = {f"h{n}": "#" * n + " " for n in range(1, 7)} | {"li": "- ", "blockquote": "> ", "td": "", "th": "", "pre": ""}
+BOXES = set("div article main body td".split())  # elements that may hold the whole main content
+ALWAYS = set("html body main article".split())  # elements whose class is not looked at
+# Words in name, class, id and role of elements that hold no main content: what designers call them, of no one site.
+NOISE = set("""address aside dialog figcaption form ad ads advert advertisement also author bio breadcrumb
+    breadcrumbs byline caption comment comments copyright credit credits disclaimer follow footer hidden hide menu
+    meta modal more most nav navbar navigation newsletter pagination popular popup print promo related recommended
+    reply respond search share sharing sidebar social sponsored subscribe tags teaser trending widget""".split())
+ATTRIBUTE = re.compile(r"""\b(?:class|id|role)\s*=\s*("[^"]*"|'[^']*'|[^\s>]+)""", re.I)
+WORD = re.compile("[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
+HIDDEN = re.compile(r"\bhidden\b|display:\s*none", re.I)
+CELLS = ("td", "th")
+CELL = 200  # characters of a cell above which a table is there for the layout
+NEAR = 0.75  # how much of a block's score reaches the next outer element
+MOST = 0.5  # an element with more than this share of a page's text is no side matter, whatever it is called
+LINKS = 0.4  # a block with more than this share of links is a menu
+
+
+def decode(raw: bytes, header: str = "") -> str:
+    """Text of bytes, in the character set that a byte order mark, their form, an HTTP header or a <meta> tells."""
+    told = CHARSET.search(header.encode() + raw[:4096])
+    name = "utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else told[1].decode().lower() if told else "cp1252"
+    with contextlib.suppress(UnicodeDecodeError):
+        return raw.decode("utf-8-sig")  # other character sets almost never happen to be UTF-8
+    with contextlib.suppress(LookupError):
+        return raw.decode(WIDER.get(name, name), "replace")
+    return raw.decode("cp1252", "replace")
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class Element:
+    """An element of a page; sums are over all that lies in it."""
+    name: str
+    parent: "Element"  # of the outermost one: None
+    noise: bool = False  # whether it holds no main content
+    block: "Element" = None  # the nearest list item, cell, heading, ...: itself or what it is in
+    prose: float = 0.0  # characters outside of links
+    score: float = 0.0  # the same of main content, less characters in links, weighted by nearness
+    main: bool = False  # whether it lies in the main content
+
+
+def is_noise(name: str, attributes: str) -> bool:
+    """Whether an element looks as if it held none of the main content."""
+    words = {word.lower() for value in [name, *ATTRIBUTE.findall(attributes)] for word in WORD.findall(value)}
+    return name not in ALWAYS and (not NOISE.isdisjoint(words) or bool(HIDDEN.search(attributes)))
+
+
+def parse_html(page: str) -> tuple[list[Element], list[tuple[Element, str, int]]]:
+    """All elements of a page, and its visible text as (innermost element, text, characters of it in links).
+
+    Markup may be of any form: an end that nothing begins is ignored, an element ends with what it is in.
+    """
+    element = Element("", None)
+    element.block = element
+    elements, blocks, words = [element], [], []
+    at, linked, link = 0, 0, False
+    for tag in itertools.chain(TAG.finditer(page), [None]):
+        words.append(page[at:tag.start() if tag else None])
+        linked += link and len(words[-1])
+        at = tag.end() if tag else at
+        end, name, attributes = tag.group(2, 3, 4) if tag else ("/", "html", "")
+        name, kind = (name or "").lower(), element.block.name
+        if name in BLOCKS:
+            text = html.unescape("".join(words))
+            text = text if kind == "pre" else " ".join(text.split())
+            if text.strip() or element.name in CELLS:  # empty cells count, too
+                blocks.append((element, text, min(linked, len(text))))
+            words, linked = [], 0
+        link = not end if name == "a" else link
+        words += ["`"] * (name == "code" and kind != "pre")
+        outer = element
+        for _ in range(100 if end else 0):  # the nearest element of this name ends, if it is not far out
+            if outer.name == name:
+                element = outer.parent
+                break
+            outer = outer.parent or outer
+        if name and not end and name not in VOID:
+            if element.name in ENDS.get(name, ()) or element.name == "p" and name in BLOCKS:
+                element = element.parent
+            element = Element(name, element, is_noise(name, attributes), element.block)
+            element.block = element if name in KINDS else element.block
+            elements.append(element)
+    return elements, blocks
+
+
+def to_markdown(blocks: Iterable[tuple[Element, str, int]], most: float) -> str:
+    """The text of blocks as Markdown, without those of which more than the share `most` is links.
+
+    Rows of a table and lines of code stay together. Cells with long text are of a table for layout, which is no table.
+    """
+    out, before, last = [], "", None
+
+    def unit(block):
+        element = block[0].block
+        return element.parent if element.name in CELLS else element if element.name == "pre" else block
+
+    for _, group in itertools.groupby(blocks, unit):
+        cells, lines, linked = {}, [], 0
+        for element, text, links in group:
+            cells[element.block] = f"{cells.get(element.block, '')} {text}".strip()
+            lines += [text] * bool(text)
+            linked += links
+        kind = element.block.name
+        if lines and kind in CELLS and len(cells) > 1 and max(map(len, cells.values())) <= CELL:
+            lines = [f"| {' | '.join(cells.values())} |"] + ["|" + "---|" * len(cells)] * (before != "row")
+            kind = "row"
+        elif not lines or linked > most * sum(map(len, lines)):
+            continue
+        elif kind == "pre":
+            lines = ["```", *(line.strip("\n") for line in lines), "```"]
+        else:
+            lines[0] = KINDS.get(kind, "") + lines[0]
+        tight = element is last or kind == before and kind in ("li", "row")
+        out += ["\n" * (2 - tight), "\n".join(lines)]
+        before, last = kind, element
+    return "".join(out[1:])
+
+
+def extract(page: bytes | str, main: bool = True) -> str:
+    """The main content of an HTML page as Markdown; main=False: all visible text.
+
+    It is what lies in the element with the highest score, except parts that look like menus, comments, advertisements
+    and so on, and blocks that are links for the most part. A block of text gives its characters outside of links, less
+    those in links, to the element that it stands in, and NEAR of that to the next outer one, and so on: paragraphs that
+    stand side by side beat the same ones in a box each (after Readability's idea).
+    """
+    elements, blocks = parse_html(page if isinstance(page, str) else decode(page))
+    for element, text, links in blocks:
+        element.prose += max(0, len(text) - 2 * links)
+    for element in elements[:0:-1]:  # from the inner ones to the outer ones
+        element.parent.prose += element.prose
+    for element in elements[1:]:
+        element.noise = element.parent.noise or element.noise and element.prose <= MOST * elements[0].prose
+    for element, text, links in blocks:
+        element.score += (not element.noise) * (len(text) - 2 * links)
+    for element in elements[:0:-1]:
+        element.parent.score += NEAR * element.score
+    best = max((element for element in elements if not element.noise), key=lambda element: element.score)
+    while best.parent and best.name not in BOXES:
+        best = best.parent  # one long paragraph or section is a part
+    best.main = True
+    for element in elements[1:]:
+        element.main |= element.parent.main and not element.noise
+    return to_markdown([block for block in blocks if block[0].main], LINKS) if main else to_markdown(blocks, 1)
 
 
 # --- steps -----------------------------------------------------------------------------------------------------------
 
 
-def encoder(state: dict) -> Callable:
-    """A function that encodes batches with the tokenizer of which `state` is the JSON."""
-    tokenizer = bpe.from_dict(state)
+def encode(batch: list[tuple[int, str, bool]], tokenizer: bpe.Tokenizer) -> list[tuple[np.ndarray, int, int]]:
+    """[(side, text, ends)] -> for train and for val (ids, documents that end, bytes of text)."""
+    if parent := multiprocessing.parent_process():  # who may be killed while this process has an answer for it
+        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     end = np.full(1, tokenizer.special_tokens[bpe.END], tokenizer.encode_ordinary("").dtype)
-
-    def encode(batch: list[tuple[int, str, bool]]) -> list[tuple[np.ndarray, int, int]]:
-        """[(side, text, ends)] -> for train and for val (ids, documents that end, bytes of text)."""
-        ids, documents, size = [[end[:0]], [end[:0]]], [0, 0], [0, 0]
-        for side, text, ends in batch:
-            ids[side] += [tokenizer.encode_ordinary(text), end[:ends]]
-            documents[side] += ends
-            size[side] += len(text.encode())
-        return list(zip(map(np.concatenate, ids), documents, size))
-    return encode
+    ids, documents, size = [[end[:0]], [end[:0]]], [0, 0], [0, 0]
+    for side, text, ends in batch:
+        ids[side] += [tokenizer.encode_ordinary(text), end[:ends]]
+        documents[side] += ends
+        size[side] += len(text.encode())
+    return list(zip(map(np.concatenate, ids), documents, size))
 
 
 def batches(pieces: Iterable[tuple[int, str, bool]]) -> Iterator[list[tuple[int, str, bool]]]:
-    """Pieces in lists of at least PIECE characters."""
+    """Pieces in lists of at least JOB characters."""
     batch, size = [], 0
     for piece in pieces:
         batch.append(piece)
         size += len(piece[1]) + 1
-        if size >= PIECE:
+        if size >= JOB:
             yield batch
             batch, size = [], 0
     yield batch
 
 
-def counter(kind: str, pattern: str) -> Callable:
-    """A function that counts in batches what a tokenizer learns from: the pieces of the training documents."""
-    specials = [bpe.END] + [bpe.UNKNOWN] * (kind not in bpe.BYTE_KINDS)
-    pattern = bpe.PATTERNS["char"] if kind == "char" else bpe.PATTERNS.get(pattern, pattern)
+def read_pages(files: Iterable[Path], counts: Counter) -> Iterator[tuple[int, bytes, bool]]:
+    """The web pages in .html and WARC files, as pieces for `batches`; what else a WARC file holds is counted."""
+    for path in files:
+        for headers, page in read_warc(path, counts) if ".warc" in path.suffixes else [({}, path.read_bytes())]:
+            good = headers.get("WARC-Type") in (None, "response", "resource", "conversion") and b"\0" not in page[:1024]
+            counts["pages" if good else "other_records"] += 1
+            if good:
+                yield 0, page, True
 
-    def count(batch: list[tuple[int, str, bool]]) -> Counter:
-        # One long text is counted faster than many short ones; special tokens are boundaries that do not count.
-        return bpe.count_text(bpe.END.join(text for side, text, _ in batch if side == 0), pattern, specials)
-    return count
+
+def extract_batch(batch: list[tuple[int, bytes, bool]]) -> list[str]:
+    """The main content of each page; plain text as it is."""
+    return [extract(page) if b"<" in page[:1024] else decode(page) for _, page, _ in batch]
 
 
-def train_tokenizer(corpus: Corpus, kind: str, vocab_size: int, pattern: str, workers: int) -> bpe.Tokenizer:
-    """The tokenizer that bpe.train makes of the training documents."""
-    counts = Counter()
-    pieces = batches(corpus.sided("training the tokenizer"))
-    with contextlib.closing(in_order(counter, (kind, pattern), pieces, workers)) as answers:
-        for answer in answers:
-            counts.update(answer)
-    return bpe.train(kind, [], vocab_size, pattern, counts=counts)
+def extract_pages(files: list[Path], folder: Path, workers: int) -> tuple[list[Path], Counter]:
+    """Write the main content of all pages to documents.jsonl, and give it in their place; pages = kept + without_text.
+
+    Memory holds one batch a process, whatever the size of the files.
+    """
+    counts, pages = Counter(), [path for path in files if PAGES.search(path.name)]
+    with open(folder / "documents.jsonl", "w", encoding="utf-8") as file:
+        for texts in bpe.parallel(extract_batch, batches(read_pages(pages, counts)), workers):
+            lines = [json.dumps({"text": text}) + "\n" for text in texts if text.strip()]
+            file.writelines(lines)
+            counts.update(kept=len(lines), without_text=len(texts) - len(lines))
+    return sorted({*files} - {*pages}) + [folder / "documents.jsonl"], counts
 
 
 def write_header(file: BinaryIO, dtype: np.dtype, length: int) -> None:
@@ -320,7 +533,7 @@ def tokenise(corpus: Corpus, tokenizer: bpe.Tokenizer, folder: Path, workers: in
     """Write train.npy and val.npy into `folder`; for each the numbers of documents, bytes (of text) and tokens."""
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
     counts = {"train": Counter(), "val": Counter()}
-    answers = in_order(encoder, (tokenizer.to_dict(),), batches(corpus.sided("encoding")), workers)
+    answers = bpe.parallel(encode, batches(corpus.sided("encoding")), workers, tokenizer)
     with contextlib.closing(answers), open(folder / "train.npy", "wb") as train, open(folder / "val.npy", "wb") as val:
         for file in (train, val):
             write_header(file, dtype, 0)
@@ -337,9 +550,6 @@ def tokenise(corpus: Corpus, tokenizer: bpe.Tokenizer, folder: Path, workers: in
     return counts
 
 
-STEPS = {"tokenise": tokenise}
-
-
 # --- the whole -------------------------------------------------------------------------------------------------------
 
 
@@ -348,7 +558,7 @@ def fingerprint(path: Path) -> dict:
     digest, size = hashlib.sha256(), 0
     with open(path, "rb") as file:
         while block := file.read(PIECE):
-            if not size and b"\0" in block[:8192]:
+            if not size and b"\0" in block[:8192] and not PAGES.search(path.name):
                 raise ValueError(f"{path} is binary (a zero byte within its first 8 kB), not text in UTF-8")
             digest.update(block)
             size += len(block)
@@ -372,9 +582,8 @@ def check_options(options: dict, workers: int, folder: Path) -> None:
         raise ValueError(f"--tokenizer={tokenizer} is neither a file nor a kind ({kinds})")
     if not 0 < options["val_fraction"] < 1 or workers < 0:
         raise ValueError("--val_fraction must lie between 0 and 1, and --workers must not be negative")
-    for step in options["steps"].split(","):
-        if step not in STEPS:
-            raise ValueError(f"--steps: there is no step {step!r}, only {', '.join(STEPS)}")
+    if options["steps"] not in STEPS:
+        raise ValueError(f"--steps={options['steps']}: it can be {' or '.join(STEPS)}")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output={folder} is a file; it must be a folder")
 
@@ -422,21 +631,21 @@ def prepare(input: str, tokenizer: str, output: str, vocab_size: int, pattern: s
     if manifest := earlier(folder, wanted):
         print(f"{folder}: the files of an earlier run with the same input and options are reused")
         return manifest
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = min(workers or cores, 1 + size // PIECE)
+    workers = min(workers or os.cpu_count(), 1 + size // JOB)
     with rebuilding(folder) as part:
         coder = None if kind else bpe.load(tokenizer)  # a bad file is told before the work
+        files, extracted = extract_pages(files, part, workers) if "extract" in steps else (files, {})
         corpus = Corpus(files, separator, size)
         corpus.split(val_fraction, seed)
-        coder = coder or train_tokenizer(corpus, tokenizer, vocab_size, pattern, workers)
+        texts = (text for side, text, _ in corpus.sided("training the tokenizer") if side == 0)
+        coder = coder or bpe.train(tokenizer, texts, vocab_size, pattern, workers=workers)
         if bpe.END not in coder.special_tokens:
             raise ValueError(f"--tokenizer={tokenizer} has no {bpe.END}, which ends each document")
         encoding = time.monotonic()
-        for step in steps.split(","):
-            counts = STEPS[step](corpus, coder, part, workers)
+        counts = tokenise(corpus, coder, part, workers)
         now, tokens = time.monotonic(), sum(count["tokens"] for count in counts.values())
         coder.save(part / "tokenizer.json")
-        manifest = {**wanted, **counts, "utf8_errors": corpus.counts["utf8_errors"],
+        manifest = {**wanted, **counts, "extract": extracted, "utf8_errors": corpus.counts["utf8_errors"],
                     "bad_lines": corpus.counts["bad_lines"], "seconds": round(now - began, 3),
                     "tokens_per_s": round(tokens / (now - encoding)),
                     "files": {path.name: path.stat().st_size for path in sorted(part.iterdir())}}
@@ -480,8 +689,7 @@ def main() -> None:
                        ("bad_lines", "lines were left out: no JSON object with a text")):
         if manifest[name]:
             print(f"{manifest[name]:,} {what}")
-    print(f"{manifest['seconds']:.1f} s, {manifest['tokens_per_s']:,} tokens/s")
-    print(f"next: python train.py --data={o.output}")
+    print(f"{manifest['seconds']} s, {manifest['tokens_per_s']:,} tokens/s\nnext: python train.py --data={o.output}")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,21 @@
 """data.py against a few lines that do the same with everything in memory, and against every way in which a run can end."""
+import contextlib
+import gzip
 import hashlib
 import io
 import json
 import multiprocessing
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 import tracemalloc
+import zlib
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +64,7 @@ def prepare(source, output, tokenizer="byte", vocab_size=300, **more):
 def small_pieces(monkeypatch):
     """Pieces of a few dozen characters, so that short texts are long ones."""
     monkeypatch.setattr(data, "PIECE", 60)
+    monkeypatch.setattr(data, "JOB", 60)
     monkeypatch.setattr(bpe, "CHUNK", 50)
 
 
@@ -337,7 +343,7 @@ sys.path.insert(0, sys.argv[1])
 import data
 if __name__ == "__main__":
     multiprocessing.set_start_method("spawn")
-    data.PIECE = 1000
+    data.PIECE = data.JOB = 1000
     data.prepare("corpus.txt", "tok.json", sys.argv[2], 300, separator="<|endoftext|>", workers=int(sys.argv[3]))
 """
 
@@ -348,46 +354,6 @@ def test_spawned_workers_give_the_same(tmp_path, corpus, documents):
     for output, workers in [("a", 1), ("b", 2)]:
         subprocess.run([sys.executable, "main.py", str(ROOT), output, str(workers)], cwd=tmp_path, check=True, timeout=60)
     assert [state(tmp_path / "a")[name] for name in FILES[:3]] == [state(tmp_path / "b")[name] for name in FILES[:3]]
-
-
-def square(offset):
-    """make() for in_order: the work takes longer for some jobs than for others."""
-    def work(job):
-        time.sleep(0.01 * (job % 3))
-        if job == 99:
-            raise ValueError("job 99")
-        if job == 98:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return [job * job + offset, b"x" * 300_000]  # more than a pipe holds
-    return work
-
-
-@pytest.mark.parametrize("workers", [1, 2, 7])
-def test_in_order(workers):
-    jobs = range(1, 30)
-    assert [answer[0] for answer in data.in_order(square, (5,), jobs, workers)] == [job * job + 5 for job in jobs]
-    assert list(data.in_order(square, (5,), [], workers)) == []
-    with pytest.raises(ValueError, match="job 99"):
-        list(data.in_order(square, (5,), [*jobs, 99, *jobs], workers))
-
-
-def test_in_order_takes_few_jobs_ahead_and_ends_its_workers():
-    taken = []
-    answers = data.in_order(square, (0,), (taken.append(i) or i for i in range(1, 1000)), 3)
-    next(answers), next(answers)
-    assert len(taken) <= 2 + 3
-    workers = [child.pid for child in multiprocessing.active_children()]
-    answers.close()
-    assert len(workers) == 3 and not any(os.path.exists(f"/proc/{pid}") for pid in workers)
-
-
-@pytest.mark.parametrize("position", [0, 5, 40])
-def test_a_worker_that_is_killed_is_an_error(position):
-    jobs = [1] * position + [98] + [1] * 5
-    began = time.monotonic()
-    with pytest.raises(ChildProcessError, match="killed"):
-        list(data.in_order(square, (0,), jobs, 2))
-    assert time.monotonic() - began < 10
 
 
 def peak(source, output):
@@ -405,11 +371,14 @@ def test_memory_does_not_grow_with_the_input(separator, tmp_path, monkeypatch):
     for name, count in (("small", 150), ("large", 600)):
         (tmp_path / name).write_text("".join(f"{i % 50} {text}" for i in range(count)))
     monkeypatch.setattr(data, "PIECE", 1 << 14)
+    monkeypatch.setattr(data, "JOB", 1 << 14)
     monkeypatch.setattr(bpe, "CHUNK", 1 << 14)
+    monkeypatch.setattr(bpe, "BLOCK", 1 << 14)
     small, large = (peak(tmp_path / name, tmp_path / f"{name}.out") for name in ("small", "large"))
     assert large < small + 100_000 < 1_000_000  # the large one has a million characters
     # An offender: a piece that holds everything.
     monkeypatch.setattr(data, "PIECE", 1 << 30)
+    monkeypatch.setattr(data, "JOB", 1 << 30)
     monkeypatch.setattr(bpe, "CHUNK", 1 << 30)
     assert peak(tmp_path / "large", tmp_path / "offender") > 3_000_000
 
@@ -505,7 +474,7 @@ REFUSED = {
     "pattern that drops text": (["--input=corpus.txt", "--tokenizer=bpe", "--pattern=a"], "pattern"),
     "fraction": (["--input=corpus.txt", "--val_fraction=0"], "--val_fraction"),
     "workers": (["--input=corpus.txt", "--workers=-1"], "--workers"),
-    "step": (["--input=corpus.txt", "--steps=tokenise,fly"], "'fly'"),
+    "step": (["--input=corpus.txt", "--steps=tokenise,fly"], "tokenise,fly"),
 }
 
 
@@ -570,11 +539,18 @@ def test_a_full_disk_leaves_the_old_files(corpus, tmp_path):
         assert state(tmp_path) == before
 
 
+def children_of(process):
+    """The ids of the processes that a process has started; none if it has ended."""
+    with contextlib.suppress(OSError):
+        return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    return []
+
+
 @pytest.fixture
 def long_run(tmp_path, documents):
     """A function that starts a run of some seconds over a folder that holds an earlier one, and waits for its first bytes."""
     (tmp_path / "small.txt").write_text("<sep>".join(documents))
-    (tmp_path / "large.txt").write_text("".join(random_text(random.Random(0), 40) for _ in range(500)) * 200)
+    (tmp_path / "large.txt").write_text("".join(random_text(random.Random(0), 40) for _ in range(500)) * 450)
     prepare(tmp_path / "small.txt", tmp_path / "out", separator="<sep>")
     started = []
 
@@ -585,15 +561,15 @@ def long_run(tmp_path, documents):
                                    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # `pytest &` ignores it
         started.append(process)
         part, deadline = tmp_path / "out/new.part/train.npy", time.monotonic() + 30
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-        if not children.parent.exists():
+        if not Path(f"/proc/{process.pid}/task/{process.pid}/children").exists():
             pytest.skip("the system does not tell the children of a process")
-        ready = {"encoding": lambda: part.exists() and part.stat().st_size > 128,
-                 "training": lambda: len(children.read_text().split()) == 2}[stage]
+        def ready():
+            return children_of(process) and (stage == "training" or part.exists() and part.stat().st_size > 128)
+
         while not ready():
             assert process.poll() is None and time.monotonic() < deadline, "the run ended before it could be disturbed"
             time.sleep(0.005)
-        return process, [int(pid) for pid in children.read_text().split()]
+        return process, children_of(process)
     yield start
     for process in started:
         if process.poll() is None:
@@ -637,9 +613,13 @@ def test_ctrl_c_leaves_the_old_files_and_no_workers(long_run, tmp_path):
 def test_a_killed_worker_ends_the_run_in_one_line(stage, long_run, tmp_path):
     before = state(tmp_path)
     process, workers = long_run(stage)
-    os.kill(workers[0], signal.SIGKILL)
+    while process.poll() is None:  # a process may have given its answer just before it is killed
+        for pid in children_of(process):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
     out, err = process.communicate(timeout=20)
-    assert process.returncode == 1 and err.startswith("data.py: a worker process was killed") and err.count("\n") == 1
+    assert process.returncode == 1 and err.count("\n") == 1
+    assert err.startswith("data.py: ") and ("a process was killed" in err or "end of file" in err)
     assert gone(workers) and state(tmp_path) == before
 
 
@@ -658,3 +638,278 @@ def test_a_terminal_sees_a_live_line(corpus, tmp_path):
 def test_the_default_corpus(tmp_path, run_script):
     done = run_script("data.py", cwd=tmp_path)
     assert done.returncode == 0 and json.loads((tmp_path / "data/manifest.json").read_text())["train"]["documents"] > 500
+
+
+# ---------------------------------------------------------------------------------------------------------- HTML to text
+
+def four_grams(text):
+    words = re.findall(r"\w+", text)
+    return Counter(tuple(words[i:i + 4]) for i in range(max(bool(words), len(words) - 3)))
+
+
+def f1(texts, truths):
+    """The harmonic mean of macro precision and recall of the multisets of 4-grams."""
+    precision, recall = [], []
+    for text, truth in zip(texts, truths):
+        found, wanted = four_grams(text), four_grams(truth)
+        both = sum((found & wanted).values())
+        precision.append(both / max(1, sum(found.values())))
+        recall.append(both / max(1, sum(wanted.values())))
+    p, r = sum(precision) / len(precision), sum(recall) / len(recall)
+    return 2 * p * r / (p + r)
+
+
+def test_the_main_content_of_real_pages(test_data):
+    folder = test_data / "web/aeb_dev"
+    truth = json.loads((folder / "ground-truth.json").read_text())
+    pages = {name: gzip.decompress((folder / f"{name}.html.gz").read_bytes()) for name in truth}
+    wanted = [truth[name]["articleBody"] for name in pages]
+    assert len(pages) == 88 and f1(map(data.extract, pages.values()), wanted) > 0.965
+    assert f1([data.extract(page, main=False) for page in pages.values()], wanted) < 0.75  # an offender: all text
+    sites = {part for entry in truth.values() for part in re.split(r"[./]+", entry["url"])[1:3] if len(part) > 3}
+    assert len(sites) > 50 and not sites & data.NOISE - {"news", "blog"}
+
+
+PAGE = """<html><head><title>no</title><style>p {}</style></head><body class="menu"><nav><a href=x>Home</a> of all</nav>
+<div id="page"><h1>The title</h1><p>First <b>para</b>graph &amp; more,<br>a line<p class='related-posts'>Read this, too<ul>
+<li>one<li>two <code>x = 1</code><ol><li><p>inner</ol></ul><h3>Data</h3>
+<table><thead><tr><th></th><th>Name<th>Age</thead><tr><td><p>1</p></td><td><a href=a>Ann</a></td><td>7</td></tr></table>
+<table><tr><td>%s<td>short</table><pre><code>def f():
+    return 1 &lt; 2
+
+</code></pre><!-- <p>no --><script>var a = "<p>no</p>";</script><![CDATA[<p>no</p>]]><blockquote>Said.</blockquote>
+<div style="display: none">no</div><div><a href=1>one link</a> <a href=2>more links</a></div><p>The last, long paragraph. %s
+</div></section><footer>Copyright</footer></body></html>""" % ("long cell " * 30, "More of it. " * 30)
+MARKDOWN = f"""# The title
+
+First paragraph & more,
+a line
+
+- one
+- two `x = 1`
+
+- inner
+
+### Data
+
+|  | Name | Age |
+|---|---|---|
+| 1 | Ann | 7 |
+
+{("long cell " * 30).strip()}
+short
+
+```
+def f():
+    return 1 < 2
+```
+
+> Said.
+
+The last, long paragraph. {("More of it. " * 30).strip()}"""
+
+
+def test_structure_is_kept_as_markdown():
+    found = data.extract(PAGE)
+    assert re.sub("\n+", "\n", found) == re.sub("\n+", "\n", MARKDOWN)
+    for part in ("a line\n\n", "- one\n- two `x = 1`\n", "\n\n### Data\n\n|", "|---|\n| 1 |", "```\ndef f():\n    return 1 < 2\n```\n"):
+        assert part in found
+    everything = data.extract(PAGE, main=False)
+    assert all(word in everything for word in ("Home", "Copyright", "Read this", "one link", *found.split()))
+    assert everything.split().count("no") == 1  # of the element that is not displayed
+
+
+@pytest.mark.parametrize("name, charset", [("utf-8", ""), ("utf-8-sig", ""), ("utf-16", ""), ("cp1252", ""), ("cp1251", "windows-1251"),
+                                           ("gb18030", "gb2312"), ("shift_jis", "Shift_JIS"), ("latin-1", "ISO-8859-1")])
+def test_character_sets(name, charset):
+    text = {"cp1251": "Привет, мир", "gb18030": "你好,世界", "shift_jis": "こんにちは"}.get(name, "naïve café – “yes”" if name != "latin-1" else "naïve")
+    page = f"<meta charset='{charset}'><p>{text}</p>" if charset else f"<p>{text}</p>"
+    assert data.extract(page.encode(name)) == text
+    assert data.decode(text.encode(name), f"Content-Type: text/html; charset={charset}") == text
+
+
+def test_a_hostile_character_set_is_not_tried():
+    for name in ("unicode_escape", "idna", "zip", "utf-7", "utf-99", "gbfoo", "none"):
+        assert data.extract(f"<meta charset={name}><p>a\\u0041+AEE-é".encode("cp1252")) == "a\\u0041+AEE-é"
+
+
+HOSTILE = ["<div>x", "<b>x<br>", "<!--", "<![CDATA[", "<script>", '<a "', "<a =x", '<a b="', "<", "<table><td>x", "</div>", "<a></b>", "&amp",
+           "<ul><li>x", "<a class=class ", "<pre>x\n", "<script></scrip", "<!", "a=b ", "<p></q>", "\0", "<h1><table>"]
+
+
+def test_hostile_pages_take_linear_time():
+    """A quadratic step would take an hour, not the seconds of a linear one."""
+    def late(*_):
+        raise TimeoutError
+    signal.signal(signal.SIGALRM, late)
+    signal.alarm(50)
+    try:
+        for unit in HOSTILE:
+            text = data.extract("<a " * (unit == "a=b ") + unit * (100_000 // len(unit)))
+            assert len(text) < 1_000_000
+    finally:
+        signal.alarm(0)
+
+
+def mutated(rng, raw):
+    """Bytes with a few cuts, repetitions and strange bytes."""
+    raw = bytearray(raw)
+    for _ in range(rng.randrange(1, 12)):
+        at, length = rng.randrange(len(raw) + 1), rng.choice([1, 2, 10, 100])
+        raw[at:at + length] = rng.choice([b"", bytes(raw[at:at + length]) * 3, rng.randbytes(length), b"<", b">", b'"', b"&#x110000;", b"</", b"\0"])
+    return bytes(raw)
+
+
+def test_mutated_pages_give_text():
+    rng = random.Random(0)
+    for _ in range(int(os.environ.get("FUZZ", 1500))):
+        page = mutated(rng, PAGE.encode())
+        text = data.extract(page)
+        assert text.encode() is not None and len(text) < 3 * len(page) + 100  # no half of a surrogate pair
+
+
+# ------------------------------------------------------------------------------------------------------------------ WARC
+
+WARCS = {"example.warc": 6, "example.warc.gz": 6, "example-trunc.warc": 4, "example-wget-bad-target-uri.warc.gz": 6,
+         "example-resource.warc.gz": 3, "example-iana.org-chunked.warc": 3, "whirlwind.warc.gz": 4, "whirlwind.warc.wet.gz": 2}
+
+
+@pytest.mark.parametrize("name", WARCS)
+def test_records_of_real_files(name, test_data):
+    counts = Counter()
+    records = list(data.read_warc(test_data / "web/warc" / name, counts))
+    assert len(records) == WARCS[name] and counts["broken"] == (name == "example-trunc.warc")  # a length two bytes short
+    pages = [(headers, payload) for headers, payload in records if headers["WARC-Type"] in ("response", "conversion")]
+    for headers, payload in pages:  # chunks are joined, gzip is unpacked
+        assert headers["WARC-Target-URI"].startswith(("http", "<http"))
+        assert "http" not in headers or payload[:14].lower() == b"<!doctype html" and payload.rstrip().endswith(b"</html>")
+        assert not re.search("^(content|transfer)-encoding", headers.get("http", ""), re.I | re.M)
+
+
+def example_records(count=40, size=3000):
+    rng = random.Random(0)
+    return [({"WARC-Type": "resource", "WARC-Target-URI": f"http://example.com/{i}", "Note": "ä: b"} |
+             ({"http": f"HTTP/1.1 200 OK\r\nX-Number: {i}\r\n", "Content-Type": "application/http"} if i % 2 else {}),
+             rng.choice([b"", b"\r\n\r\n", rng.randbytes(size), b"WARC/1.0\r\n" * 9])) for i in range(count)]
+
+
+def without_length(records):
+    return [({key: value for key, value in headers.items() if key != "Content-Length"}, payload) for headers, payload in records]
+
+
+@pytest.mark.parametrize("name", ["a.warc", "a.warc.gz"])
+def test_written_records_are_read_again(name, tmp_path, monkeypatch):
+    records = example_records()
+    data.write_warc(tmp_path / name, records)
+    assert without_length(data.read_warc(tmp_path / name)) == records
+    raw = (tmp_path / name).read_bytes()
+    assert (raw[:2] == b"\x1f\x8b") == name.endswith("gz") and raw.count(b"\x1f\x8b\x08") >= 40 * name.endswith("gz")
+    os.rename(tmp_path / name, tmp_path / "renamed")  # what a file is says its content
+    assert without_length(data.read_warc(tmp_path / "renamed")) == records
+    (tmp_path / "one").write_bytes(gzip.compress(gzip.decompress(raw) if name.endswith("gz") else raw))  # a single member
+    assert without_length(data.read_warc(tmp_path / "one")) == records
+
+
+@pytest.mark.parametrize("name", ["a.warc", "a.warc.gz"])
+def test_a_damaged_record_costs_no_other(name, tmp_path):
+    records = example_records(30, 500)
+    data.write_warc(tmp_path / name, records)
+    raw = (tmp_path / name).read_bytes()
+    rng, lost = random.Random(1), 0
+    for _ in range(40):
+        damaged, at = bytearray(raw), rng.randrange(len(raw) - 10)
+        damaged[at:at + 10] = rng.randbytes(10)
+        (tmp_path / name).write_bytes(damaged)
+        counts = Counter()
+        found = without_length(data.read_warc(tmp_path / name, counts))
+        good = [record for record in found if record in records]
+        assert len(good) >= 28
+        lost += counts["broken"] > 0
+    assert lost > (30 if name.endswith("gz") else 3)
+
+
+def test_chunks_and_codings(tmp_path):
+    body, packed = b"<p>text</p>" * 20, gzip.compress(b"<p>text</p>" * 20)
+    chunks = b"".join(b"%x;x=y\r\n%s\r\n" % (len(part), part) for part in (packed[:7], packed[7:])) + b"0\r\n\r\n"
+    for fields, sent in [(b"Transfer-Encoding: chunked\r\nContent-Encoding: gzip\r\n", chunks), (b"Content-Encoding: GZIP\r\n", packed),
+                         (b"Content-Encoding: deflate\r\n", zlib.compress(body)), (b"Content-Encoding: gzip\r\n", body),
+                         (b"Transfer-Encoding: chunked\r\n", body), (b"", body)]:
+        head, found = data.http_body(b"HTTP/1.1 200 OK\r\nA: b\r\n" + fields + b"\r\n" + sent, 1 << 20)
+        assert (head, found) == ("HTTP/1.1 200 OK\r\nA: b\r\n", body)
+    bomb = b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\n\r\n" + gzip.compress(bytes(10 ** 7))
+    assert len(data.http_body(bomb, 1000)[1]) == 1000 and len(data.http_body(bomb, 1 << 30)[1]) == 10 ** 7
+
+
+def test_a_bomb_is_read_in_bounded_memory(tmp_path):
+    (tmp_path / "bomb.gz").write_bytes(gzip.compress(b"WARC/1.0\r\nContent-Length: 100000000\r\n\r\n" + bytes(10 ** 8)))
+    for most, records, limit in [(10 ** 6, 0, 5_000_000), (10 ** 9, 1, 10 ** 9)]:
+        tracemalloc.start()
+        counts = Counter()
+        assert sum(1 for _ in data.read_warc(tmp_path / "bomb.gz", counts, most)) == records
+        top = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert top < limit and bool(counts["broken"]) != records and (records == 0 or top > 10 ** 8)
+
+
+def test_mutated_archives_end_well(tmp_path):
+    rng = random.Random(0)
+    data.write_warc(tmp_path / "a.warc.gz", example_records(5, 50))
+    packed = (tmp_path / "a.warc.gz").read_bytes()
+    for i in range(int(os.environ.get("FUZZ", 600))):
+        raw = mutated(rng, [packed, gzip.decompress(packed)][i % 2])
+        (tmp_path / "b").write_bytes(raw)
+        assert all(isinstance(payload, bytes) for _, payload in data.read_warc(tmp_path / "b"))
+
+
+# -------------------------------------------------------------------------------------------------------- the step extract
+
+def site(folder, count=60):
+    """A folder with pages, an archive of pages and other records, and a text: {name: documents that it holds}."""
+    folder.mkdir()
+    pages = [f"<html><nav><a href=x>menu</a></nav><h1>Page {i}</h1><p>{'Some words é. ' * (i % 7 + 3)}</p></html>" for i in range(count)]
+    for i in range(10):
+        (folder / f"{i:02}.html").write_text(pages[i])
+    records = [({"WARC-Type": "response", "Content-Type": "application/http", "http": "HTTP/1.1 200 OK\r\n"}, page.encode()) for page in pages[10:]]
+    records[5:5] = [({"WARC-Type": "request"}, b"GET /"), ({"WARC-Type": "response"}, b"<img>"), ({"WARC-Type": "response"}, b"<a>\0\1"),
+                    ({"WARC-Type": "conversion"}, b"plain text\nin two lines")]
+    data.write_warc(folder / "x.warc.gz", records)
+    (folder / "text.txt").write_text("A text of no page.")
+    documents = [data.extract(page) for page in pages]
+    return ["A text of no page.", *documents[:10], *documents[10:15], "plain text\nin two lines", *documents[15:]]
+
+
+def test_pages_become_documents_and_each_is_counted(tmp_path, monkeypatch):
+    documents = site(tmp_path / "in")
+    monkeypatch.setattr(data, "JOB", 2000)
+    names = ",".join(str(path) for path in sorted((tmp_path / "in").iterdir()))
+    for workers in (1, 2, 3):
+        manifest = prepare(names, tmp_path / str(workers), steps="extract,tokenise", workers=workers)
+        assert manifest["extract"] == {"pages": 62, "kept": 61, "without_text": 1, "other_records": 2, "broken": 0}
+    tokenizer = bpe.load(tmp_path / "1/tokenizer.json")
+    assert read(tmp_path / "1") == by_hand(documents, tokenizer)
+    assert "menu" not in documents[1] and documents[1].startswith("# Page 0\n\nSome words é.")
+    for name in [*FILES[:3], "documents.jsonl"]:
+        assert len({state(tmp_path / str(workers))[name] for workers in (1, 2, 3)}) == 1
+    assert prepare(names, tmp_path / "1", steps="extract,tokenise") == json.loads((tmp_path / "1/manifest.json").read_text())
+
+
+def test_a_broken_archive_is_counted(tmp_path):
+    site(tmp_path / "in")
+    raw = (tmp_path / "in/x.warc.gz").read_bytes()
+    (tmp_path / "in/x.warc.gz").write_bytes(raw[:len(raw) // 2])
+    manifest = prepare(tmp_path / "in/x.warc.gz", tmp_path / "out", steps="extract,tokenise")["extract"]
+    assert manifest["broken"] == 1 and 10 < manifest["pages"] < 50 and manifest["pages"] == manifest["kept"] + manifest["without_text"]
+
+
+def test_memory_of_the_step_does_not_grow(tmp_path, monkeypatch):
+    page = "<p>" + "some words of text " * 50
+    tops = []
+    for name, count, job in [("small", 300, 1 << 14), ("large", 2000, 1 << 14), ("offender", 2000, 1 << 30)]:
+        monkeypatch.setattr(data, "JOB", job)
+        data.write_warc(tmp_path / f"{name}.warc.gz", (({"WARC-Type": "response"}, f"{page} {i}".encode()) for i in range(count)))
+        tracemalloc.start()
+        counts = data.extract_pages([tmp_path / f"{name}.warc.gz"], tmp_path, 1)[1]
+        tops.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert counts["kept"] == count
+    assert tops[1] < tops[0] + 300_000 and tops[2] > tops[1] + 1_000_000
