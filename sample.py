@@ -141,8 +141,7 @@ class TextStream:
         # the one that is complete first counts, the longest of those: where tokens begin and end changes nothing
         found = [(text.find(stop) + len(stop), text.find(stop)) for stop in self.stops if stop in text]
         if found:
-            self.stopped = True
-            self.held = ""
+            self.stopped, self.held = True, ""
             return text[:min(found)[1]]
         begun = [n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])]
         cut = len(text) if final else len(text) - max(begun, default=0)
@@ -237,9 +236,7 @@ class Past:
             known, self.state = 0, self.model.new_state(1, self.capacity)
         self.computed += len(tokens) - known
         self.tokens = tokens[:]
-        for part in filter(None, (tokens[known:-1], tokens[-1:])):
-            x = run_on(self.model, [part], self.state)  # the last one alone: recurrences keep a call's inputs, see join
-        return x[:, -1:]
+        return run_on(self.model, [tokens[known:]], self.state)[:, -1:]
 
 
 def run_on(model: GPT, rows: list, state: State) -> Tensor:
@@ -317,7 +314,7 @@ class Engine:
         self.timed("prefill", joining)
         return self.active
 
-    def timed(self, phase: str, group: list[Request]) -> None:
+    def timed(self, phase: str, group: list):
         """Call a method of this name, and count what it says to have done, and its seconds."""
         started = time.perf_counter()
         if group:
@@ -326,11 +323,12 @@ class Engine:
 
     def prefill(self, group: list[Request]) -> int:
         """Take in whole contexts, equal ones once, and add a first token; returns how many tokens were computed."""
-        before = self.past.computed
-        states = [] if self.state is None else [self.state]
+        before, states = self.past.computed, [] if self.state is None else [self.state]
         for context in dict.fromkeys(tuple(request.context) for request in group):
             same = [request for request in group if tuple(request.context) == context]
-            hidden = self.past.take_in(list(context))
+            ids = [*context]
+            self.past.take_in(ids[:-1] or ids)
+            hidden = self.past.take_in(ids)  # a call of one token, as those of decoding: recurrences keep the last call
             states.append(self.past.state.fork([0] * len(same)))
             self.extend(same, hidden.expand(len(same), -1, -1))
             self.active = self.active + same
@@ -343,7 +341,7 @@ class Engine:
         self.extend(group, run_on(self.model, last, self.state))
         return len(group)
 
-    def extend(self, group: list[Request], hidden: Tensor) -> None:
+    def extend(self, group: list[Request], hidden: Tensor):
         """Add a token to each request from hidden (B, 1, C), the output at its last one."""
         logits = self.model.head(hidden)[:, 0, :self.vocab_size].float()  # (B, V)
         for request, (token, logprob) in zip(group, pick(logits, group)):
@@ -490,7 +488,7 @@ def read_rows(read: Callable, path: Path) -> list[tuple]:
         try:
             for row in csv.reader(file) if path.suffix == ".csv" else map(json.loads, file):
                 items.append(read(row))
-        except (LookupError, TypeError, AttributeError, ValueError) as error:
+        except Exception as error:  # of any kind, as a row may hold anything
             raise ValueError(f"{path}, row {len(items) + 1} is damaged: {error!r}") from error
     return items
 
@@ -610,7 +608,7 @@ class Exam:
                     yield f"{path.name} {number}", (begin + context, *rest)
                 seen.add(twin)
 
-    def write(self, held: dict) -> None:
+    def write(self, held: dict):
         """Keep what is graded so far."""
         with replacing(self.o.output) as file:
             file.write(json.dumps(held).encode())

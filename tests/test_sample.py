@@ -281,7 +281,7 @@ def test_greedy_is_the_plain_loop(mixer, position):
     gpt = make_model(mixer=mixer, position=position)
     prompts = [[7], list(range(9)), list(range(16)), [i * i % 40 for i in range(30)]]
     want = [plain_loop(gpt, prompt, 30) for prompt in prompts]
-    assert len(set(map(tuple, want))) > 2 and len(set(sum(want, []))) > 6, "the model says too little"
+    assert len(set(map(tuple, want))) >= 3 and len(set(sum(want, []))) > 6, "the model says too little"
     assert [decode(gpt, [Request(prompt, 30, GREEDY)])[0] for prompt in prompts] == want
     assert decode(gpt, [Request(prompt, 30, GREEDY) for prompt in prompts]) == want, "in one batch"
 
@@ -361,7 +361,7 @@ def test_a_common_prompt_is_computed_once_and_the_head_sees_last_positions_only(
     recorder = Recorder(gpt)
     requests = [Request([4, 2, 9], 6, PLAIN, seed) for seed in range(5)] + [Request([4], 6, PLAIN, 9)]
     outputs = decode(recorder, requests)
-    assert recorder.shapes == [(1, 2), (1, 1), (1, 1)] + [(6, 1)] * 5  # a prompt's last token goes alone
+    assert recorder.shapes == [(1, 2), (1, 1)] + [(1, 1)] * 2 + [(6, 1)] * 5
     assert recorder.rows == [(5, 1), (1, 1)] + [(6, 1)] * 5 and set(recorder.capacities) == {(1, 9)}
     # samples from one forked state are those of a prompt computed for each
     assert outputs == [decode(gpt, [Request(r.prompt, 6, PLAIN, r.seed)])[0] for r in requests]
@@ -388,10 +388,10 @@ def test_the_state_is_used():
     assert recorder.shapes == [(1, 2), (1, 1), (1, 1), (1, 1)]
     recorder = Recorder(make_model())
     decode(recorder, [Request([4, 2, 9], 2, GREEDY), Request([5], 4, GREEDY)])
-    assert recorder.shapes == [(1, 2), (1, 1), (1, 1), (2, 1), (1, 1), (1, 1)], "when a row leaves, the others keep their state"
+    assert recorder.shapes == [(1, 2), (1, 1)] + [(1, 1)] * 2 + [(2, 1), (1, 1), (1, 1)], "when a row leaves, the others keep their state"
     recorder = Recorder(make_model(block_size=4))
-    decode(recorder, [Request([4, 2, 9], 8, GREEDY), Request([1], 4, GREEDY)])
-    assert recorder.shapes[:8] == [(1, 2), (1, 1), (1, 1), (2, 1), (1, 1), (1, 2), (1, 1), (2, 1)], "only the row whose block is full"
+    decode(recorder, [Request([4, 2, 9], 8, GREEDY), Request([1, 2], 3, GREEDY)])
+    assert recorder.shapes[:8] == [(1, 2), (1, 1)] + [(1, 1)] * 2 + [(2, 1), (1, 1), (1, 2), (1, 1)], "only the row whose block is full"
 
 
 def test_engine_counts_and_times():
@@ -763,8 +763,8 @@ def test_a_prompt_longer_than_the_block_is_said(ckpt, main):
 def test_bench(ckpt, main):
     recorder = Recorder(make_model(block_size=24))
     lines = list(sample.bench(recorder, 8))
-    one = [(1, 15)] + [(1, 1)] * 8
-    assert recorder.shapes[:9] == one and recorder.shapes[9:18] == [(1, 15), (1, 1)] + [(4, 1)] * 7 and len(lines) == 4
+    start = [(1, 15), (1, 1)]
+    assert recorder.shapes[:18] == start + [(1, 1)] * 7 + start + [(4, 1)] * 7 and len(lines) == 4
     assert "16 texts: prefill 16 tokens" in lines[2] and "decode 112 tokens" in lines[2]
     code, out, err = main(f"--ckpt={ckpt}", "--bench")
     assert code == 0 and out.count("tokens/s") == 8
