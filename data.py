@@ -1,12 +1,13 @@
-"""Text becomes tokens: documents are split into training and validation and encoded.
+"""Web pages and text become tokens: the main content is extracted, documents are held out and encoded.
 
-Reads:  --input: text files, folders, .jsonl files (field "text"); without it the
-        text of Python's standard library
-Writes: --output, a folder: train.npy and val.npy (1-D, uint16 or uint32; every
-        document ends with <|endoftext|>), tokenizer.json, manifest.json
+Reads:  --input: text files, folders, .jsonl files (field "text"), with --steps=extract,tokenise also .html and WARC
+        files; without it the text of Python's standard library
+Writes: --output, a folder: train.npy and val.npy (1-D, uint16 or uint32; every document ends with <|endoftext|>),
+        tokenizer.json, manifest.json, and documents.jsonl if pages were extracted
 Usage:  python data.py --input=stories.txt --separator="<|endoftext|>"
+        python data.py --input=crawl.warc.gz --steps=extract,tokenise
 
-The input may be larger than memory: each pass (split, train the tokenizer,
+The input may be larger than memory: each pass (extract, split, train the tokenizer,
 encode) streams it. A second run with the same input and options reuses the
 files. Documents are held out by a hash of their content, so that equal ones
 are never on both sides; of fewer than 20 documents the last tenth of the text.
@@ -60,7 +61,7 @@ class Options:
     val_fraction: float = 0.02  # share of the documents that is held out for validation
     workers: int = 0  # processes; 0: one per core
     seed: int = 0  # another seed holds out other documents
-    steps: str = "tokenise"  # what is done to the documents, a comma list
+    steps: str = "tokenise"  # or extract,tokenise: web pages give their main content first
 
 
 def options(kind: type, words: list[str]):
@@ -558,7 +559,7 @@ def fingerprint(path: Path) -> dict:
     digest, size = hashlib.sha256(), 0
     with open(path, "rb") as file:
         while block := file.read(PIECE):
-            if not size and b"\0" in block[:8192] and not PAGES.search(path.name):
+            if not size and b"\0" in block[:8192] and path.suffix != ".gz" and not PAGES.search(path.name):
                 raise ValueError(f"{path} is binary (a zero byte within its first 8 kB), not text in UTF-8")
             digest.update(block)
             size += len(block)

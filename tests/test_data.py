@@ -913,3 +913,13 @@ def test_memory_of_the_step_does_not_grow(tmp_path, monkeypatch):
         tracemalloc.stop()
         assert counts["kept"] == count
     assert tops[1] < tops[0] + 300_000 and tops[2] > tops[1] + 1_000_000
+
+
+def test_gzip_text_and_jsonl_give_what_they_hold(documents, tmp_path):
+    raw = {"a.txt": END.join(documents).encode(), "b.jsonl": "\n".join(json.dumps({"text": text}) for text in documents).encode()}
+    for name, content in raw.items():
+        (tmp_path / name).write_bytes(content)
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress(content))
+        for path in (name, f"{name}.gz"):
+            prepare(tmp_path / path, tmp_path / f"{path}.out", separator=END)
+        assert read(tmp_path / f"{name}.out") == read(tmp_path / f"{name}.gz.out")
