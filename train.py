@@ -42,7 +42,7 @@ class Options(Config):
     vocab_size: int = 0  # token ids of a tokenizer that is trained here (0: 2048)
     block_size: int = 0  # context in tokens (0: chosen by recipe, as below)
     n_layer: int = 0  # number of layers (0: recipe)
-    n_head: int = 0  # number of query heads (0: one for each 32 channels)
+    n_head: int = 0  # number of query heads (0: one for each 64 channels)
     n_embd: int = 0  # width of the residual stream (0: recipe)
     ffn: str = "relu2"  # relu2, swiglu, relu, gelu
     tie_embeddings: bool = False  # one matrix for the token embedding and the head
