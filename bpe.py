@@ -1,17 +1,20 @@
-"""Text <-> tokens: characters, bytes, words and byte pair encoding (BPE), trained and run in pure Python.
+"""Text <-> tokens: characters, bytes, words and byte pair encoding (BPE), trained and run in Python and numpy.
 
 Reads: text files, .jsonl files (field "text"), gzipped ones (.gz), folders; the standard library's text by default.
+Reads: tokenizers: its own, tokenizer.json of Hugging Face, .tiktoken files, folders with vocab.json and merges.txt.
 Writes: tokenizer.json, which holds all that encoding and decoding need.
 Usage: python bpe.py --input=shakespeare.txt --vocab_size=1024 --output=tokenizer.json
        python bpe.py --tokenizer=tokenizer.json --show="Hello, world!"
+       python bpe.py --input=shakespeare.txt --compare=char,word,1024,8192,tokenizer.json
 References: Sennrich et al. 2016 (BPE for words), Radford et al. 2019 (GPT-2: bytes, and the pattern that splits first).
 """
 import argparse
+import base64
 import codecs
 import contextlib
 import dataclasses
 import difflib
-import gc
+import functools
 import gzip
 import inspect
 import itertools
@@ -19,11 +22,16 @@ import json
 import multiprocessing
 import os
 import re
+import signal
 import sys
 import sysconfig
 import textwrap
-from collections import Counter, defaultdict
-from heapq import heappop, heappush
+import threading
+import time
+import unicodedata
+from collections import Counter, defaultdict, deque
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import BinaryIO, Callable, Iterable, Iterator
 
@@ -49,17 +57,17 @@ PATTERNS = {
     "char": r"(?s:.)",
     "bytes": r"(?s:.+)",  # nothing is cut
 }
-# The same for ASCII text, in the notation of the module `re`, which takes half the time. Only of these patterns it is
-# known where text may be cut. (ASCII has no letters of other kinds, and no marks.)
-RANGES = {r"\p{L}": "A-Za-z", r"\p{Lu}": "A-Z", r"\p{Ll}": "a-z", r"\p{N}": "0-9", r"\s": r"\t-\r "}
-ASCII = {pattern: re.compile(re.sub(r"\\p\{\w+\}|\\s", lambda match: RANGES.get(match[0], ""), pattern))
-         for pattern in PATTERNS.values() if pattern != PATTERNS["bytes"]}
 # Where text may be cut without changing its pieces: between a sign and a space, between a letter or digit and white
-# space. No piece of the patterns above holds such a place or looks across it. (?r) searches from the end.
+# space. No piece of the patterns above, but the last, holds such a place or looks across it; of others nothing is
+# known. (?r) searches from the end.
 CUT = regex.compile(r"(?r)(?:\S(?= )|[\p{L}\p{N}](?=\s))")
-CHUNK = 1 << 14  # characters read and split at a time: bounds memory, and most are ASCII though the text is not
-BLOCK = 1 << 20  # characters of text that are worth a process
+CUTTABLE = {*PATTERNS.values()} - {PATTERNS["bytes"]}
+CHUNK = 1 << 14  # characters read at a time
+BLOCK = 1 << 20  # characters that are split at a time, and are worth sending to a process
+LONG, MANY = 64, 100  # bytes of a piece, and number of pieces, for which numpy is quicker than a loop, too
+SHORT = 1000  # characters below which a loop is quicker than numpy
 CACHE = 1 << 18  # pieces whose ids are remembered while encoding
+LOW = 0xFFFFFFFF  # of a pair of ids as one number, the right one
 END, UNKNOWN = "<|endoftext|>", "<|unk|>"
 
 
@@ -71,9 +79,14 @@ class Options:
     pattern: str = "gpt2"  # how text is split first: gpt2, code, gpt4, o200k, bytes (not at all), or your own regex
     special_tokens: str = "<|endoftext|>"  # comma list of tokens that ordinary text never gives
     separator: str = ""  # text that stands between the documents of a file
+    min_count: int = 1  # pieces that occur less often are left out of training
+    max_chunk_bytes: int = 0  # longer pieces are left out of training (0: none)
     output: str = "tokenizer.json"  # file for the trained tokenizer
     show: str = ""  # text whose tokens are printed
-    workers: int = 0  # processes that count; 0: one for each core
+    trace: int = 0  # number of merges that are printed in training
+    dump: str = ""  # file for the list of all tokens
+    compare: str = ""  # comma list of tokenizers (files, kinds, vocabulary sizes to train) to compare on the input
+    workers: int = 0  # processes; 0: one for each core
 
 
 def options(kind: type, words: list[str]):
@@ -207,7 +220,7 @@ def chunks(parts: Iterable[str], pattern: str, least: int = 1, end: str = "") ->
     cut behind an `end`.
     """
     rest = ""  # the text behind the last cut
-    cut = CUT if pattern in ASCII else regex.compile("(?r)" + (regex.escape(end) or "(?!)"))
+    cut = CUT if pattern in CUTTABLE else regex.compile("(?r)" + (regex.escape(end) or "(?!)"))
     for part in parts:
         for start in range(0, len(part), CHUNK):
             searched = max(0, len(rest) - 20)  # a place to cut is shorter
@@ -218,162 +231,328 @@ def chunks(parts: Iterable[str], pattern: str, least: int = 1, end: str = "") ->
     yield from filter(None, [rest])
 
 
-def split(text: str, pattern: str) -> list[str]:
-    """The pieces of a text; ValueError if a pattern of the user's own drops some of it, or takes too long.
-
-    Surrogate pairs are joined, and lone surrogates, which have no UTF-8, replaced by U+FFFD.
-
-
-    >>> split("Hello world's  end", PATTERNS["gpt2"])
-    ['Hello', ' world', "'s", ' ', ' end']
-    """
-    text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-    if pattern in ASCII and text.isascii():
-        return ASCII[pattern].findall(text)
-    try:
-        # seconds; asking the clock takes three times as long as the matches, so it is for patterns of the user's own
-        pieces = regex.findall(pattern, text, timeout=None if pattern in ASCII else 10 + len(text) / 1e5)
-    except (regex.error, TimeoutError) as error:
-        raise ValueError(f"pattern {pattern!r} is no regular expression, or takes too long: {error}") from None
-    if "".join(map(str, pieces)) != text:
-        raise ValueError(f"pattern {pattern!r} drops text or has a group (...); write (?:...), and |. at its end")
-    return pieces
-
-
 def any_of(names: Iterable[str]) -> str:
     """A regular expression for any of the names, the longest first, as one may begin with another."""
     return "|".join(map(regex.escape, sorted(names, key=len, reverse=True)))
 
 
-def answer(pipe: object, work: Callable, *given) -> None:
-    """A process: send work(*given), or the exception that it raised."""
-    try:
-        pipe.send(work(*given))
-    except BaseException as error:  # Ctrl-C, too: the parent has it as well, and ends its processes
-        pipe.send(error)
+# ---- many processes
+
+GIVEN = []  # of a process of `parallel`: the work, and what all its jobs are given
+
+
+def begin_process(*given) -> None:
+    """A process begins: it leaves Ctrl-C to its parent, and ends when that is killed."""
+    GIVEN[:] = given
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+
+
+def end_with(parent: object) -> None:
+    """Wait for the end of the parent, then end this process."""
+    parent.join()
+    os._exit(1)
+
+
+def work_on(job: object) -> object:
+    """A process does a job."""
+    return GIVEN[0](job, *GIVEN[1:])
 
 
 def parallel(work: Callable, jobs: Iterable, workers: int, *given) -> Iterator:
-    """work(job, *given) for each job, in order, each in a process of its own, `workers` at a time.
+    """work(job, *given) for each job, in order, on `workers` processes, which keep what `given` learns.
 
-    Raises what the work raises, and ChildProcessError if a process is killed. (A pool of multiprocessing would hang.)
+    Few jobs are taken ahead. Raises what the work raises, and ChildProcessError if a process is killed.
     """
-    jobs, running = iter(jobs), []
-    try:
-        while workers > 1:
-            for job in itertools.islice(jobs, workers - len(running)):
-                here, there = multiprocessing.Pipe()
-                running.append((here, multiprocessing.Process(target=answer, args=(there, work, job, *given))))
-                running[-1][1].start()
-                there.close()  # so that the pipe ends when the process dies
-            if not running:
-                return
-            result = running[0][0].recv()
-            running.pop(0)[1].join()
-            if isinstance(result, BaseException):
-                raise result
-            yield result
+    if workers < 2:
         yield from (work(job, *given) for job in jobs)
-    except EOFError:
+        return
+    waiting = deque()
+    try:
+        with ProcessPoolExecutor(workers, None, begin_process, (work, *given)) as pool:
+            for job in jobs:
+                waiting.append(pool.submit(work_on, job))
+                if len(waiting) > workers:
+                    yield waiting.popleft().result()
+            yield from (future.result() for future in waiting)
+    except BrokenProcessPool:
         raise ChildProcessError("a process was killed, perhaps for want of memory: try --workers=1") from None
-    finally:
-        for _, process in running:
-            process.kill()
-            process.join()
 
 
-def count_text(text: str, pattern: str, special_tokens: list) -> Counter:
-    """How often each piece occurs in a text. Special tokens are boundaries and not counted."""
-    parts = regex.split(any_of(special_tokens), text)
-    pieces = (split(chunk, pattern) for part in parts for chunk in chunks([part], pattern))
-    return Counter(itertools.chain.from_iterable(pieces))
+def grouped(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Texts in lists of up to BLOCK characters; a longer text is alone."""
+    group, size = [], 0
+    for text in texts:
+        if group and size + len(text) > BLOCK:
+            yield group
+            group, size = [], 0
+        group.append(text)
+        size += len(text)
+    yield from filter(None, [group])
+
+
+# ---- pieces: `split` is the definition, `piece_ends` and `distinct` do the same for much text in arrays
+
+def well_formed(text: str, form: str = "") -> str:
+    """The text with surrogate pairs joined and lone surrogates, which have no UTF-8, replaced by U+FFFD.
+
+    `form` is a Unicode normal form to bring it into, such as NFC, or "".
+    """
+    text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return unicodedata.normalize(form, text) if form else text
+
+
+def match(text: str, pattern: str) -> regex.Match:
+    """All pieces of a text as captures of one group, in one match: quicker than a match for each, and timed in whole.
+
+    ValueError if the pattern is a user's own and leaves some of the text, or takes too long.
+    """
+    try:
+        found = regex.match("(?:(" + pattern + "))*+", text, timeout=10 + len(text) / 1e5)
+    except (regex.error, TimeoutError) as error:
+        raise ValueError(f"pattern {pattern!r} is no regular expression, or takes too long: {error}") from None
+    if found.end() < len(text):
+        raise ValueError(f"pattern {pattern!r} drops text; write |. at its end")
+    return found
+
+
+def split(text: str, pattern: str) -> list[str]:
+    """The pieces of a well-formed text.
+
+    >>> split("Hello world's  end", PATTERNS["gpt2"])
+    ['Hello', ' world', "'s", ' ', ' end']
+    """
+    return match(text, pattern).captures(1)
+
+
+@functools.cache
+def kinds() -> np.ndarray:
+    """The kind of each character: 1 white space, 2 letter, 3 number, 0 other. Behind plane 3 all are other."""
+    kind = np.zeros(0x40000, np.uint8)
+    signs = "".join(map(chr, range(0x40000)))
+    for number, runs in enumerate((r"\s+", r"\p{L}+", r"\p{N}+"), 1):
+        for run in regex.finditer(runs, signs):
+            kind[run.start():run.end()] = number
+    return kind
+
+
+def piece_ends(text: str, pattern: str) -> np.ndarray:
+    """Where the pieces end in the UTF-8 of a text; by comparing each character with the one before if it is GPT-2's.
+
+    >>> piece_ends("Hello wörld's  end", PATTERNS["gpt2"]).tolist()
+    [5, 12, 14, 15, 19]
+    """
+    codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+    if pattern == PATTERNS["gpt2"] and len(text) >= SHORT:
+        kind = kinds()[np.minimum(codes, 0x3FFFF)]
+        begins = np.ones(len(codes) + 1, bool)
+        begins[1:-1] = kind[1:] != kind[:-1]
+        # Of white space before something else the last character stands apart, and joins what follows if it is a space.
+        white = kind == 1
+        last = np.flatnonzero(white[:-1] & ~white[1:])
+        begins[last] = True
+        begins[last[codes[last] == ord(" ")] + 1] = False
+        quotes = (codes == ord("'")) & begins[:-1]
+        for quote in np.flatnonzero(quotes).tolist():
+            if found := re.match("'(?:[sdmt]|ll|ve|re)", text[quote:quote + 3]):
+                begins[quote + 1] = False
+                begins[quote + found.end()] = True
+        ends = np.flatnonzero(begins)[1:]
+    else:
+        ends = np.array(match(text, pattern).ends(1), np.int64)
+    if text.isascii():
+        return ends
+    sizes = np.ones(len(codes), np.int64)  # of each character in UTF-8
+    for least in (0x80, 0x800, 0x10000):
+        sizes += codes >= least
+    return np.cumsum(sizes)[ends - 1]
+
+
+def distinct(texts: list[str], pattern: str) -> tuple[list[bytes], np.ndarray, list[int]]:
+    """The distinct pieces of texts; for each piece in order its number among these; how many pieces each text has."""
+    ends = [piece_ends(text, pattern) for text in texts]
+    data = "".join(texts).encode()
+    counts = list(map(len, ends))
+    lengths = [end.max(initial=0) for end in ends]
+    offsets = np.cumsum([0, *lengths])[:-1]
+    ends = np.concatenate(ends) + offsets.repeat(counts)
+    starts = np.append(0, ends)[:-1]
+    # Pieces of up to 7 bytes, which are most, are compared as numbers: the bytes, and above them the length.
+    sizes = ends - starts
+    short = sizes < 8
+    at = np.ndarray(len(data) + 1, "<i8", data + bytes(8), 0, (1,))  # the 8 bytes from each place on
+    size = sizes[short]
+    key = at[starts[short]] & (1 << 8 * size) - 1 | size << 56
+    _, first, number = np.unique(key, return_index=True, return_inverse=True)
+    which = np.empty(len(ends), np.int64)
+    which[short] = number
+
+    def cut(chosen):
+        bounds = zip(starts[chosen].tolist(), ends[chosen].tolist())
+        return [data[start:end] for start, end in bounds]
+
+    pieces = cut(np.flatnonzero(short)[first])
+    numbers = {}
+    which[~short] = [numbers.setdefault(piece, len(pieces) + len(numbers)) for piece in cut(~short)]
+    return pieces + list(numbers), which, counts
+
+
+def stretches(flat: np.ndarray, sizes: np.ndarray, which: np.ndarray) -> np.ndarray:
+    """`flat` is cut into stretches of the given sizes; join those of the numbers in `which`.
+
+    >>> stretches(np.array([10, 20, 21, 30]), np.array([1, 2, 1]), np.array([1, 0, 1])).tolist()
+    [20, 21, 10, 20, 21]
+    """
+    ends, lengths = np.cumsum(sizes), sizes[which]
+    shift = ends[which] - np.cumsum(lengths)
+    return flat[np.arange(lengths.sum()) + shift.repeat(lengths)]
+
+
+# ---- training: from counted pieces to a vocabulary
+
+def count_pieces(text: str, pattern: str, special_tokens: list, longest: int) -> Counter:
+    """How often each piece occurs in a text, those of more than `longest` bytes all as b"" (0: any may be longer).
+
+    Special tokens are boundaries and not counted.
+    """
+    texts = regex.split(any_of(special_tokens), well_formed(text))
+    pieces, which, _ = distinct(texts, pattern)
+    counts = Counter()
+    for piece, number in zip(pieces, np.bincount(which).tolist()):
+        counts[b"" if 0 < longest < len(piece) else piece] += number
+    return counts
 
 
 def train_lookup(counts: Counter, size: int) -> tuple:
     """Characters or words: the `size` most frequent pieces are the vocabulary, equal ones in alphabetical order.
 
-    >>> train_lookup(Counter("the cat in the hat".split()), 3)
+    >>> train_lookup(Counter(b"the cat in the hat".split()), 3)
     ([b'the', b'cat', b'hat'], [])
     """
-    pieces = sorted(counts, key=lambda piece: (-counts[piece], piece))
-    return list(map(str.encode, pieces[:size])), []
+    return sorted(counts, key=lambda piece: (-counts[piece], piece))[:size], []
 
 
 # Tokens stand at the places of their bytes: first[i] is the token that begins at i, last[i] the one that ends there,
 # both -1 between two pieces; inside a token first is -1, and last is not asked. So the neighbours of a token are
-# last[i - 1] and first[i + length]. A pair gets all its places when the newer of its tokens is made, and later only
-# loses some. So what the heap says of it may be too cheap, and the pair on top is priced again before it is merged.
-def merge_row(pieces: Iterable[bytes], byte_ids: list, vocab: list, price: Callable, make: Callable) -> list[int]:
-    """Merge pairs of neighbours, the cheapest first: BPE in training and in encoding.
+# last[i - 1] and first[i + length]. A pair is one number, left << 32 | right.
+def pairs_at(places: np.ndarray, first: np.ndarray, length: np.ndarray) -> tuple:
+    """The distinct pairs of neighbours that begin at some places, the places in their order, where each pair starts."""
+    left = first[places]
+    pairs = left << 32 | first[places + length[left]]
+    order = pairs.argsort()[np.count_nonzero(pairs < 0):]  # without those that have no right
+    pairs, places = pairs[order], places[order]
+    starts = np.flatnonzero(np.append(-1, pairs)[:-1] != pairs)
+    return pairs[starts].tolist(), places, starts
 
-    price(pair, places) orders the pairs (left, right), and may rise as places are lost; None: never merged. make(pair)
-    gives the id of the token that it becomes, in `vocab`; None: it is enough. Returns `first`.
+
+def every_other(places: np.ndarray, size: int) -> np.ndarray:
+    """Of places that are `size` apart, and so overlap as pairs of one token do, the first, third and so on.
+
+    >>> every_other(np.array([0, 1, 2, 3, 7, 9, 10]), 1).tolist()
+    [0, 2, 7, 9]
     """
-    first, heap, found = [], [], defaultdict(list)
-    for piece in pieces:
-        first += [byte_ids[byte] for byte in piece] + [-1]
+    order = np.arange(len(places))
+    gaps = places[1:] - places[:-1]
+    alone = np.append(True, gaps != size)[:len(places)]
+    return places[(order - np.maximum.accumulate(order * alone)) % 2 == 0]
+
+
+# A pair gets all its places when the newer of its tokens is made, and later only loses some. So what the queue says of
+# it may be too cheap, and a pair that lost places is priced again before it is merged. Pairs dearer than `limit` wait
+# outside: when no cheaper one is left, the limit rises and all pairs are looked up anew, about ten times in all.
+# Of equally cheap pairs those that share no token with another one are merged in one step, the greatest names first. A
+# pair with a new token costs as much only if a pair of the same cost shares a token with the one that made it.
+def merge_row(pieces: list[bytes], byte_ids: list, length: np.ndarray,
+              price: Callable, name: Callable, make: Callable) -> np.ndarray:
+    """Merge pairs of neighbours in all pieces, the cheapest first: BPE in training and in encoding. Returns `first`.
+
+    price(pairs, places, starts), of what `pairs_at` gives, is a negative cost for each pair, or 0 if it is never
+    merged. Of equally cheap pairs the one with the greatest name(pair) comes first. make(pair, cost) gives the id of
+    the token that it becomes, of length[id] bytes; None: it is enough.
+    """
+    data = np.frombuffer(b"\0".join([*pieces, b""]), np.uint8)
+    first = np.array(byte_ids)[data]
+    first[np.cumsum([len(piece) + 1 for piece in pieces]) - 1] = -1
     last = first.copy()
-    for place, pair in enumerate(zip(first, first[1:])):
-        found[pair].append(place)
+    places = np.flatnonzero(first >= 0)
+    queue = defaultdict(list)  # cost -> [(name, pair, places)]
+    ready, limit = [], 0  # those of the lowest cost
     while True:
-        for pair, places in found.items():
-            if places and min(pair) >= 0 and (cost := price(pair, places)) is not None:
-                heappush(heap, (cost, pair, places))
-        if not heap:
+        pairs, places, starts = pairs_at(places, first, length)
+        costs = price(pairs, places, starts)
+        limit = limit or min(-1, costs.min(initial=0) // 4)
+        ends = np.append(starts[1:], len(places))
+        for i in np.flatnonzero(costs <= limit).tolist():
+            pair, found = pairs[i], places[starts[i]:ends[i]]
+            queue[int(costs[i])].append((name(pair), pair, found))
+        merged = []
+        while (ready or queue) and not merged:
+            if not ready:
+                lowest, lefts, rights = min(queue), set(), set()
+            if lowest in queue:
+                lefts.update(pair >> 32 for _, pair, _ in queue[lowest])
+                rights.update(pair & LOW for _, pair, _ in queue[lowest])
+                ready = sorted(ready + queue.pop(lowest))
+            alone = True
+            while ready and alone:
+                label, pair, places = ready.pop()
+                left, right = pair >> 32, pair & LOW
+                there = (first[places] == left) & (first[places + length[left]] == right)
+                places = places[there]
+                if not there.all() and (cost := int(price([pair], places, [0]).sum())) > lowest:
+                    if cost <= limit:
+                        queue[cost].append((label, pair, places))
+                    continue
+                if left == right:
+                    places = every_other(np.sort(places), length[left])
+                if (new := make(pair, lowest)) is None:
+                    return first
+                oldest = oldest if merged else new
+                first[places + length[left]] = -1
+                first[places] = last[places + length[new] - 1] = new
+                merged.append(places)
+                alone = left not in rights and right not in lefts
+        if merged:
+            places = np.concatenate(merged)
+            before = last[places - 1]
+            older = (before >= 0) & (before < oldest)  # the others are among the places already
+            places = np.concatenate((places, (places - length[before])[older]))
+        elif limit == -1:
             return first
-        cost, pair, places = heappop(heap)
-        left, right = pair
-        middle = len(vocab[left])
-        places = [place for place in places if first[place] == left and first[place + middle] == right]
-        if not places or price(pair, places) > cost:
-            found = {pair: places}
-            continue
-        if (new := make(pair)) is None:
-            return first
-        before, after = defaultdict(list), defaultdict(list)  # neighbour -> places of the new token
-        end = len(vocab[new])
-        for place in places:
-            if first[place] == left:  # not so any more in the middle of "aaa"
-                first[place + middle] = -1
-                first[place] = last[place + end - 1] = new
-                before[last[place - 1]].append(place)
-                after[first[place + end]].append(place)
-        found = {(other, new): [place - len(vocab[other]) for place in before[other]] for other in before}
-        found |= {(new, other): after[other] for other in after}
+        else:
+            limit, places = 0, np.flatnonzero(first >= 0)
 
 
-# Of equally frequent pairs the greatest wins, (left, right) compared as byte strings. "aaa" has the pair (a, a) twice.
-def train_bpe(counts: Counter, size: int) -> tuple:
+def train_bpe(counts: Counter, size: int, trace: bool = False) -> tuple:
     """Byte pair encoding: from the 256 bytes on, make the most frequent pair of neighbours a token, until `size`.
 
-    >>> train_bpe(Counter({"the": 2, " cat": 1, " in": 1, " the": 1, " hat": 1}), 260)[1]
+    Of equally frequent pairs the greatest wins, (left, right) compared as byte strings. "aaa" has (a, a) twice.
+
+    >>> train_bpe(Counter({b"the": 2, b" cat": 1, b" in": 1, b" the": 1, b" hat": 1}), 260)[1]
     [(b't', b'h'), (b'th', b'e'), (b'a', b't'), (b'i', b'n')]
     """
     vocab, merges = [bytes([byte]) for byte in range(256)], []
-    names, pieces = list(map(descending, vocab)), list(map(str.encode, counts))
-    weight = [count for piece, count in zip(pieces, counts.values()) for _ in range(len(piece) + 1)]
+    sizes = [len(piece) + 1 for piece in counts]
+    weight = np.fromiter(counts.values(), np.int64).repeat(sizes)
+    length = np.ones(max(size, 256), np.int64)
 
-    def price(pair, places):
-        return -sum(map(weight.__getitem__, places)), names[pair[0]] + names[pair[1]]
+    def price(pairs, places, starts):
+        return -np.add.reduceat(weight[places], starts) if len(places) else weight[places]
 
-    def make(pair):
+    def name(pair):
+        return vocab[pair >> 32], vocab[pair & LOW]
+
+    def make(pair, cost):
         if len(vocab) < size:
-            merges.append((vocab[pair[0]], vocab[pair[1]]))
+            merges.append(name(pair))
             vocab.append(b"".join(merges[-1]))
-            names.append(descending(vocab[-1]))
+            length[len(vocab) - 1] = len(vocab[-1])
+            if trace:
+                print(f"{len(vocab) - 1:6} {merges[-1][0]!r} + {merges[-1][1]!r}, {-cost:,} times")
             return len(vocab) - 1
 
-    merge_row(pieces, range(256), vocab, price, make)
+    merge_row(list(counts), range(256), length, price, name, make)
     return vocab, merges
-
-
-def descending(token: bytes) -> str:
-    """A text that sorts the other way round, as heapq finds the smallest: a greater token has a smaller text.
-
-    >>> descending(b"a") > descending(b"ab") > descending(b"b")
-    True
-    """
-    return token.translate(bytes(range(255, -1, -1))).decode("latin-1") + "\u0100"
 
 
 # What a kind of tokenizer learns from counted pieces: (counts, size without special tokens) -> (vocabulary, merges).
@@ -382,44 +561,59 @@ TRAINERS = {"bpe": train_bpe, "char": train_lookup, "word": train_lookup,
 BYTE_KINDS = ("bpe", "byte")  # they can write any text; the others need <|unk|>
 
 
-def train(kind: str, documents: Iterable[str], vocab_size: int, pattern: str = "gpt2",
-          special_tokens: list | tuple = (END,), workers: int = 0, counts: Counter | None = None) -> "Tokenizer":
+def train(
+    kind: str,
+    documents: Iterable[str],
+    vocab_size: int,
+    pattern: str = "gpt2",
+    special_tokens: list | tuple = (END,),
+    workers: int = 0,
+    counts: Counter | None = None,
+    min_count: int = 1,
+    max_chunk_bytes: int = 0,
+) -> "Tokenizer":
     """Train a tokenizer of a kind of TRAINERS; the same for any number of `workers` (0: one for each core).
 
     `vocab_size` counts the special tokens, which get the last ids. <|endoftext|> is added where it is missing, and
     <|unk|> for char and word. `pattern` is a name of PATTERNS or a regular expression; char has its own. A Counter
-    given as `counts` is filled with the pieces of the documents.
+    given as `counts` is filled with the pieces of the documents, except those that are rarer than `min_count` or longer
+    than `max_chunk_bytes`.
     """
     if kind not in TRAINERS:
         raise ValueError(f"there is no tokenizer {kind!r}; kinds are {', '.join(TRAINERS)}")
-    names = [UNKNOWN] * (kind not in BYTE_KINDS) + [*special_tokens] + [END] * (END not in special_tokens)
+    names = [UNKNOWN] * (kind not in BYTE_KINDS) + [*special_tokens]
+    names += [END] * (END not in special_tokens)
     if len(set(names)) < len(names) or any(name.split() != [name] for name in names):
         raise ValueError(f"special tokens must be different, not empty and without white space, unlike {names}")
     if vocab_size < (least := len(names) + (256 if kind in BYTE_KINDS else 1)):
         raise ValueError(f"vocab_size={vocab_size} is too small: {kind} with {len(names)} special tokens needs {least}")
-    pattern = PATTERNS["char"] if kind == "char" else PATTERNS.get(pattern, pattern)
+    pattern = PATTERNS.get("char" if kind == "char" else pattern, pattern)
     counts = Counter() if counts is None else counts
     texts = chunks((text + END for text in documents), pattern, BLOCK, END)
-    for part in parallel(count_text, texts, workers or os.cpu_count(), pattern, names):
+    for part in parallel(count_pieces, texts, workers or os.cpu_count(), pattern, names, max_chunk_bytes):
         counts.update(part)
     if not counts:
         raise ValueError("there is no text to train on")
-    gc.disable()  # it would look through millions of lists again and again, without a cycle among them
-    try:
-        vocab, merges = TRAINERS[kind](counts, vocab_size - len(names))
-    finally:
-        gc.enable()
+    left_out = [piece for piece, number in counts.items() if not piece or number < min_count]
+    if left_out:
+        print(f"left out of training: {len(left_out):,} of {len(counts):,} distinct pieces", file=sys.stderr)
+    for piece in left_out:
+        del counts[piece]
+    vocab, merges = TRAINERS[kind](counts, vocab_size - len(names))
     specials = {name: i for i, name in enumerate(names, len(vocab))}
     if kind == "bpe" and len(vocab) + len(names) < vocab_size:
         print(f"stopped at {len(vocab) + len(names)} tokens: no pair is left to merge in this text", file=sys.stderr)
     return Tokenizer(kind, pattern, vocab + list(map(str.encode, names)), merges, specials)
 
 
+# ---- the tokenizer
+
 class Tokenizer:
     """Text to ids and back; characters, bytes, words and BPE fill the same columns.
 
     kind: a key of TRAINERS; pattern: regular expression that cuts text into pieces; vocab: id -> bytes; merges: pairs
-    of byte strings, in the order of the ids they make; special_tokens: name -> id. A piece that is a token is encoded
+    of byte strings, in the order of the ids they make; special_tokens: name -> id; form: a Unicode normal form that
+    text is brought into first, for tokenizers of others that do so. A piece that is a token is encoded
     as this token. Of any other a vocabulary with all 256 bytes merges the bytes; without them it is <|unk|>, which
     decodes to its name.
 
@@ -432,21 +626,41 @@ class Tokenizer:
     ['low', ' low', 's']
     """
 
-    def __init__(self, kind: str, pattern: str, vocab: list, merges: list, special_tokens: dict):
-        self.kind, self.pattern, self.vocab, self.merges = kind, pattern, vocab, merges
-        self.special_tokens, self.vocab_size = special_tokens, len(vocab)
-        self.index = index = {token: i for i, token in enumerate(vocab) if i not in special_tokens.values()}
-        right = [vocab[i] for i in special_tokens.values()] == list(map(str.encode, special_tokens))
+    def __init__(
+        self,
+        kind: str,
+        pattern: str,
+        vocab: list,
+        merges: list,
+        special_tokens: dict,
+        form: str = "",
+    ):
+        self.kind = kind
+        self.pattern = pattern
+        self.form = form
+        self.vocab = vocab
+        self.vocab_size = len(vocab)
+        self.merges = merges
+        self.special_tokens = special_tokens
+        special_ids = special_tokens.values()
+        self.index = index = {token: i for i, token in enumerate(vocab) if i not in special_ids}
+        right = [vocab[i] for i in special_ids] == list(map(str.encode, special_tokens))
         if not right or len(index) + len(special_tokens) != len(vocab):
             raise ValueError("two tokens are the same, or a special token is not in its place")
         self.byte_ids = [index.get(bytes([byte])) for byte in range(256)]
         self.unknown = special_tokens[UNKNOWN] if None in self.byte_ids else None
         self.pairs = {(index[left], index[right]): index[left + right] for left, right in merges}
         made = list(self.pairs.values())
-        whole = self.unknown is not None or len(set(made)) == len(merges) == len(index) - 256
-        if not whole or made != sorted(made) or any(max(pair) > new for pair, new in self.pairs.items()):
+        whole = len(self.pairs) == len(merges) and len(set(made)) == len(index) - 256
+        ordered = made == sorted(made) and all(max(pair) < new for pair, new in self.pairs.items())
+        if not ordered or not whole and self.unknown is None:
             raise ValueError("a merge is missing, comes twice, or comes before its parts")
+        keys = {left << 32 | right: new for (left, right), new in self.pairs.items()}
+        self.sorted_pairs = np.array([*sorted(keys), 1 << 62])  # the last one is none
+        self.made = np.array([*map(keys.get, sorted(keys)), 0])
         self.dtype = np.dtype(np.uint16 if len(vocab) <= 1 << 16 else np.uint32)
+        self.length = np.array(list(map(len, vocab)))
+        self.flat = np.frombuffer(b"".join(vocab), np.uint8)
         self.cache = {}  # piece -> ids as bytes
 
     def encode(self, text: str, allowed_special: str | set = "none") -> list[int]:
@@ -463,24 +677,41 @@ class Tokenizer:
 
     def encode_ordinary(self, text: str) -> np.ndarray:
         """Ids of a text, special tokens in it as ordinary text: uint16, or uint32 for more than 65,536 tokens."""
-        ids = bytearray()
-        for chunk in chunks([text], self.pattern):
-            self.cache = self.cache if len(self.cache) < CACHE else {}
-            pieces = split(chunk, self.pattern)
-            for piece in set(pieces).difference(self.cache):
-                self.cache[piece] = np.array(self._ids(piece.encode()), self.dtype).tobytes()
-            ids += b"".join(map(self.cache.__getitem__, pieces))
-        return np.frombuffer(ids, self.dtype)
+        if len(text) < SHORT:  # the simple way, and what encode_together must equal
+            pieces = split(well_formed(text, self.form), self.pattern)
+            known = self.ids_of(list(map(str.encode, pieces)))
+            return np.frombuffer(bytearray().join(known), self.dtype)
+        blocks = chunks([text], self.pattern, BLOCK)
+        return np.concatenate([self.encode_together([block])[0] for block in blocks])
 
-    def encode_batch(self, texts: list[str], workers: int = 0) -> list[np.ndarray]:
+    def encode_together(self, texts: list[str]) -> list[np.ndarray]:
+        """Ids of each text, as of `encode_ordinary`; each distinct piece of them all is looked up once."""
+        texts = [well_formed(text, self.form) for text in texts]
+        pieces, which, counts = distinct(texts, self.pattern)
+        known = self.ids_of(pieces)
+        flat = np.frombuffer(b"".join(known), self.dtype)
+        sizes = np.array(list(map(len, known)), np.int64) // flat.itemsize
+        ids = stretches(flat, sizes, which)
+        ends = np.append(0, np.cumsum(sizes[which]))
+        return np.split(ids, ends[np.cumsum(counts)[:-1]])
+
+    def encode_batch(self, texts: Iterable[str], workers: int = 0) -> list[np.ndarray]:
         """Ids of each text, as of `encode_ordinary`; much text on several processes (0: one for each core)."""
-        workers = min(workers or os.cpu_count(), 1 + sum(map(len, texts)) // BLOCK)
-        if workers == 1:
-            return list(map(self.encode_ordinary, texts))
-        out, shares = list(texts), [texts[i::workers] for i in range(workers)]
-        for i, ids in enumerate(parallel(self.encode_batch, shares, workers, 1)):
-            out[i::workers] = ids
-        return out
+        groups = list(grouped(texts))
+        workers = min(workers or os.cpu_count(), len(groups))
+        return list(itertools.chain.from_iterable(parallel(self.encode_group, groups, workers)))
+
+    def encode_group(self, texts: list[str]) -> list[np.ndarray]:
+        """Ids of each text of a list of `grouped`."""
+        if len(texts) > 1:
+            return self.encode_together(texts)
+        return [self.encode_ordinary(texts[0])]
+
+    def encode_file(self, path: str | Path, workers: int = 0) -> Iterator[np.ndarray]:
+        """Ids of a text file, some at a time; memory holds a few blocks of text, and not the file."""
+        texts = (text for text, _ in read_parts([Path(path)], "", {}))
+        blocks = chunks(texts, self.pattern, BLOCK)
+        yield from parallel(self.encode_ordinary, blocks, workers or os.cpu_count())
 
     def encode_iterable(self, parts: Iterable[str]) -> Iterator[int]:
         """Ids of a text that comes in parts: lazily, and those of the whole text, wherever it was cut.
@@ -491,26 +722,19 @@ class Tokenizer:
         for chunk in chunks(parts, self.pattern):
             yield from self.encode_ordinary(chunk).tolist()
 
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes of tokens; ValueError names an id that is not in the vocabulary."""
-        ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
-        if wrong := [i for i in set(ids) if not 0 <= i < self.vocab_size]:
-            raise ValueError(f"id {wrong[0]} is not in this vocabulary of {self.vocab_size} tokens")
-        return b"".join(map(self.vocab.__getitem__, ids))
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of tokens; bytes that are not UTF-8, such as half a character, become U+FFFD."""
-        return self.decode_bytes(ids).decode("utf-8", "replace")
-
-    def to_dict(self) -> dict:
-        """What `save` writes. Tokens are written as Latin-1, in which character n is byte n; merges as pairs of ids."""
-        return {"version": 1, "kind": self.kind, "pattern": self.pattern, "special_tokens": self.special_tokens,
-                "merges": list(map(list, self.pairs)), "vocab": [token.decode("latin-1") for token in self.vocab]}
-
-    def save(self, path: str | Path) -> None:
-        """Write the tokenizer as JSON, for `load`."""
-        with replacing(path) as file:
-            file.write(json.dumps(self.to_dict()).encode())
+    def ids_of(self, pieces: list[bytes]) -> list[bytes]:
+        """The ids of each piece, as the bytes of an array; they are remembered."""
+        if len(self.cache) > CACHE:
+            self.cache = {}
+        with contextlib.suppress(KeyError):
+            return list(map(self.cache.__getitem__, pieces))
+        missing = set(pieces).difference(self.cache)
+        merged = [piece for piece in missing if len(piece) <= LONG and piece not in self.index]
+        if len(merged) > MANY and self.unknown is None:
+            self.cache.update(zip(merged, self._merge_together(merged)))
+        for piece in missing.difference(self.cache):
+            self.cache[piece] = np.array(self._ids(piece), self.dtype).tobytes()
+        return list(map(self.cache.__getitem__, pieces))
 
     def _ids(self, data):
         """Ids of one piece: a token's own, <|unk|>, or what merging leaves of the bytes.
@@ -521,9 +745,11 @@ class Tokenizer:
         if data in self.index or self.unknown is not None:
             return [self.index.get(data, self.unknown)]
         get, never = self.pairs.get, self.vocab_size
-        if len(data) > 64:
-            row = merge_row([data], self.byte_ids, self.vocab, lambda pair, places: get(pair), get)
-            return [token for token in row if token >= 0]
+        if len(data) > LONG:
+            def make(pair, cost):
+                return cost + never
+            row = merge_row([data], self.byte_ids, self.length, self._costs, int, make)
+            return row[row >= 0]
         ids = [self.byte_ids[byte] for byte in data]
         while made := [get(pair, never) for pair in zip(ids, ids[1:])]:
             if (new := min(made)) == never:
@@ -531,6 +757,74 @@ class Tokenizer:
             i = made.index(new)
             ids[i:i + 2] = [new]
         return ids
+
+    def _merge_together(self, pieces):
+        """The same for many short pieces, as bytes of arrays: in each round every piece merges its cheapest pair."""
+        data = np.frombuffer(b"".join(pieces), np.uint8)
+        ids = np.array(self.byte_ids)[data]
+        piece = np.arange(len(pieces)).repeat(list(map(len, pieces)))
+        done, never = [], self.vocab_size
+        while len(ids):
+            pairs = ids[:-1] << 32 | ids[1:]
+            at = np.searchsorted(self.sorted_pairs, pairs)
+            same = piece[:-1] == piece[1:]
+            known = same & (self.sorted_pairs[at] == pairs)
+            cost = np.append(np.where(known, self.made[at], never), never)
+            starts = np.flatnonzero(np.append(True, ~same))
+            sizes = np.diff(np.append(starts, len(ids)))
+            lowest = np.minimum.reduceat(cost, starts).repeat(sizes)
+            more = lowest < never
+            done.append((ids[~more], piece[~more]))
+            places = every_other(np.flatnonzero((cost == lowest) & more), 1)
+            ids[places] = cost[places]
+            more[places + 1] = False
+            ids, piece = ids[more], piece[more]
+        ids, piece = map(np.concatenate, zip(*done))
+        ids = ids[piece.argsort(kind="stable")].astype(self.dtype)
+        ends = np.cumsum(np.bincount(piece))
+        return [part.tobytes() for part in np.split(ids, ends[:-1])]
+
+    def _costs(self, pairs, *_):
+        """Of each pair, as merge_row has them, the id that it makes, less the size of the vocabulary"""
+        at = np.searchsorted(self.sorted_pairs, pairs)
+        known = self.sorted_pairs[at] == pairs
+        return np.where(known, self.made[at] - self.vocab_size, 0)
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes of tokens; ValueError names an id that is not in the vocabulary."""
+        ids = np.asarray(ids if hasattr(ids, "__len__") else list(ids))
+        if len(wrong := ids[(ids < 0) | (ids >= self.vocab_size)]):
+            raise ValueError(f"id {wrong[0]} is not in this vocabulary of {self.vocab_size} tokens")
+        starts = range(0, len(ids), CHUNK)
+        parts = (stretches(self.flat, self.length, ids[start:start + CHUNK]) for start in starts)
+        return b"".join(map(np.ndarray.tobytes, parts))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of tokens; bytes that are not UTF-8, such as half a character, become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", "replace")
+
+    def to_dict(self) -> dict:
+        """What `save` writes. Tokens are written as Latin-1, in which character n is byte n; merges as pairs of ids."""
+        out = {"version": 1, "kind": self.kind, "pattern": self.pattern, "special_tokens": self.special_tokens}
+        out["merges"] = list(map(list, self.pairs))
+        out["vocab"] = [token.decode("latin-1") for token in self.vocab]
+        return out | ({"form": self.form} if self.form else {})
+
+    def save(self, path: str | Path) -> None:
+        """Write the tokenizer as JSON, for `load`; to a path in .tiktoken its ranks, as tiktoken reads them."""
+        content = json.dumps(self.to_dict()).encode()
+        if Path(path).suffix == ".tiktoken":
+            lines = (base64.b64encode(token) + b" %d\n" % rank for token, rank in self.index.items())
+            content = b"".join(lines)
+        with replacing(path) as file:
+            file.write(content)
+
+
+# ---- reading tokenizers: each reader gives what the class asks for
+
+# GPT-2 writes a byte as a letter: itself where that is a visible sign, else the next one from U+0100 on.
+HIDDEN = [*range(33), *range(127, 161), 173]
+LETTERS = {256 + i: byte for i, byte in enumerate(HIDDEN)}
 
 
 def from_dict(data: dict, source: object = "this") -> Tokenizer:
@@ -541,35 +835,172 @@ def from_dict(data: dict, source: object = "this") -> Tokenizer:
         vocab = [token.encode("latin-1") for token in data["vocab"]]
         merges = [(vocab[left], vocab[right]) for left, right in data["merges"]]
         split("", data["pattern"])
-        return Tokenizer(data["kind"], data["pattern"], vocab, merges, data["special_tokens"])
+        specials, form = data["special_tokens"], data.get("form", "")
+        return Tokenizer(data["kind"], data["pattern"], vocab, merges, specials, form)
+
+
+def from_letters(ids: dict, merges: Iterable, specials: dict, pattern: str, form: str = "") -> Tokenizer:
+    """A byte-level tokenizer of others: ids of tokens, and merges, both written in GPT-2's letters."""
+    def read(token):
+        return token.translate(LETTERS).encode("latin-1")
+
+    tokens = {i: name.encode() for name, i in specials.items()}
+    tokens |= {i: read(token) for token, i in ids.items() if i not in tokens}
+    vocab = [tokens[i] for i in range(len(tokens))]
+    # Llama 3 lists each way to cut a token in two; those with a newer part are never met.
+    pairs = [(read(left), read(right)) for left, right in merges
+             if max(ids[left], ids[right]) < ids[left + right]]
+    return Tokenizer("bpe", pattern, vocab, pairs, specials, form)
+
+
+def from_hugging_face(data: dict) -> Tokenizer:
+    """The tokenizer of a tokenizer.json of the library `tokenizers`; ValueError names what is not byte-level BPE."""
+    model, steps = data["model"], data["pre_tokenizer"] or {"type": "no pre_tokenizer"}
+    steps = {step["type"]: step for step in steps.get("pretokenizers", [steps])}
+    split, byte_level = steps.pop("Split", {}), steps.pop("ByteLevel", {})
+    lacking = [*steps, *(name for name in ("byte_fallback", "dropout", "end_of_word_suffix") if model.get(name))]
+    form = (data.get("normalizer") or {"type": ""})["type"]
+    lacking += [name for name in (form, model["type"]) if name not in ("", "NFC", "BPE")]
+    if lacking or byte_level.get("add_prefix_space"):
+        raise ValueError(f"it is more than byte-level BPE: {', '.join(lacking) or 'add_prefix_space'}")
+    usual = PATTERNS["gpt2" if byte_level.get("use_regex", True) else "bytes"]
+    pattern = split["pattern"]["Regex"] if split else usual
+    specials = {token["content"]: token["id"] for token in data["added_tokens"]}
+    merges = (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"])
+    return from_letters(model["vocab"], merges, specials, pattern, form)
+
+
+def from_ranks(lines: bytes) -> Tokenizer:
+    """The tokenizer of a .tiktoken file, which holds tokens and their ranks alone.
+
+    The pattern follows from their number, <|endoftext|> gets the first free id, and a token's merge joins the two parts
+    that the merges before it make of its bytes.
+    """
+    rows = map(bytes.split, lines.splitlines())
+    ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in rows}
+    size = len(ranks)
+
+    def halves(token):
+        parts = [token[i:i + 1] for i in range(len(token))]
+        while len(parts) > 2:
+            made = [ranks.get(left + right, size) for left, right in zip(parts, parts[1:])]
+            i = made.index(min(made))
+            parts[i:i + 2] = [parts[i] + parts[i + 1]]
+        return tuple(parts)
+
+    merges = [halves(token) for token in sorted(ranks, key=ranks.get) if len(token) > 1]
+    free = min({*range(size + 1)}.difference(ranks.values()))
+    ranks[END.encode()] = free
+    pattern = "gpt2" if size < 60_000 else "gpt4" if size < 150_000 else "o200k"
+    return Tokenizer("bpe", PATTERNS[pattern], sorted(ranks, key=ranks.get), merges, {END: free})
 
 
 def load(path: str | Path) -> Tokenizer:
-    """Read what `save` wrote; ValueError says what is wrong with the file."""
-    with blaming(f"{path} is not a tokenizer of bpe.py, or a damaged one"):
-        data = json.loads(Path(path).read_bytes())
-    return from_dict(data, path)
+    """Read what `save` wrote, a tokenizer.json of Hugging Face, a .tiktoken file, or a folder with vocab.json and
+    merges.txt.
+
+    ValueError says what is wrong with the file.
+    """
+    path = Path(path)
+    with blaming(f"{path} is not a tokenizer that bpe.py can read, or a damaged one"):
+        if path.suffix == ".tiktoken":
+            return from_ranks(path.read_bytes())
+        if (path / "merges.txt").exists():
+            ids = json.loads((path / "vocab.json").read_bytes())
+            lines = (path / "merges.txt").read_text("utf-8").split("\n")
+            merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+            made = {"".join(merge) for merge in merges}
+            specials = {token: i for token, i in ids.items() if len(token) > 1 and token not in made}
+            return from_letters(ids, merges, specials, PATTERNS["gpt2"])
+        data = json.loads((path / "tokenizer.json" if path.is_dir() else path).read_bytes())
+        return from_hugging_face(data) if "model" in data else from_dict(data)
+
+
+# ---- seeing
+
+def visible(token: bytes) -> str:
+    """A token for the eye: spaces as dots, control characters and bytes that are not UTF-8 with a backslash."""
+    return repr(token.decode("utf-8", "backslashreplace"))[1:-1].replace(" ", "\u00b7")
+
+
+def show(tokenizer: Tokenizer, text: str) -> None:
+    """Print each token of a text, coloured in turn, with its id, and a bar behind the last one of each piece."""
+    ends = piece_ends(well_formed(text, tokenizer.form), tokenizer.pattern).tolist()
+    at = 0
+    for number, i in enumerate(tokenizer.encode(text, "all")):
+        token = tokenizer.vocab[i]
+        at += len(token)
+        print(f"{i:7} \x1b[3{1 + number % 6}m{visible(token)}\x1b[0m{' |' * (at in ends)}")
+
+
+def compare(o: Options) -> None:
+    """Print for each of some tokenizers what it makes of the input, and what its embedding costs."""
+    parts = read_parts(find_files(o.input), o.separator, {})
+    text = "".join(part for part, _ in parts)
+    size = len(text.encode())
+    words = len(regex.findall(r"\w+", text))
+    print(f"{size:,} bytes, {words:,} words; embedding: its parameters at width 768; unk: bytes that it hides\n"
+          "tokenizer           tokens  embedding  bytes/token  tokens/word  unused    unk  seconds  longest")
+    for name in o.compare.split(","):
+        kind = "bpe" if name.isdigit() else name
+        wanted = int(name) if name.isdigit() else o.vocab_size
+        if kind in TRAINERS:
+            tokenizer = train(kind, [text], wanted, o.pattern, workers=o.workers)
+        else:
+            tokenizer = load(name)
+        began = time.perf_counter()
+        ids = tokenizer.encode_ordinary(text)
+        seconds = time.perf_counter() - began
+        known = ids if tokenizer.unknown is None else ids[ids != tokenizer.unknown]
+        hidden = size - tokenizer.length[known].sum()
+        longest = sorted(tokenizer.index, key=len)[-1]
+        print(f"{name[-18:]:18}{tokenizer.vocab_size:8,}{tokenizer.vocab_size * 768 / 1e6:10.1f}M"
+              f"{size / len(ids):13.3f}{len(ids) / max(1, words):13.3f}"
+              f"{1 - len(np.unique(ids)) / tokenizer.vocab_size:8.1%}"
+              f"{hidden / size:7.1%}{seconds:9.2f}  {visible(longest)[:30]}")
+
+
+def train_on_files(o: Options) -> Tokenizer:
+    """Train as the options say, save, and print the compression ratio."""
+    os.stat(Path(o.output).parent)  # a missing folder is told before the work
+    counts, errors = Counter(), {}
+    parts = read_parts(find_files(o.input), o.separator, errors)
+    # Joined by special tokens, which are boundaries, documents of any length can be cut to chunks.
+    pattern = PATTERNS.get(o.pattern, o.pattern)
+    texts = chunks((text + END * ends for text, ends in parts), pattern, BLOCK, END)
+    specials = o.special_tokens.split(",")
+    tokenizer = train(
+        o.tokenizer,
+        texts,
+        o.vocab_size,
+        o.pattern,
+        specials,
+        o.workers,
+        counts,
+        o.min_count,
+        o.max_chunk_bytes,
+    )
+    tokenizer.save(o.output)
+    train_bpe(counts, 256 + o.trace, trace=True)  # the first ones once more
+    if errors:
+        print(f"{sum(errors.values())} errors in UTF-8, replaced by U+FFFD: {', '.join(errors)}", file=sys.stderr)
+    size = sum(len(piece) * number for piece, number in counts.items())
+    known = zip(tokenizer.ids_of(list(counts)), counts.values())
+    tokens = sum(len(ids) * number for ids, number in known) // tokenizer.dtype.itemsize
+    print(f"{o.output}: {size} bytes in {tokens} tokens: {size / tokens:.3f} bytes per token")
+    return tokenizer
 
 
 def main():
     o = options(Options, sys.argv[1:])
-    if o.tokenizer not in TRAINERS:
-        tokenizer = load(o.tokenizer)
-    else:
-        os.stat(Path(o.output).parent)  # a missing folder is told before the work
-        counts, errors = Counter(), {}
-        parts = read_parts(find_files(o.input), o.separator, errors)
-        # Joined by special tokens, which are boundaries, documents of any length can be cut to chunks.
-        texts = chunks((text + END * ends for text, ends in parts), PATTERNS.get(o.pattern, o.pattern), BLOCK, END)
-        tokenizer = train(o.tokenizer, texts, o.vocab_size, o.pattern, o.special_tokens.split(","), o.workers, counts)
-        tokenizer.save(o.output)
-        if errors:
-            print(f"{sum(errors.values())} errors in UTF-8, replaced by U+FFFD: {', '.join(errors)}", file=sys.stderr)
-        size = sum(len(piece.encode()) * number for piece, number in counts.items())
-        tokens = sum(len(tokenizer.encode_ordinary(piece)) * number for piece, number in counts.items())
-        print(f"{o.output}: {size} bytes in {tokens} tokens: {size / tokens:.3f} bytes per token")
-    for i in tokenizer.encode(o.show, "all"):
-        print(f"{i:6} {tokenizer.vocab[i]!r}")
+    if o.compare:
+        return compare(o)
+    tokenizer = train_on_files(o) if o.tokenizer in TRAINERS else load(o.tokenizer)
+    show(tokenizer, o.show)
+    if o.dump:
+        lines = [f"{i}\t{visible(token)}\n" for i, token in enumerate(tokenizer.vocab)]
+        with replacing(o.dump) as file:
+            file.write("".join(lines).encode())
 
 
 if __name__ == "__main__":

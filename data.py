@@ -24,13 +24,11 @@ import inspect
 import itertools
 import json
 import lzma
-import multiprocessing
 import os
 import re
 import shutil
 import sys
 import textwrap
-import threading
 import time
 import zlib
 from collections import Counter
@@ -472,12 +470,10 @@ def extract(page: bytes | str, main: bool = True) -> str:
 
 def encode(batch: list[tuple[int, str, bool]], tokenizer: bpe.Tokenizer) -> list[tuple[np.ndarray, int, int]]:
     """[(side, text, ends)] -> for train and for val (ids, documents that end, bytes of text)."""
-    if parent := multiprocessing.parent_process():  # who may be killed while this process has an answer for it
-        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-    end = np.full(1, tokenizer.special_tokens[bpe.END], tokenizer.encode_ordinary("").dtype)
+    end = np.full(1, tokenizer.special_tokens[bpe.END], tokenizer.dtype)
     ids, documents, size = [[end[:0]], [end[:0]]], [0, 0], [0, 0]
-    for side, text, ends in batch:
-        ids[side] += [tokenizer.encode_ordinary(text), end[:ends]]
+    for (side, text, ends), row in zip(batch, tokenizer.encode_batch([text for _, text, _ in batch], 1)):
+        ids[side] += [row, end[:ends]]
         documents[side] += ends
         size[side] += len(text.encode())
     return list(zip(map(np.concatenate, ids), documents, size))

@@ -411,7 +411,7 @@ def test_the_dtype_follows_the_vocabulary(words, dtype, tmp_path):
 def test_an_id_beyond_the_vocabulary_is_refused(corpus, tmp_path, monkeypatch):
     prepare(corpus, tmp_path / "out")
     before = state(tmp_path / "out")
-    monkeypatch.setattr(bpe.Tokenizer, "encode_ordinary", lambda self, text: np.full(3, 65536 + 5))
+    monkeypatch.setattr(bpe.Tokenizer, "encode_batch", lambda self, texts, workers: [np.full(3, 65536 + 5)] * len(texts))
     with pytest.raises(ValueError, match="65541"):
         prepare(corpus, tmp_path / "out", separator=END)
     assert state(tmp_path / "out") == before
