@@ -62,8 +62,9 @@ PATTERNS = {
 # known. (?r) searches from the end.
 CUT = regex.compile(r"(?r)(?:\S(?= )|[\p{L}\p{N}](?=\s))")
 CUTTABLE = {*PATTERNS.values()} - {PATTERNS["bytes"]}
+CONTRACTION = re.compile("'(?:[sdmt]|ll|ve|re)")
 CHUNK = 1 << 14  # characters read at a time
-BLOCK = 1 << 20  # characters that are split at a time, and are worth sending to a process
+BLOCK = 1 << 21  # characters that are split at a time, and are worth sending to a process
 LONG, MANY = 64, 100  # bytes of a piece, and number of pieces, for which numpy is quicker than a loop, too
 SHORT = 1000  # characters below which a loop is quicker than numpy
 CACHE = 1 << 18  # pieces whose ids are remembered while encoding
@@ -298,6 +299,8 @@ def well_formed(text: str, form: str = "") -> str:
 
     `form` is a Unicode normal form to bring it into, such as NFC, or "".
     """
+    if text.isascii():
+        return text
     text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
     return unicodedata.normalize(form, text) if form else text
 
@@ -342,9 +345,10 @@ def piece_ends(text: str, pattern: str) -> np.ndarray:
     >>> piece_ends("Hello wörld's  end", PATTERNS["gpt2"]).tolist()
     [5, 12, 14, 15, 19]
     """
-    codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+    coding, unit = ("ascii", np.uint8) if text.isascii() else ("utf-32-le", np.uint32)
+    codes = np.frombuffer(text.encode(coding), unit)
     if pattern == PATTERNS["gpt2"] and len(text) >= SHORT:
-        kind = kinds()[np.minimum(codes, 0x3FFFF)]
+        kind = kinds().take(codes, mode="clip")
         begins = np.ones(len(codes) + 1, bool)
         begins[1:-1] = kind[1:] != kind[:-1]
         # Of white space before something else the last character stands apart, and joins what follows if it is a space.
@@ -354,9 +358,9 @@ def piece_ends(text: str, pattern: str) -> np.ndarray:
         begins[last[codes[last] == ord(" ")] + 1] = False
         quotes = (codes == ord("'")) & begins[:-1]
         for quote in np.flatnonzero(quotes).tolist():
-            if found := re.match("'(?:[sdmt]|ll|ve|re)", text[quote:quote + 3]):
+            if found := CONTRACTION.match(text, quote):
                 begins[quote + 1] = False
-                begins[quote + found.end()] = True
+                begins[found.end()] = True
         ends = np.flatnonzero(begins)[1:]
     else:
         ends = np.array(match(text, pattern).ends(1), np.int64)
@@ -392,8 +396,8 @@ def distinct(texts: list[str], pattern: str) -> tuple[list[bytes], np.ndarray, l
         return [data[start:end] for start, end in bounds]
 
     pieces = cut(np.flatnonzero(short)[first])
-    numbers = {}
-    which[~short] = [numbers.setdefault(piece, len(pieces) + len(numbers)) for piece in cut(~short)]
+    numbers = defaultdict(itertools.count(len(pieces)).__next__)
+    which[~short] = list(map(numbers.__getitem__, cut(~short)))
     return pieces + list(numbers), which, counts
 
 

@@ -644,6 +644,23 @@ def test_ids_equal_tokenizers_with_the_same_merges(tokenizer, library):
         assert tokenizer.encode(text) == peer.encode(text).ids
 
 
+@pytest.mark.slow
+def test_ids_on_100_000_strings(gpt2, test_data):
+    """GPT-2's tokenizer against tiktoken and tokenizers: random and adversarial strings, alone and many at a time."""
+    tiktoken, tokenizers = pytest.importorskip("tiktoken"), pytest.importorskip("tokenizers")
+    ranks = {token: i for token, i in gpt2.index.items()}
+    published = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+    peer = tiktoken.Encoding("gpt2", pat_str=published, mergeable_ranks=ranks, special_tokens={})
+    other = tokenizers.ByteLevelBPETokenizer(str(test_data / "gpt2/vocab.json"), str(test_data / "gpt2/merges.txt"))
+    rng = random.Random(12)
+    texts = [random_text(rng, rng.randrange(80)) + random_unicode(rng, rng.randrange(20)) for _ in range(99_000)]
+    texts += [rng.choice(["a", " ", "ab", "\0", "\u0301", "1", "'s", "\n "]) * rng.randrange(3000) for _ in range(1000)]
+    expected = peer.encode_ordinary_batch(texts)
+    assert [ids.tolist() for ids in gpt2.encode_batch(texts, 2)] == expected
+    assert [gpt2.encode(text) for text in texts] == expected
+    assert [encoding.ids for encoding in other.encode_batch(texts)] == expected
+
+
 LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 QWEN = LLAMA3.replace("{1,3}", "")
 
