@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import model
@@ -56,9 +57,15 @@ def make(**changes):
     return gpt.eval()
 
 
+def tiled(config):
+    """The mixer of each layer."""
+    names = config.mixer.split(",")
+    return [names[layer % len(names)] for layer in range(config.n_layer)]
+
+
 def fresh(gpt):
     """The state of a pass that has no past and keeps nothing."""
-    return model.State([[] for _ in gpt.blocks], [0], [0])
+    return gpt.new_state(1, 0)
 
 
 def tokens(batch=3, T=12, vocab=23):
@@ -76,7 +83,7 @@ def close(a, b, tolerance=1e-9):
 
 # every key of every axis alone, then the pairs that interact
 SINGLES = [{}, *({axis: key} for axis, table in model.AXES.items() for key in list(table)[1:] if key != "window")]
-SINGLES += [WINDOW, dict(n_kv_head=1), dict(n_inner=20), dict(bias=True), dict(qk_norm=False), dict(tie_embeddings=False),
+SINGLES += [WINDOW, dict(ngram=4, ngram_rows=97), dict(softcap=2.0), dict(n_kv_head=1), dict(n_inner=20), dict(bias=True), dict(qk_norm=False), dict(tie_embeddings=False),
             dict(qkv_bias=True), GPT2, dict(GPT2, bias=True), dict(n_layer=5, **HYBRID)]
 PAIRS = [dict(position=position, n_kv_head=2, head_dim=6, **HYBRID) for position in model.POSITIONS]
 PAIRS += [dict(position=position, qk_norm=False, **WINDOW) for position in model.POSITIONS]
@@ -84,6 +91,9 @@ PAIRS += [dict(mixer=f"{mixer},attention", head_dim=6, placement=placement, bias
           for mixer, placement in zip(RECURRENT, ("post", "reordered", "parallel"))]
 PAIRS += [dict(norm=norm, placement=placement, bias=True) for norm in model.NORMS for placement in model.PLACEMENTS]
 PAIRS += [dict(ffn=ffn, bias=True, placement="post", position="learned") for ffn in model.FFNS]
+PAIRS += [dict(mixer="valued,window", window=3, ngram=3, ngram_rows=97, softcap=30.0, n_kv_head=2, tie_embeddings=False),
+          dict(mixer="valued", n_kv_head=1, head_dim=6, bias=True, norm="layernorm", position="none"),
+          dict(mixer="gdn", ngram=2, ngram_rows=97, placement="parallel")]
 VARIANTS = {",".join(f"{k}={v}" for k, v in changes.items()) or "default": changes for changes in SINGLES + PAIRS}
 every_variant = pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
 
@@ -123,23 +133,24 @@ def test_embedding():
 
 @pytest.mark.parametrize("eps", [1e-6, 0.1])
 def test_rms_norm(eps):
-    own = [lambda x, w, ops=ops: ops.norm(x, w, None, eps, False) for ops in (model.Plain, model.Fast)]
-    agree([*own, with_weights(nn.RMSNorm(6, eps=eps), "weight")], [torch.randn(2, 3, 6) + 1, torch.randn(6)])
+    def by_hand(x, weight):
+        return x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight
+
+    norm = model.NORMS["rmsnorm"](Config(norm_eps=eps), 6)
+    agree([with_weights(norm, "weight"), by_hand], [torch.randn(2, 3, 6) + 1, torch.randn(6)])
 
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("eps", [1e-6, 0.1])
 def test_layer_norm(bias, eps):
+    def by_hand(x, weight, bias=0.0):
+        x = x - x.mean(-1, keepdim=True)
+        return x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight + bias
+
     inputs = [torch.randn(2, 3, 6) + 1, torch.randn(6)] + [torch.randn(6)] * bias
-    own = [lambda x, w, b=None, ops=ops: ops.norm(x, w, b, eps, True) for ops in (model.Plain, model.Fast)]
-    agree([*own, with_weights(nn.LayerNorm(6, eps=eps, bias=bias), "weight", "bias")], inputs)
-
-
-def test_softmax_of_huge_scores():
-    q, v = torch.tensor([[[[1e4, 0.0]]]]), torch.randn(1, 1, 4, 2)
-    k = torch.tensor([[[[1e4, 1.0], [1e4, 2.0], [-1e4, 0.0], [0.0, 0.0]]]])
-    for ops in (model.Plain, model.Fast):
-        close(ops.attention(q, k, v, None), v[:, :, :2].mean(2, keepdim=True))
+    norm = model.NORMS["layernorm"](Config(norm_eps=eps, bias=bias), 6)
+    assert [name for name, _ in norm.named_parameters()] == ["weight", "bias"][:1 + bias]
+    agree([with_weights(norm, "weight", "bias"), by_hand], inputs)
 
 
 def attention_by_loops(q, k, v, sees):
@@ -155,19 +166,24 @@ def attention_by_loops(q, k, v, sees):
     return torch.stack(rows).view(B, H, T, hd)
 
 
-@pytest.mark.parametrize("kv_heads", [4, 2, 1])
-@pytest.mark.parametrize("T,S,masked", [(5, 5, None), (1, 5, None), (1, 1, None), (5, 5, "rows"), (2, 5, "shared"), (1, 5, "shared")])
-def test_attention(kv_heads, T, S, masked):
-    q, k, v = torch.randn(2, 4, T, 6), torch.randn(2, kv_heads, S, 6), torch.randn(2, kv_heads, S, 6)
-    mask = {None: None, "rows": torch.rand(2, 1, T, S) < 0.5, "shared": torch.rand(T, S) < 0.5}[masked]
-    if masked:
-        mask[..., 0] = True  # a query that sees nothing has no softmax
-
-    def sees(b, t, s):
-        return s <= t + S - T if mask is None else bool(mask.expand(2, 1, T, S)[b, 0, t, s])
-
-    agree([lambda q, k, v, ops=ops: ops.attention(q, k, v, mask) for ops in (model.Plain, model.Fast)]
-          + [lambda q, k, v: attention_by_loops(q, k, v, sees)], [q, k, v])
+@pytest.mark.parametrize("n_kv_head", [4, 2, 1])
+@pytest.mark.parametrize("mixer", ["attention", "window", "valued"])
+@pytest.mark.parametrize("past", [0, 3])
+def test_attention(n_kv_head, mixer, past):
+    """A layer of attention as loops over queries, in a call that has no past and in one that has."""
+    gpt = make(n_layer=1, n_kv_head=n_kv_head, mixer=mixer, window=2 * (mixer == "window"), position="none", qk_norm=False)
+    layer, x, ids = gpt.blocks[0].mixer, torch.randn(2, 7, 16), tokens(2, 7)
+    q, k, v = layer.qkv(x).view(2, 7, -1, 4).transpose(1, 2).split((4, n_kv_head, n_kv_head), 1)
+    if mixer == "valued":
+        v = v + layer.values[0].weight[ids].view(2, 7, n_kv_head, 4).transpose(1, 2)
+    y = attention_by_loops(q, k, v, lambda b, t, s: 0 <= t - s < (2 if mixer == "window" else 7))
+    expected = y.transpose(1, 2).reshape(2, 7, 16) @ layer.out.weight.T
+    state, parts = gpt.new_state(2, 7) if past else fresh(gpt), []
+    for ids_, x_ in zip(ids.split(past or 7, 1), x.split(past or 7, 1)):
+        at = torch.arange(x_.shape[1])[None] + state.lengths[0]
+        parts.append(layer(x_, ids_, at, lambda x: x, state, 0))
+        state.lengths = [state.lengths[0] + x_.shape[1]] * len(state.lengths)
+    close(torch.cat(parts, 1), expected)
 
 
 def test_gradients_by_finite_differences():
@@ -176,21 +192,7 @@ def test_gradients_by_finite_differences():
     x = torch.randn(1, 6, 16, requires_grad=True)
     at = torch.arange(6)[None]
     block = gpt.blocks[0]
-    assert torch.autograd.gradcheck(lambda x: block(x, at, gpt.position.turn(at), fresh(gpt), 0), [x])
-
-
-@every_variant
-def test_plain_model_equals_fast_model(changes, monkeypatch):
-    gpt, x = make(**changes), tokens(T=9)
-    names = [name for name, _ in gpt.named_parameters()]
-
-    def logits(*weights):
-        return torch.func.functional_call(gpt, dict(zip(names, weights)), x)
-
-    fast = results(logits, gpt.parameters())
-    monkeypatch.setattr(model, "ops", model.Plain)
-    for a, b in zip(fast, results(logits, gpt.parameters()), strict=True):
-        close(a, b)
+    assert torch.autograd.gradcheck(lambda x: block(x, tokens(1, 6), at, gpt.position.turn(at), fresh(gpt), 0), [x])
 
 
 # -------------------------------------------------------------------------------- whole models, written in another way
@@ -255,7 +257,7 @@ def default_by_hand(gpt, ids):
     x = p["embedding.weight"][ids]
     for i in range(c.n_layer):
         w = {name.removeprefix(f"blocks.{i}."): weight for name, weight in p.items()}
-        kv = c.kv_heads
+        kv = c.n_kv_head or c.n_head
         q, k, v = (rms(x, w["norm1.weight"]) @ w["mixer.qkv.weight"].T).unflatten(-1, (-1, hd)).split((c.n_head, kv, kv), 2)
         q, k = turned(rms(q, w["mixer.q_norm.weight"])), turned(rms(k, w["mixer.k_norm.weight"]))
         k, v = (t.repeat_interleave(c.n_head // kv, 2) for t in (k, v))
@@ -279,7 +281,7 @@ def test_placements_by_hand(placement):
     at = torch.arange(x.shape[1])[None]
 
     def mix(h):
-        return block.mixer(h, at, gpt.position.turn(at), fresh(gpt), 0)
+        return block.mixer(h, x, at, gpt.position.turn(at), fresh(gpt), 0)
 
     if placement == "pre":
         h = h + mix(block.norm1(h))
@@ -355,7 +357,7 @@ def test_rope_is_exact_at_far_positions(single):
 @pytest.mark.parametrize("n_embd", [16, 12])
 def test_sinusoidal_formula(n_embd):
     gpt = GPT(Config(**{**TINY, "n_embd": n_embd}, position="sinusoidal"))
-    added = gpt.position.add(torch.zeros(1, 16, n_embd), torch.arange(16))[0]
+    added = gpt.position.add(torch.zeros(1, 16, n_embd), torch.arange(16)[None])[0]
     for t in range(16):
         for i in range(0, n_embd, 2):
             angle = t / 10000 ** (i / n_embd)
@@ -364,8 +366,73 @@ def test_sinusoidal_formula(n_embd):
 
 def test_sinusoidal_of_odd_width():
     gpt = make(position="sinusoidal", n_embd=15, head_dim=4)
-    added = gpt.position.add(torch.zeros(1, 16, 15), torch.arange(16))[0]
+    added = gpt.position.add(torch.zeros(1, 16, 15), torch.arange(16)[None])[0]
     assert abs(added[3, 14] - math.sin(3 / 10000 ** (14 / 15))) < 1e-12
+
+
+def hashed(gram, rows):
+    """The documented hash of an n-gram, in Python's integers: the last token, then those before it."""
+    key = gram[-1] % 2**64
+    for token in gram[-2::-1]:
+        key = (key * 0x1E3779B97F4A7C15 + token) % 2**64
+        key = (key ^ (key >> 30)) * 0x3F58476D1CE4E5B9 % 2**64
+        key = (key ^ (key >> 27)) * 0x14D049BB133111EB % 2**64
+    return (key - 2**64 * (key >> 63)) % rows  # torch's int64 is signed
+
+
+def test_ngrams_by_hand():
+    gpt, x = make(ngram=4, ngram_rows=97), tokens(3, 12)
+    assert [table.weight.shape for table in gpt.ngrams.tables] == [(97, 16)] * 3
+    rows = x.tolist()
+    for sparse in (False, True):
+        for table in gpt.ngrams.tables:
+            table.sparse = sparse
+        added = gpt.ngrams(torch.zeros(3, 12, 16), x, torch.arange(12)[None], fresh(gpt))
+        for b, t in itertools.product(range(3), range(12)):
+            grams = [([-1] * 3 + rows[b])[t + 4 - n:t + 4] for n in (2, 3, 4)]
+            close(added[b, t], sum(table.weight[hashed(gram, 97)] for table, gram in zip(gpt.ngrams.tables, grams)))
+
+
+def test_ngrams_seldom_meet_in_a_row():
+    """All pairs of 200 tokens in 2^20 rows: about as many different rows as random numbers would take."""
+    gpt = GPT(Config(vocab_size=200, block_size=2, n_layer=1, n_embd=4, n_head=1, head_dim=2, ngram=2, ngram_rows=2**20))
+    pairs = torch.cartesian_prod(torch.arange(200), torch.arange(200))
+    with torch.no_grad():
+        gpt.ngrams.tables[0].weight.copy_(torch.arange(2**20)[:, None].expand(-1, 4))
+    taken = gpt.ngrams(torch.zeros(40000, 2, 4), pairs, torch.arange(2)[None], fresh(gpt))[:, 1, 0].unique()
+    assert abs(len(taken) - 2**20 * (1 - math.exp(-40000 / 2**20))) < 200
+
+
+def test_sparse_and_dense_gradients_of_tables_are_equal():
+    grads = []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        gpt, x = make(ngram=3, ngram_rows=50, mixer="valued"), tokens()
+        for module in (*gpt.ngrams.tables, gpt.blocks[0].mixer.values[0]):
+            module.sparse = sparse
+        loss_of(gpt, x).backward()
+        assert {weight.grad.is_sparse for name, weight in gpt.named_parameters() if "ngrams" in name} == {sparse}
+        grads.append({name: weight.grad.to_dense() for name, weight in gpt.named_parameters()})
+    for name in grads[0]:
+        close(grads[0][name], grads[1][name])
+
+
+def test_tables_start_at_zero_and_leave_the_model_as_it_is():
+    torch.manual_seed(4)
+    plain = GPT(Config(**TINY))
+    gpt, x = GPT(Config(**TINY, ngram=4, mixer="valued")), tokens()
+    own = gpt.state_dict()
+    gpt.load_state_dict(own | plain.state_dict())
+    close(gpt(x), plain(x))
+
+
+def test_softcap():
+    capped, x = make(softcap=2.0), tokens()
+    plain = make()
+    plain.load_state_dict(capped.state_dict())
+    close(capped(x), 2 * torch.tanh(plain(x) / 2))
+    close(capped.head(capped.hidden(x)), capped(x))
+    assert plain(x).abs().max() > 3 and capped(x).abs().max() < 2
 
 
 def test_order_matters_except_without_position():
@@ -420,8 +487,7 @@ def test_window_twins():
     wide.load_state_dict(full.state_dict())
     x = tokens(T=16)
     close(wide(x), full(x))
-    assert Config(n_layer=5, **HYBRID).mixers == ["window", "attention", "window", "attention", "window"]
-    assert [block.mixer.window for block in make(n_layer=3, **HYBRID).blocks] == [4, 0, 4]
+    assert [block.mixer.window for block in make(n_layer=5, **HYBRID).blocks] == [4, 0, 4, 0, 4]
 
 
 @every_variant
@@ -470,7 +536,7 @@ def test_truncate_then_go_on(changes):
     gpt(torch.full((2, 4), 7), state)
     state.truncate([6, 6])
     close(gpt(x[:, 6:], state), gpt(x)[:, 6:])
-    if any(mixer in RECURRENT for mixer in gpt.config.mixers):  # the sums of what went before cannot be taken apart
+    if any(mixer in RECURRENT for mixer in tiled(gpt.config)):  # the sums of what went before cannot be taken apart
         with pytest.raises(ValueError, match=r"cannot truncate \[12, 12\] to \[6, 5\]: possible down to \[6, 6\]"):
             state.truncate([6, 5])
         state.truncate([6, 6])
@@ -529,6 +595,9 @@ def test_gradients_reach_every_parameter_and_the_loss_falls(changes):
     for name, weight in gpt.named_parameters():
         if name.endswith("k_norm.bias") or name.endswith("qkv.bias"):
             continue  # without rope, what all keys share does not change a softmax
+        if name.startswith("ngrams") or "values" in name:
+            assert weight.grad.abs().amax() > 0, name
+            continue  # rows of a table: those that were used
         moved = weight.grad if not name.startswith("position.table") else weight.grad[:11]  # positions that were seen
         assert moved is not None and moved.abs().amax() > 0, name
         if weight.ndim > 1 and not name.startswith(("embedding", "head", "position")):
@@ -674,8 +743,9 @@ def test_state_of_a_recurrence_has_one_size():
         for _ in range(3):
             gpt(tokens(1, 1), state)
             sizes.append(state.nbytes)
-        assert len(set(sizes)) == 1 and sizes[0] < 2 * gpt.new_state(1, 64).nbytes
-        assert gpt.new_state(1, 10).nbytes == gpt.new_state(1, 64).nbytes
+        short = gpt.new_state(1, 10)
+        gpt(tokens(1, 1), short)
+        assert set(sizes) == {short.nbytes}
 
 
 def test_delta_rule_replaces_what_a_key_held():
@@ -804,12 +874,16 @@ def test_roles_cover_every_parameter(changes):
     gpt = make(**changes)
     roles = gpt.roles()
     assert roles.keys() == dict(gpt.named_parameters()).keys()
-    kinds = {"embedding": "tied" if gpt.config.tie_embeddings else "embedding", "table": "embedding", "head": "head", "qkv": "matrix", "up": "matrix",
-             "out": "output",
-             "down": "output", "norm": "gain", "norm1": "gain", "norm2": "gain", "q_norm": "gain", "k_norm": "gain"}
+    kinds = {model.Embedding: "embedding", model.Linear: "matrix", model.RMSNorm: "gain", nn.LayerNorm: "gain"}
+    special = {"embedding.weight": "tied" if gpt.config.tie_embeddings else "embedding", "head.weight": "head"}
     for name, role in roles.items():
-        *_, owner, own = name.split(".")
-        assert role == ("bias" if own == "bias" else kinds[owner]), name
+        path, _, own = name.rpartition(".")
+        kind = special.get(name, kinds[type(gpt.get_submodule(path))])
+        if path.startswith("ngrams") or "values" in path:
+            kind = "table"
+        if path.endswith((".out", ".down")):
+            kind = "output"
+        assert role == ("bias" if own == "bias" else kind), name
 
 
 def test_roles_table():
@@ -846,22 +920,21 @@ def test_published_parameter_counts(name, single):
 
 
 @every_variant
-def test_accounting_of_parameters_flops_and_bytes(changes, single, monkeypatch):
+def test_accounting_of_parameters_flops_and_bytes(changes, single):
     config = Config(**{**TINY, **changes})
     gpt, x = GPT(config), tokens(3, 16)
     a = model.account(config, 3, optimizer="adamw")
     sizes = {name: weight.numel() for name, weight in gpt.named_parameters()}
     assert a["parameters"] == sum(sizes.values())
     assert a["roles"] == {role: sum(n for name, n in sizes.items() if gpt.roles()[name] == role) for role in model.ROLES}
-    # FLOPs: the formula, and torch's counter on a real pass of the plain operations
+    # FLOPs: the formula, and torch's counter on a real pass with attention as matrix products
     matrices = sum(m.weight.numel() for m in gpt.modules() if type(m) is model.Linear)
     heads = config.n_head * (config.head_dim or config.n_embd // config.n_head)
     hd = config.head_width
     mixing = {"attention": 4 * 16 * 16, "linear": 4 * 16 * (16 + hd), "gdn": 6 * 16 * (16 + hd)}  # a channel: one chunk
-    mixing |= {"window": mixing["attention"], "mamba2": mixing["linear"]}
-    assert a["forward_flops"] == 2 * 16 * matrices + sum(mixing[mixer] * heads for mixer in config.mixers)
-    monkeypatch.setattr(model, "ops", model.Plain)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    mixing |= {"window": mixing["attention"], "valued": mixing["attention"], "mamba2": mixing["linear"]}
+    assert a["forward_flops"] == 2 * 16 * matrices + sum(mixing[mixer] * heads for mixer in tiled(config))
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         gpt(x)
     assert a["forward_flops"] * 3 == counter.get_total_flops()
     # bytes: of what a step of torch's AdamW really holds
@@ -875,10 +948,19 @@ def test_accounting_of_parameters_flops_and_bytes(changes, single, monkeypatch):
     muon = model.account(config, 3)["memory"]["optimizer"]
     assert moments - muon == 4 * sum(n for name, n in sizes.items() if name.endswith(("qkv.weight", "out.weight", "up.weight", "down.weight")))
     assert a["memory_total"] == sum(a["memory"].values())
-    sums = sum(mixer in RECURRENT for mixer in config.mixers)
-    constant, token = 4 * sums * heads * hd, 4 * 2 * (config.n_layer - sums) * config.kv_heads * hd
-    assert gpt.new_state(2, 5).nbytes == 2 * constant + 10 * token
+    # of a token: keys and values, the token itself for n-grams; of a sequence: S, and the inputs of the last call
+    sums = [mixer for mixer in tiled(config) if mixer in RECURRENT]
+    constant = sum(4 * (heads * hd + config.n_head * (3 * hd + 2)) + 8 for mixer in sums)
+    token = 4 * 2 * (config.n_layer - len(sums)) * (config.n_kv_head or config.n_head) * hd + 8 * (config.ngram > 1)
+    state = gpt.new_state(2, 5)
+    gpt(x[:2, :1], state)
+    assert state.nbytes == 2 * constant + 10 * token
     assert a["cache_per_token"] == (constant + 16 * token) // 16
+    share = {"mixer": sum(mixing[mixer] * heads for mixer in tiled(config)), "ffn": 0, "head": 0}
+    for name, module in gpt.named_modules():
+        if type(module) is model.Linear:
+            share[next(part for part in share if part in name)] += 2 * 16 * module.weight.numel()
+    assert a["flops"] == share
 
 
 def kept_bytes(gpt, x):
@@ -902,8 +984,8 @@ def test_activation_memory_equals_saved_tensors(changes, single):
     config = Config(**{**TINY, **changes, "n_embd": 32, "vocab_size": 64, "block_size": 64})
     measured = kept_bytes(GPT(config), tokens(4, 64))
     counted = model.account(config, 4)["memory"]["activations"]
-    masks = sum(4 * 64 * 64 for mixer in config.mixers if mixer == "window")  # fp32, shared by rows and heads
-    if config.kv_heads < config.n_head and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
+    masks = sum(4 * 64 * 64 for mixer in tiled(config) if mixer == "window")  # fp32, shared by rows and heads
+    if 0 < config.n_kv_head < config.n_head and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
         pytest.skip("older torch keeps keys and values of grouped queries once a query head")
     assert counted <= measured <= counted + masks
 
@@ -915,21 +997,13 @@ def test_activation_memory_with_dropout(single):
     assert counted > model.account(Config(n_layer=2), 2)["memory"]["activations"]
 
 
-def test_accounting_restores_the_operations(monkeypatch):
-    monkeypatch.setattr(model, "ops", model.Plain)
-    model.account(Config(**TINY), 1)
-    assert model.ops is model.Plain
-    with pytest.raises(ValueError):
-        model.account(Config(n_head=3), 1)
-    monkeypatch.setitem(model.NORMS, "broken", lambda config, width=0: Broken())
-    with pytest.raises(ZeroDivisionError):
-        model.account(Config(norm="broken"), 1)
-    assert model.ops is model.Plain
-
-
-class Broken(nn.Module):
-    def forward(self, x):
-        return 1 / 0
+@pytest.mark.parametrize("preset,count", [("gpt2", 124_439_808), ("gpt2-xl", 1_557_611_200), ("llama-3-8b", 8_030_261_248),
+                                          ("mistral-7b", 7_241_732_096), ("qwen3-0.6b", 596_049_920)])
+def test_presets_have_the_published_counts(preset, count, single):
+    with torch.device("meta"):
+        gpt = GPT(model.options(Config, model.PRESETS[preset].split()))
+    assert sum(weight.numel() for weight in gpt.parameters()) == count
+    assert set(model.PRESETS) == {"", "gpt2", "gpt2-xl", "llama-3-8b", "mistral-7b", "qwen3-0.6b"}
 
 
 def test_report(single):
@@ -942,11 +1016,9 @@ def test_report(single):
 # -------------------------------------------------------------------------------------------------------- extension test
 
 class ToyNorm(nn.Module):
-    roles = {"weight": "gain"}
-
-    def __init__(self, config, width=0):
+    def __init__(self, config, width):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(width or config.n_embd))
+        self.weight = nn.Parameter(torch.empty(width))
 
     def forward(self, x):
         return x / (1 + x.abs().mean(-1, keepdim=True)) * self.weight
@@ -958,26 +1030,21 @@ class ToyPosition(model.Position):
 
 
 class ToyMixer(nn.Module):
-    """The mean over all tokens before, with a learned decay that names its own role."""
-
-    roles = {"scale": "gain"}
+    """The normalised mean over all tokens before."""
 
     def __init__(self, config):
         super().__init__()
-        self.scale = nn.Parameter(torch.empty(config.n_embd))
-        self.out = model.Linear(config.n_embd, config.n_embd, role="output")
+        self.norm = ToyNorm(config, config.n_embd)
+        self.out = model.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x, at, turn, state, layer):
+    def forward(self, x, tokens, at, turn, state, layer):
         total = (state.layers[layer] or [0])[0] + x.cumsum(1)
         state.layers[layer] = [total[:, -1:]]
-        return self.out(total / (at[..., None] + 1) * self.scale)
-
-    def state(self, batch, capacity):
-        return [self.out.weight.new_zeros(batch, 1, len(self.scale))]
+        return self.out(self.norm(total / (at[..., None] + 1)))
 
 
 TOYS = {"norm": ToyNorm, "position": ToyPosition, "placement": lambda x, start, norm, f: x + torch.tanh(norm(f(x))), "mixer": ToyMixer,
-        "ffn": lambda config: model.MLP(torch.sin, config)}
+        "ffn": (1, torch.sin)}
 
 
 @pytest.mark.parametrize("axis", TOYS)
@@ -1000,10 +1067,14 @@ def test_a_key_added_from_outside(axis, tmp_path, monkeypatch):
 
 def test_a_parameter_without_a_role_is_refused(monkeypatch):
     class Roleless(ToyNorm):
-        roles = {}
+        def __init__(self, config, width):
+            super().__init__(config, width)
+            self.extra = nn.Parameter(torch.empty(width))
     monkeypatch.setitem(model.NORMS, "toy", Roleless)
-    with pytest.raises(KeyError, match="weight"):
+    with pytest.raises(ValueError, match="no row of ROLES has a name like blocks.0.norm1.extra"):
         make(norm="toy")
+    monkeypatch.setitem(model.ROLES, "extra", model.Role("extra", mean=2.0))  # the twin
+    assert (GPT(Config(**TINY, norm="toy")).norm.extra == 2).all()
 
 
 # ---------------------------------------------------------------------------------------------------------- checkpoints
@@ -1273,7 +1344,11 @@ def test_command_line(tmp_path, run_script):
                       "--position=learned", "--ffn=gelu", "--qk_norm=False", "--batch_size=1", cwd=tmp_path)
     assert done.returncode == 0 and done.stderr == ""
     assert "124,337,664" in done.stdout and "291,648,307,200" in done.stdout
-    for word, code, message in [("--n_layr=2", 2, "--n_layer=..."), ("--n_head=3", 1, "model.py: --n_embd=128 is no multiple of --n_head=3"),
+    done = run_script("model.py", "--account", "--preset=gpt2", "--tokens=1e9", "--accelerator=a100", "--mfu=0.5", cwd=tmp_path)
+    flops = 3 * 291_648_307_200 // 1024 * 10**9
+    assert f"{flops / 312e12 / 0.5 / 3600:,.1f} hours on one a100 at 50%" in done.stdout and f"{flops:.3g} FLOPs" in done.stdout
+    for word, code, message in [("--preset=gpt3", 1, "model.py: --preset=gpt3: choose from "), ("--accelerator=abacus", 1, "choose from a100"),
+                                ("--n_layr=2", 2, "--n_layer=..."), ("--n_head=3", 1, "model.py: --n_embd=128 is no multiple of --n_head=3"),
                                 ("--batch_size=0", 1, "model.py: --batch_size=0 is too small")]:
         done = run_script("model.py", word, cwd=tmp_path)
         assert done.returncode == code and message in done.stderr and len(done.stderr.splitlines()) == 1 and not done.stdout
