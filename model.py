@@ -137,7 +137,7 @@ NORMS = {
 GOLDEN = 0x1E3779B97F4A7C15  # an odd number without pattern: products with it differ in all their bits
 
 
-def scramble(bits):
+def scramble(bits: Tensor):
     """Hash int64s: each bit comes to depend on all others (splitmix64's finaliser, Steele et al. 2014)."""
     for shift, factor in ((30, 0x3F58476D1CE4E5B9), (27, 0x14D049BB133111EB)):
         bits = (bits ^ (bits >> shift & 2 ** (64 - shift) - 1)) * factor  # & takes out the sign shifted in
@@ -252,7 +252,7 @@ class Position(nn.Identity):
         return lambda x: x
 
 
-def waves(at, width, base):
+def waves(at: Tensor, width: int, base: float):
     """cos and sin of at / base^(2 i / width), i a pair of channels: at (...) -> (2, ..., width / 2 rounded up)"""
     frequency = base ** (-torch.arange(0, width, 2).double() / width)
     angle = at[..., None] * frequency  # exact enough for long contexts
