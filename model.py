@@ -1,9 +1,11 @@
 """A decoder-only language model: tokens in, logits out. Every layer is written out, every choice is a key of a dict.
 
-Reads: nothing (a checkpoint, through load_checkpoint).
-Writes: nothing (a checkpoint, through save_checkpoint).
+Reads: a checkpoint; with --import_hf a folder of HuggingFace's (config.json, *.safetensors).
+Writes: a checkpoint; with --export_hf such a folder.
 Usage: python model.py --preset=gpt2
        python model.py --preset=llama-3-8b --n_layer=64 --accelerator=b200 --tokens=1e12
+       python model.py --import_hf=DIR --output=ckpt.pt
+       python model.py --ckpt=ckpt.pt --export_hf=DIR
 References: Vaswani et al. 2017 (Transformer); Radford et al. 2019 (GPT-2); Touvron et al. 2023 (Llama).
 """
 import argparse
@@ -11,6 +13,8 @@ import contextlib
 import dataclasses
 import difflib
 import inspect
+import json
+import math
 import os
 import re
 import sys
@@ -98,6 +102,10 @@ class Options(Config):
     tokens: int = 0  # tokens to train on, for the time (0: 20 a parameter)
     accelerator: str = "h100"  # what it would train on: a100, h100, b200, rtx4090
     mfu: float = 0.4  # share of the accelerator's peak that training reaches
+    import_hf: str = ""  # folder of a HuggingFace model; it is written to --output
+    export_hf: str = ""  # folder that the model of --ckpt is written to
+    ckpt: str = "out/ckpt.pt"  # checkpoint to export
+    output: str = "ckpt.pt"  # checkpoint to write
 
 
 # ---- layers with parameters; what each parameter is follows from its name, see ROLES further down
@@ -675,6 +683,172 @@ def from_checkpoint(checkpoint: dict) -> GPT:
     return model
 
 
+# ---- HuggingFace: a folder with config.json and tensors in safetensors files
+
+# our parameter, GPT-2's, that of Llama and the kinds after it; + joins what is one matrix here
+HF_TENSORS = """
+    embedding       wte          embed_tokens
+    position.table  wpe          -
+    norm            ln_f         norm
+    head            lm_head      lm_head
+    norm1           ln_1         input_layernorm
+    norm2           ln_2         post_attention_layernorm
+    mixer.qkv       attn.c_attn  self_attn.q_proj+self_attn.k_proj+self_attn.v_proj
+    mixer.q_norm    -            self_attn.q_norm
+    mixer.k_norm    -            self_attn.k_norm
+    mixer.out       attn.c_proj  self_attn.o_proj
+    ffn.up          mlp.c_fc     mlp.gate_proj+mlp.up_proj
+    ffn.down        mlp.c_proj   mlp.down_proj"""
+# our option and theirs; those of the first five lines must be there
+HF_OPTIONS = """
+    vocab_size      vocab_size           vocab_size
+    block_size      n_positions          max_position_embeddings
+    n_layer         n_layer              num_hidden_layers
+    n_head          n_head               num_attention_heads
+    n_embd          n_embd               hidden_size
+    n_inner         n_inner              intermediate_size
+    n_kv_head       -                    num_key_value_heads
+    head_dim        -                    head_dim
+    window          -                    sliding_window
+    rope_base       -                    rope_theta
+    norm_eps        layer_norm_epsilon   rms_norm_eps
+    tie_embeddings  tie_word_embeddings  tie_word_embeddings"""
+HF_KINDS = {  # what all models of a kind have, or what is meant where config.json is silent
+    "gpt2": "--norm=layernorm --position=learned --ffn=gelu --qk_norm=False --bias=True --norm_eps=1e-5",
+    "llama": "--qk_norm=False --tie_embeddings=False",
+    "mistral": "--qk_norm=False --tie_embeddings=False",
+    "qwen2": "--qk_norm=False --tie_embeddings=False --qkv_bias=True",
+    "qwen3": "--tie_embeddings=False",
+}
+# what else config.json may say: that something is off, or is done the way it is here, or what does not touch the logits
+HF_KNOWN = re.compile(
+    r".*=(None|False|0|0\.0|\[\]|{}|\['full_attention'(, 'full_attention')*\])|hidden_act=silu|activation_function=gelu_new"
+    r"|scale_attn_weights=True|rope_type=default|(rope_parameters|architectures|model_type|.*(dtype|version|_token_id|pdrop"
+    r"|dropout|_range|cache|path|2label|label2id|summary_\w+|task_\w+|_ctx|return_dict|max_window_layers|pretraining_tp))=.*")
+DTYPES = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16)
+
+
+def column(table: str, kind: str) -> dict[str, str]:
+    """Our names and those of a kind, of the lines that it has."""
+    rows = [row.split() for row in table.split("\n")[1:]]
+    names = {row[0]: row[1 + (kind != "gpt2")] for row in rows}
+    return {own: name for own, name in names.items() if name != "-"}
+
+
+def hf_config(theirs: dict) -> Config:
+    """The Config that a config.json asks for. Raises ValueError, by name, for what is missing or not computed here."""
+    kind = theirs.get("model_type")
+    require(kind in HF_KINDS, f"config.json: model_type={kind}: choose from {', '.join(HF_KINDS)}")
+    theirs = theirs | (theirs.get("rope_parameters") or {})
+    if kind != "mistral":  # Qwen's names a window that is not in use
+        theirs["sliding_window"] = None
+    names = column(HF_OPTIONS, kind)
+    for name in [*names.values()][:5]:
+        require(name in theirs, f"config.json lacks {name}")
+    for name, value in theirs.items():
+        known = name in names.values() or HF_KNOWN.fullmatch(f"{name}={value}")
+        require(known, f"config.json: {name}={value} is not computed here")
+    given = {own: theirs[name] for own, name in names.items() if theirs.get(name) is not None}
+    given["mixer"] = "window" if given.get("window") else "attention"
+    return dataclasses.replace(options(Config, HF_KINDS[kind].split()), **given)
+
+
+def hf_views(gpt: GPT, kind: str) -> dict[str, Tensor]:
+    """Every tensor of a kind by name, as a view into our weights: to be filled, or to be written."""
+    c, views, names = gpt.config, {}, column(HF_TENSORS, kind)
+    groups = c.n_kv_head or c.n_head
+    heads = [n * c.head_width for n in (c.n_head, groups, groups)]
+    for name, weight in gpt.named_parameters():
+        layer, path, own = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.+)\.(\w+)", name).groups()
+        parts = names[path].split("+")
+        sizes = heads if len(parts) == 3 else len(weight) // len(parts)
+        stem = "" if path == "head" else "transformer." if kind == "gpt2" else "model."
+        stem += (f"h.{layer}." if kind == "gpt2" else f"layers.{layer}.") if layer else ""
+        flip = kind == "gpt2" and layer and weight.ndim == 2  # GPT-2 keeps these as (n_in, n_out)
+        for part, view in zip(parts, weight.detach().split(sizes)):
+            views[f"{stem}{part}.{own}"] = view.T if flip else view
+    return views
+
+
+def read_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors, one by one; what does not fit into the file is a ValueError before any is read.
+
+    The format: 8 bytes with the length of a JSON header, the header, raw bytes.
+    """
+    with open(path, "rb") as file:
+        body = 8 + int.from_bytes(file.read(8), "little")
+        room = path.stat().st_size - body
+        require(room >= 0 and body > 8, f"{path} is no safetensors file, or is truncated")
+        header = json.loads(file.read(body - 8))
+        header.pop("__metadata__", None)
+        for name, about in header.items():
+            begin, end = about["data_offsets"]
+            size = math.prod(about["shape"]) * DTYPES[about["dtype"]].itemsize
+            require(0 <= begin <= end == begin + size <= room, f"{path} is truncated, or mislabelled at {name}")
+        for name, about in header.items():
+            tensor = torch.empty(about["shape"], dtype=DTYPES[about["dtype"]])
+            file.seek(body + about["data_offsets"][0])
+            file.readinto(tensor.flatten().view(torch.uint8).numpy())
+            yield name, tensor
+
+
+def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write the tensors, in single precision, whole or not at all."""
+    header, end = {}, 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + 4 * tensor.numel()
+        header[name] = dict(dtype="F32", shape=[*tensor.shape], data_offsets=[begin, end])
+    text = json.dumps(header | {"__metadata__": {"format": "pt"}}).encode()
+    with replacing(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            file.write(tensor.float().contiguous().numpy())
+
+
+def import_hf(folder: str | os.PathLike) -> GPT:
+    """The model of a folder, in single precision. Raises OSError, or ValueError where something is missing or unknown."""
+    folder = Path(folder)
+    try:
+        theirs = json.loads((folder / "config.json").read_text())
+        gpt = GPT(hf_config(theirs))
+        stem = "transformer." if theirs["model_type"] == "gpt2" else "model."  # absent where the head is
+        views = {name.removeprefix(stem): view for name, view in hf_views(gpt, theirs["model_type"]).items()}
+        index = folder / "model.safetensors.index.json"
+        files = json.loads(index.read_text())["weight_map"].values() if index.exists() else ["model.safetensors"]
+        constant = re.compile(r".*(\.attn\.(masked_)?bias|inv_freq)" + r"|lm_head\.weight" * gpt.config.tie_embeddings)
+        for file in sorted({*files}):
+            for name, tensor in read_safetensors(folder / file):
+                if not constant.fullmatch(name):
+                    view = views.pop(name.removeprefix(stem), tensor[None])  # a shape that no tensor has
+                    require(view.shape == tensor.shape, f"{file}: {name} {[*tensor.shape]} has no place here")
+                    require(bool(tensor.isfinite().all()), f"{file}: {name} has entries that are not finite")
+                    view.copy_(tensor)
+    except (KeyError, TypeError, AttributeError) as error:  # JSON of another form
+        raise ValueError(f"{folder} is no model of HuggingFace's, or is mislabelled: {error!r}") from error
+    require(not views, f"{folder} lacks {', '.join(views)}")
+    return gpt
+
+
+def export_hf(gpt: GPT, folder: str | os.PathLike) -> str:
+    """Write a folder that HuggingFace's libraries read; returns the kind. Raises ValueError where none is the same."""
+    def full(c):  # without what training alone asks for, and with nothing left to be derived
+        return vars(c) | dict(n_kv_head=c.n_kv_head or c.n_head, head_dim=c.head_width, n_inner=c.inner, dropout=0.0,
+                              init="", rope_base=(c.position == "rope") * c.rope_base)
+    own, texts, differ = full(gpt.config), {}, {}
+    for kind in HF_KINDS:
+        texts[kind] = {name: own[key] or None for key, name in column(HF_OPTIONS, kind).items()}
+        texts[kind] |= dict(model_type=kind, tie_word_embeddings=own["tie_embeddings"])
+        differ[kind] = [key for key, value in full(hf_config(texts[kind])).items() if own[key] != value]
+    kind = min(differ, key=lambda kind: len(differ[kind]))
+    require(not differ[kind], f"no kind of HuggingFace's models is this one; {kind} differs in {', '.join(differ[kind])}")
+    theirs = texts[kind]
+    theirs["architectures"] = ["GPT2LMHeadModel" if kind == "gpt2" else f"{kind.capitalize()}ForCausalLM"]
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    (Path(folder) / "config.json").write_text(json.dumps(theirs, indent=1))
+    write_safetensors(Path(folder) / "model.safetensors", hf_views(gpt, kind))
+    return kind
+
+
 def options(kind: type, words: list[str]):
     """Fill the dataclass `kind` from --key=value words; a field's trailing comment is its help. A bad word exits 2."""
     source = "".join(map(inspect.getsource, kind.__mro__[-2::-1]))
@@ -720,6 +894,12 @@ def main() -> None:
     preset = options(Options, words).preset
     require(preset in PRESETS, f"--preset={preset}: choose from {', '.join(PRESETS)}")
     o = options(Options, PRESETS[preset].split() + words)
+    if o.import_hf:
+        save_checkpoint(o.output, import_hf(o.import_hf))
+        return print(f"{o.import_hf} -> {o.output}; next: python sample.py --ckpt={o.output}, if it has a tokenizer")
+    if o.export_hf:
+        kind = export_hf(from_checkpoint(load_checkpoint(o.ckpt)), o.export_hf)
+        return print(f"{o.ckpt} -> {o.export_hf}, a model of the kind {kind}")
     require(o.accelerator in PEAK, f"--accelerator={o.accelerator}: choose from {', '.join(PEAK)}")
     cost = account(o, 1)
     tokens = o.tokens or 20 * cost["parameters"]

@@ -4,6 +4,7 @@ Everything runs in float64 unless a test says otherwise, so that what is equal o
 """
 import dataclasses
 import itertools
+import json
 import math
 import os
 import pickle
@@ -1223,6 +1224,185 @@ def test_replacing(tmp_path):
             assert path.read_bytes() == b"old"  # until the block ends
         assert reader.read() == b"old"  # renamed over, not written over: no moment with half a file
     assert path.read_bytes() == b"new" and os.listdir(tmp_path) == ["file"]
+
+
+# -------------------------------------------------------------------------------------------------------- HuggingFace
+
+SMALL = dict(vocab_size=61, hidden_size=32, intermediate_size=44, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=24)
+FAMILIES = {
+    "gpt2": ("GPT2", dict(vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=24)),
+    "llama": ("Llama", dict(SMALL, num_key_value_heads=2, rope_parameters=dict(rope_theta=500.0, rope_type="default"))),
+    "smollm": ("Llama", dict(SMALL, num_key_value_heads=1, tie_word_embeddings=True, rms_norm_eps=1e-5)),
+    "mistral": ("Mistral", dict(SMALL, num_key_value_heads=2, head_dim=16, sliding_window=5)),
+    "mistral-full": ("Mistral", dict(SMALL, num_key_value_heads=4, sliding_window=None)),
+    "qwen2.5": ("Qwen2", dict(SMALL, num_key_value_heads=2)),
+    "qwen3": ("Qwen3", dict(SMALL, num_key_value_heads=2, head_dim=12, tie_word_embeddings=True)),
+}
+
+
+def hf_model(family):
+    """A random model of transformers', none of its parameters at 0 or 1."""
+    transformers = pytest.importorskip("transformers")
+    kind, changes = FAMILIES[family]
+    torch.manual_seed(1)
+    config = getattr(transformers, f"{kind}Config")(**changes, attn_implementation="eager")
+    theirs = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    with torch.no_grad():
+        for weight in theirs.parameters():
+            weight.add_(0.2 * torch.randn_like(weight))
+    return theirs
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_import_and_export_of(family, single, tmp_path):
+    """Their folder gives their logits and their greedy text here; our folder gives the same in transformers."""
+    theirs = hf_model(family)
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size="10KB" if family == "llama" else "1GB")
+    assert (tmp_path / "theirs" / "model.safetensors.index.json").exists() == (family == "llama")
+    gpt = model.import_hf(tmp_path / "theirs").eval()
+    x = tokens(3, 24, 61)
+    expected = theirs(x).logits
+    assert expected.abs().max() > 1
+    close(gpt(x), expected, 1e-4)
+    text = theirs.generate(x[:1, :4], max_new_tokens=18, do_sample=False, eos_token_id=None, pad_token_id=0)
+    ours, state = x[:1, :4], gpt.new_state(1)
+    logits = gpt(ours, state)
+    for _ in range(18):
+        ours = torch.cat((ours, logits[:, -1:].argmax(-1)), 1)
+        logits = gpt(ours[:, -1:], state)
+    assert ours.tolist() == text.tolist()
+    model.save_checkpoint(tmp_path / "a.pt", gpt)
+    again = model.from_checkpoint(model.load_checkpoint(tmp_path / "a.pt")).eval()
+    kind = model.export_hf(again, tmp_path / "ours")
+    assert kind == theirs.config.model_type or family == "mistral-full" and kind == "llama"
+    back = type(theirs) if kind == theirs.config.model_type else __import__("transformers").AutoModelForCausalLM
+    close(back.from_pretrained(tmp_path / "ours", attn_implementation="eager").eval()(x).logits, expected, 1e-4)
+    assert sorted(os.listdir(tmp_path / "ours")) == ["config.json", "model.safetensors"]
+
+
+def test_safetensors_are_those_of_the_library(tmp_path, single):
+    library = pytest.importorskip("safetensors.torch")
+    tensors = {"a": torch.randn(3, 4), "b.c": torch.randn(5).bfloat16(), "half": torch.randn(2, 2).half(), "none": torch.zeros(0, 4)}
+    library.save_file(tensors, tmp_path / "a.safetensors", metadata={"format": "pt"})
+    ours = dict(model.read_safetensors(tmp_path / "a.safetensors"))
+    assert ours.keys() == tensors.keys()
+    assert all(torch.equal(ours[name], tensors[name]) and ours[name].dtype == tensors[name].dtype for name in tensors)
+    turned = {"t": torch.randn(3, 4).T, "b": tensors["b.c"]}
+    model.write_safetensors(tmp_path / "b.safetensors", turned)
+    theirs = library.load_file(tmp_path / "b.safetensors")
+    assert all(torch.equal(theirs[name], turned[name].float()) for name in turned) and theirs.keys() == turned.keys()
+
+
+@pytest.fixture
+def hf_folder(tmp_path, single):
+    """A folder as our own export writes it: no library is needed."""
+    model.export_hf(make(qk_norm=False, tie_embeddings=False), tmp_path / "hf")
+    return tmp_path / "hf"
+
+
+def rewrite(folder, **changes):
+    """Change config.json; a value of None takes the key out."""
+    theirs = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps({name: value for name, value in theirs.items() if value is not None}))
+
+
+@pytest.mark.parametrize("changes,message", [
+    (dict(num_hidden_layers=None), "config.json lacks num_hidden_layers"), (dict(hidden_size=None, vocab_size=None), "config.json lacks "),
+    (dict(model_type="gemma"), "config.json: model_type=gemma: choose from gpt2, llama, mistral, qwen2, qwen3"),
+    (dict(model_type=None), "model_type=None: choose from"), (dict(hidden_act="gelu"), "config.json: hidden_act=gelu is not computed here"),
+    (dict(rope_scaling=dict(rope_type="llama3", factor=8.0)), "config.json: rope_scaling="),
+    (dict(rope_parameters=dict(rope_theta=1e4, rope_type="yarn")), "config.json: rope_type=yarn is not computed here"),
+    (dict(attention_bias=True), "attention_bias=True is not computed here"), (dict(partial_rotary_factor=0.5), "partial_rotary_factor"),
+    (dict(quantization_config=dict(bits=4)), "quantization_config"), (dict(num_local_experts=8), "num_local_experts=8"),
+    (dict(num_hidden_layers=3), "lacks layers.2."), (dict(num_hidden_layers=1), "layers.1."), (dict(intermediate_size=40), "has no place here"),
+    (dict(num_hidden_layers="two"), "mislabelled"), (dict(num_attention_heads=3, num_key_value_heads=3, head_dim=None), "--n_embd=16 is no multiple of --n_head=3")])
+def test_config_that_asks_for_what_is_not_there(hf_folder, changes, message):
+    model.import_hf(hf_folder)
+    rewrite(hf_folder, torch_dtype="float32", bos_token_id=5, attention_dropout=0.1, use_cache=True)  # the twin: known, and silent
+    model.import_hf(hf_folder)
+    rewrite(hf_folder, **changes)
+    with pytest.raises(ValueError) as caught:
+        model.import_hf(hf_folder)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def relabel(change):
+    """A function that lets `change` edit the header of a safetensors file, whose bytes stay."""
+    def edit(content):
+        length = int.from_bytes(content[:8], "little")
+        header = json.loads(content[8:8 + length])
+        change(header)
+        text = json.dumps(header).encode()
+        return len(text).to_bytes(8, "little") + text + content[8 + length:]
+    return edit
+
+
+def first(header):
+    return next(about for about in header.values() if "shape" in about)
+
+
+@pytest.mark.parametrize("damage,message", [
+    (lambda content: b"", "truncated"), (lambda content: content[:5], "truncated"), (lambda content: content[:100], "truncated"),
+    (lambda content: content[:-1], "truncated, or mislabelled at"), (lambda content: content[:len(content) // 2], "truncated, or mislabelled at"),
+    (lambda content: b"\xff" * 8 + content[8:], "truncated"), (lambda content: (4).to_bytes(8, "little") + b"nope", "Expecting value"),
+    (lambda content: (2).to_bytes(8, "little") + b"[]", "mislabelled"), (lambda content: (2).to_bytes(8, "little") + b"{}", "lacks"),
+    (relabel(lambda header: first(header).update(shape=[1, 2])), "mislabelled at"),
+    (relabel(lambda header: first(header).update(data_offsets=[-8, 0])), "mislabelled at"),
+    (relabel(lambda header: first(header).update(data_offsets=[8, 0])), "mislabelled at"),
+    (relabel(lambda header: first(header).update(dtype="I9")), "mislabelled: KeyError('I9')"),
+    (relabel(lambda header: first(header).pop("shape")), "mislabelled: KeyError('shape')"),
+    (relabel(lambda header: header.update(extra=header.pop("lm_head.weight"))), "extra [23, 16] has no place here"),
+    (relabel(lambda header: header.pop("lm_head.weight")), "lacks lm_head.weight")])
+def test_damaged_safetensors(hf_folder, damage, message):
+    path = hf_folder / "model.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(damage(content))
+    with pytest.raises(ValueError) as caught:
+        model.import_hf(hf_folder)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+    path.write_bytes(relabel(lambda header: None)(content))  # the twin
+    model.import_hf(hf_folder)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(tmp_path, single, bad):
+    gpt = make(qk_norm=False)
+    gpt.blocks[1].ffn.up.weight.data[3, 4] = bad
+    model.export_hf(gpt, tmp_path)
+    with pytest.raises(ValueError, match="layers.1.mlp.gate_proj.weight has entries that are not finite"):
+        model.import_hf(tmp_path)
+
+
+def test_missing_files(hf_folder):
+    (hf_folder / "model.safetensors").rename(hf_folder / "other.safetensors")
+    with pytest.raises(FileNotFoundError, match="model.safetensors"):
+        model.import_hf(hf_folder)
+    (hf_folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "other.safetensors"}}))
+    model.import_hf(hf_folder)
+    with pytest.raises(FileNotFoundError, match="config.json"):
+        model.import_hf(hf_folder.parent)
+
+
+@pytest.mark.parametrize("changes,named", [
+    (dict(GPT2), "bias"), (dict(ngram=3), "ngram"), (dict(mixer="gdn"), "mixer"), (dict(placement="post"), "placement"),
+    (dict(softcap=3.0), "softcap"), (dict(ffn="relu2"), "ffn"), (dict(GPT2, bias=True, n_kv_head=2), "n_kv_head"), (dict(bias=True), "bias"),
+    (dict(HYBRID), "mixer")])
+def test_export_of_what_no_family_computes(tmp_path, changes, named):
+    with pytest.raises(ValueError, match=f"no kind of HuggingFace's models is this one; .* differs in .*{named}"):
+        model.export_hf(make(**changes), tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_import_and_export_by_command(tmp_path, run_script, single):
+    model.export_hf(make(), tmp_path / "hf")
+    done = run_script("model.py", "--import_hf=hf", "--output=a.pt", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "") and "a.pt" in done.stdout
+    done = run_script("model.py", "--ckpt=a.pt", "--export_hf=again", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "") and "of the kind qwen3" in done.stdout
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (tmp_path / "hf" / "model.safetensors").read_bytes()
+    done = run_script("model.py", "--import_hf=none", "--output=b.pt", cwd=tmp_path)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "none" in done.stderr
 
 
 # -------------------------------------------------------------------------------------------------------------- refusals
