@@ -47,13 +47,19 @@ class Config:
     n_kv_head: int = 0  # key and value heads, each shared by a group of query heads (0: n_head)
     n_embd: int = 128  # width of the residual stream
     head_dim: int = 0  # width of a head (0: n_embd / n_head)
-    n_inner: int = 0  # inner width of the feed-forward (0: 4 n_embd; swiglu, geglu: 8/3 n_embd)
+    n_inner: int = 0  # inner width of the feed-forward, or of each expert (0: 4 n_embd; swiglu, geglu: 8/3 n_embd)
     norm: str = "rmsnorm"  # rmsnorm, layernorm
     placement: str = "pre"  # of the norms: pre, post, reordered, parallel
     position: str = "rope"  # rope, sinusoidal, learned, none
     mixer: str = "attention"  # attention, window, valued, linear, mamba2, gdn; a comma list is tiled over layers
     window: int = 0  # tokens that a window layer sees, its own included
     ffn: str = "swiglu"  # swiglu, geglu, relu, gelu, relu2
+    n_expert: int = 0  # feed-forward layers to choose from in each block (0: one, for all tokens)
+    n_expert_active: int = 2  # experts that a token passes
+    n_expert_shared: int = 0  # experts that every token passes, besides
+    balance_loss: float = 0.01  # weight of the loss for an equal load of the experts
+    balance_bias: float = 0.0  # step of a bias that leads tokens to idle experts, without a loss
+    router_z: float = 0.001  # weight of the loss on large router scores
     ngram: int = 0  # longest n-gram that has an embedding of its own (0, 1: tokens alone)
     ngram_rows: int = 65536  # rows of the table of each n
     softcap: float = 0.0  # logits stay between -softcap and softcap (0: no limit)
@@ -81,8 +87,9 @@ class Config:
             for key in self.mixer.split(",") if axis == "mixer" else [getattr(self, axis)]:
                 require(key in table, f"--{axis}={key}: choose from {', '.join(table)}")
         for name, value in vars(self).items():
-            if type(value) in (int, float):  # 0 is meant only where it is the default
-                require(value > 0 or value == getattr(type(self), name) == 0, f"--{name}={value} is too small")
+            if type(value) in (int, float):  # 0 is meant where it is the default, or the weight of a loss
+                free = getattr(type(self), name) == 0 or name in ("balance_loss", "router_z")
+                require(value > 0 or value == 0 and free, f"--{name}={value} is too small")
         require(self.dropout < 1, f"--dropout={self.dropout} must be below 1")
         require(self.head_dim or self.n_embd % self.n_head == 0,
                 f"--n_embd={self.n_embd} is no multiple of --n_head={self.n_head}: set --head_dim")
@@ -90,6 +97,8 @@ class Config:
                 f"--n_head={self.n_head}: no multiple of --n_kv_head={self.n_kv_head}")
         require(self.position != "rope" or self.head_width % 2 == 0,
                 f"--position=rope turns pairs of channels, a head of {self.head_width} is odd: set --head_dim")
+        require(self.n_expert == 0 or self.n_expert_active <= self.n_expert,
+                f"--n_expert_active={self.n_expert_active} is more than --n_expert={self.n_expert}")
         require(("window" in self.mixer.split(",")) == (self.window > 0),
                 f"--mixer={self.mixer} --window={self.window}: a window needs both --mixer=window and --window=TOKENS")
 
@@ -418,14 +427,87 @@ MIXERS = {
 class MLP(nn.Module):
     """down(f(up x)); f takes `parts` tensors, each as wide as what it gives."""
 
-    def __init__(self, parts, f, config):
+    loss = 0.0
+
+    def __init__(self, parts, f, config, inner=0):
         super().__init__()
         self.parts, self.f = parts, f
-        self.up = Linear(config.n_embd, parts * config.inner, config.bias)
-        self.down = Linear(config.inner, config.n_embd, config.bias)
+        self.up = Linear(config.n_embd, parts * (inner or config.inner), config.bias)
+        self.down = Linear(inner or config.inner, config.n_embd, config.bias)
 
     def forward(self, x):
         return self.down(self.f(*self.up(x).chunk(self.parts, -1)))
+
+
+@torch.library.custom_op("model::grouped", mutates_args=())
+def grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """x (N, n_in), weight (E, n_out, n_in) -> (N, n_out): the rows of x from ends[e - 1] up to ends[e] meet matrix e.
+
+    An operation of its own, for torch.compile and fake tensors cannot follow slices whose lengths are data.
+    """
+    return torch.cat([part @ matrix.mT for part, matrix in zip(x.tensor_split(ends[:-1].cpu()), weight)])
+
+
+@torch.library.custom_op("model::grouped_outer", mutates_args=())
+def grouped_outer(y: Tensor, x: Tensor, ends: Tensor) -> Tensor:
+    """y (N, n_out), x (N, n_in) -> (E, n_out, n_in): the sum of y x^T over the rows of each group."""
+    return torch.stack([b.mT @ a for b, a in zip(*(part.tensor_split(ends[:-1].cpu()) for part in (y, x)))])
+
+
+def grouped_backward(ctx, grad: Tensor) -> tuple:
+    """The gradients of x and weight, and none of ends."""
+    x, weight, ends = ctx.saved_tensors
+    grad = grad.contiguous()
+    return grouped(grad, weight.mT, ends), grouped_outer(grad, x, ends), None
+
+
+grouped.register_fake(lambda x, weight, ends: x.new_empty(len(x), weight.shape[1]))
+grouped_outer.register_fake(lambda y, x, ends: x.new_empty(len(ends), y.shape[1], x.shape[1]))
+grouped.register_autograd(grouped_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+
+
+class Experts(nn.Module):
+    """Each token passes the few of --n_expert feed-forward layers that a router prefers (Shazeer et al. 2017).
+
+    No token is dropped: they are sorted by expert, and each expert multiplies its slice. Against idle experts there is
+    a loss, E sum_e (share of the tokens) (mean probability) (Fedus et al. 2021), or a bias that only the choice sees
+    (Wang et al. 2024); another loss keeps the router's scores small (Zoph et al. 2022). Their sum lies in `loss`.
+    """
+
+    def __init__(self, parts, f, config):
+        super().__init__()
+        self.parts, self.f, self.config = parts, f, config
+        self.router = Linear(config.n_embd, config.n_expert)
+        self.up = nn.ParameterDict(dict(weight=torch.empty(config.n_expert, parts * config.inner, config.n_embd)))
+        self.down = nn.ParameterDict(dict(weight=torch.empty(config.n_expert, config.n_embd, config.inner)))
+        shared = config.n_expert_shared * config.inner
+        self.shared = MLP(parts, f, config, shared) if shared else lambda x: 0.0
+        self.register_buffer("bias", torch.zeros(config.n_expert))
+        self.register_buffer("counts", torch.zeros(config.n_expert), persistent=False)  # tokens of the last call
+
+    def forward(self, x):
+        scores = self.router(x).flatten(0, 1)  # (N, E)
+        share = scores.softmax(1)
+        active = self.config.n_expert_active
+        chosen = (share + self.bias).topk(active).indices  # (N, active)
+        weight = share.gather(1, chosen)
+        weight = weight / weight.sum(1, keepdim=True)
+        order = chosen.flatten().argsort(stable=True)  # of N x active passes, those of expert 0 first
+        counts = (chosen.flatten()[:, None] == torch.arange(len(self.bias), device=x.device)).sum(0)
+        rows, ends = order // active, counts.cumsum(0)
+        h = grouped(x.flatten(0, 1)[rows].type_as(scores), self.up["weight"].type_as(scores), ends)
+        y = grouped(self.f(*h.chunk(self.parts, 1)), self.down["weight"].type_as(scores), ends)
+        y = y * weight.flatten()[order, None]
+        self.loss = self.balance(scores, share, counts) if self.training else 0.0
+        return torch.zeros_like(y[:len(scores)]).index_add(0, rows, y).view_as(x) + self.shared(x)
+
+    def balance(self, scores, share, counts):
+        """What the router's choices cost, in nats; the bias moves."""
+        load, c = counts / counts.sum(), self.config
+        self.counts.copy_(counts)
+        self.bias.add_((load.mean() - load).sign(), alpha=c.balance_bias)
+        even = len(load) * (load * share.mean(0)).sum()  # 1 if all have the same
+        return c.balance_loss * even + c.router_z * scores.logsumexp(1).square().mean()
 
 
 gelu = partial(F.gelu, approximate="tanh")  # GPT-2's form
@@ -459,7 +541,7 @@ class Block(nn.Module):
         self.norm1 = NORMS[config.norm](config, config.n_embd)
         self.norm2 = NORMS[config.norm](config, config.n_embd)
         self.mixer = MIXERS[mixers[layer % len(mixers)]](config)
-        self.ffn = MLP(*FFNS[config.ffn], config)
+        self.ffn = (Experts if config.n_expert else MLP)(*FFNS[config.ffn], config)
         self.drop1 = Dropout(config.dropout, noise, 2 * layer + 1)
         self.drop2 = Dropout(config.dropout, noise, 2 * layer + 2)
 
@@ -488,13 +570,14 @@ ROLES = {
     "embedding": Role(r"^embedding|^position", rate=10.0),
     "head": Role(r"^head"),
     "tied": Role(r"^$"),  # token embedding and head in one: told by --tie_embeddings
+    "router": Role(r"router\.weight$"),
     "output": Role(r"(out|down)\.weight$", decay=True, muon=True),  # writes to the residual stream
     "matrix": Role(r"weight$", decay=True, muon=True),
 }
 # standard deviations at the start, by fan-in n and number of layers L; all else starts at its mean
 INITS = {
-    "zero": lambda n, L: dict(matrix=n**-0.5, embedding=0.02, tied=0.02),
-    "gpt2": lambda n, L: dict(matrix=0.02, output=0.02 / (2 * L) ** 0.5, embedding=0.02, tied=0.02, head=0.02),
+    "zero": lambda n, L: dict(matrix=n**-0.5, embedding=0.02, tied=0.02, router=0.02),
+    "gpt2": lambda n, L: dict(matrix=0.02, output=0.02 / (2 * L) ** 0.5, embedding=0.02, tied=0.02, head=0.02, router=0.02),
 }
 AXES = dict(norm=NORMS, placement=PLACEMENTS, position=POSITIONS, mixer=MIXERS, ffn=FFNS, init=INITS)
 
@@ -559,6 +642,10 @@ class GPT(nn.Module):
         """Token ids (B, T) -> logits (B, T, V) of each next token; errors as in `hidden`."""
         return self.head(self.hidden(tokens, state))
 
+    def extra_loss(self) -> Tensor | float:
+        """What the last forward pass in training adds to the loss, in nats a token: the balance of experts."""
+        return sum(block.ffn.loss for block in self.blocks)
+
     def new_state(self, batch: int, capacity: int = -1) -> State:
         """An empty state for `batch` sequences of up to `capacity` tokens (-1: block_size; 0: it keeps nothing)."""
         room = self.config.block_size if capacity < 0 else capacity
@@ -596,7 +683,8 @@ def account(config: Config, batch: int, optimizer: str = "muon") -> dict:
         kept[storage._cdata] = storage  # views share one
         return tensor
 
-    fused = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, *_, **__: 4 * q.numel() * k[2]}
+    fused = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, *_, **__: 4 * q.numel() * k[2],
+             torch.ops.model.grouped: lambda x, w, *_, **__: 2 * x.numel() * w[1]}
     counter = FlopCounterMode(display=False, custom_mapping=fused)
     with FakeTensorMode():
         model = GPT(config)
@@ -612,11 +700,13 @@ def account(config: Config, batch: int, optimizer: str = "muon") -> dict:
         by_role[role] += size
         moments += size if optimizer == "muon" and ROLES[role].muon else 2 * size
     total = sum(by_role.values())
+    idle = sum(weight["weight"].numel() for ffn in model.modules() if type(ffn) is Experts for weight in (ffn.up, ffn.down))
+    idle -= idle * config.n_expert_active // max(1, config.n_expert)
     flops = {part: sum(sum(ops.values()) for name, ops in counter.flop_counts.items() if name.endswith(part)) // batch
              for part in ("mixer", "ffn", "head")}
     memory = dict(weights=4 * total, gradients=4 * total, optimizer=4 * moments,
                   activations=sum(storage.nbytes() for storage in kept.values()))
-    return dict(parameters=total, roles=by_role, memory=memory, memory_total=sum(memory.values()),
+    return dict(parameters=total, active=total - idle, roles=by_role, memory=memory, memory_total=sum(memory.values()),
                 forward_flops=counter.get_total_flops() // batch, flops=flops,
                 cache_per_token=state.nbytes // config.block_size)
 
@@ -628,7 +718,7 @@ def report(config: Config, batch: int, optimizer: str = "muon") -> str:
     memory = ", ".join(f"{name} {n / 2**20:,.1f}" for name, n in a["memory"].items())
     shares = ", ".join(f"{part} {n / a['forward_flops']:.1%}" for part, n in a["flops"].items())
     return f"""\
-parameters    {a['parameters']:,} ({roles})
+parameters    {a['parameters']:,} ({roles}), {a['active']:,} of them in use for a token
 FLOPs         {a['forward_flops']:,} forward for {T} tokens, {3 * a['forward_flops'] // T:,} a token trained
               of which {shares}
 memory, MiB   {a['memory_total'] / 2**20:,.1f} at {batch} x {T} tokens ({memory})

@@ -104,7 +104,10 @@ def read_windows(tokens: np.ndarray, starts: np.ndarray, T: int, vocab_size: int
 # ---- loss: model and loss are one module, so that compiling or sharding wraps both
 
 class Objective(nn.Module):
-    """(tokens (B, T), targets (B, T)) -> (loss sum in nats, count); targets of -1 do not count."""
+    """(tokens (B, T), targets (B, T)) -> (loss sum in nats, count); targets of -1 do not count.
+
+    In training the sum holds what the layers add, such as the balance of experts.
+    """
 
     def __init__(self, gpt: GPT):
         super().__init__()
@@ -113,7 +116,8 @@ class Objective(nn.Module):
     def forward(self, tokens, targets):
         logits = self.gpt(tokens).flatten(0, 1)  # (B T, V)
         loss = F.cross_entropy(logits, targets.flatten(), ignore_index=-1, reduction="sum")
-        return loss, (targets >= 0).sum()
+        count = (targets >= 0).sum()
+        return loss + count * self.gpt.extra_loss(), count
 
 
 # ---- optimizers: (weight, list of state tensors, learning rate, step t from 1, options) change a weight in place
