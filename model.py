@@ -4,6 +4,7 @@ Reads: a checkpoint; with --import_hf a folder of HuggingFace's (config.json, *.
 Writes: a checkpoint; with --export_hf such a folder.
 Usage: python model.py --preset=gpt2
        python model.py --preset=llama-3-8b --n_layer=64 --accelerator=b200 --tokens=1e12
+       python model.py --coord_check
        python model.py --import_hf=DIR --output=ckpt.pt
        python model.py --ckpt=ckpt.pt --export_hf=DIR
 References: Vaswani et al. 2017 (Transformer); Radford et al. 2019 (GPT-2); Touvron et al. 2023 (Llama).
@@ -48,11 +49,12 @@ class Config:
     n_embd: int = 128  # width of the residual stream
     head_dim: int = 0  # width of a head (0: n_embd / n_head)
     n_inner: int = 0  # inner width of the feed-forward, or of each expert (0: 4 n_embd; swiglu, geglu: 8/3 n_embd)
-    norm: str = "rmsnorm"  # rmsnorm, layernorm
-    placement: str = "pre"  # of the norms: pre, post, reordered, parallel
+    norm: str = "rmsnorm"  # rmsnorm, layernorm, gainless
+    placement: str = "pre"  # of the norms: pre, post, reordered, parallel, sandwich
+    residual: str = "plain"  # plain, scaled (each block weighs the stream and the first embedding)
     position: str = "rope"  # rope, sinusoidal, learned, none
-    mixer: str = "attention"  # attention, window, valued, linear, mamba2, gdn; a comma list is tiled over layers
-    window: int = 0  # tokens that a window layer sees, its own included
+    mixer: str = "attention"  # attention, window, strided, valued, linear, mamba2, gdn; a comma list is tiled over layers
+    window: int = 0  # tokens that a window layer sees, its own included; the stride of a strided layer
     ffn: str = "swiglu"  # swiglu, geglu, relu, gelu, relu2
     n_expert: int = 0  # feed-forward layers to choose from in each block (0: one, for all tokens)
     n_expert_active: int = 2  # experts that a token passes
@@ -67,7 +69,8 @@ class Config:
     bias: bool = False  # biases in linear layers and LayerNorm
     qkv_bias: bool = False  # biases of queries, keys and values, also without the others
     tie_embeddings: bool = True  # one matrix for the token embedding and the head
-    init: str = "zero"  # zero (matrices that write to the residual stream start at 0), gpt2
+    init: str = "zero"  # zero (matrices that write to the residual stream start at 0), gpt2, xavier, mup
+    base_width: int = 128  # mup: the n_embd at which the learning rate was found
     dropout: float = 0.0  # of the embedding and of what each layer adds
     rope_base: float = 10000.0  # longest wavelength of rope, over 2 pi
     norm_eps: float = 1e-6  # added to the variance in norms
@@ -99,7 +102,8 @@ class Config:
                 f"--position=rope turns pairs of channels, a head of {self.head_width} is odd: set --head_dim")
         require(self.n_expert == 0 or self.n_expert_active <= self.n_expert,
                 f"--n_expert_active={self.n_expert_active} is more than --n_expert={self.n_expert}")
-        require(("window" in self.mixer.split(",")) == (self.window > 0),
+        require(self.init != "mup" or not self.tie_embeddings, "--init=mup needs --tie_embeddings=False")
+        require(not {"window", "strided"}.isdisjoint(self.mixer.split(",")) == (self.window > 0),
                 f"--mixer={self.mixer} --window={self.window}: a window needs both --mixer=window and --window=TOKENS")
 
 
@@ -111,6 +115,7 @@ class Options(Config):
     tokens: int = 0  # tokens to train on, for the time (0: 20 a parameter)
     accelerator: str = "h100"  # what it would train on: a100, h100, b200, rtx4090
     mfu: float = 0.4  # share of the accelerator's peak that training reaches
+    coord_check: bool = False  # print how far the logits move at several widths, for --init=zero and mup
     import_hf: str = ""  # folder of a HuggingFace model; it is written to --output
     export_hf: str = ""  # folder that the model of --ckpt is written to
     ckpt: str = "out/ckpt.pt"  # checkpoint to export
@@ -150,6 +155,7 @@ class RMSNorm(nn.RMSNorm):
 NORMS = {
     "rmsnorm": lambda config, width: RMSNorm(width, config.norm_eps),
     "layernorm": lambda config, width: nn.LayerNorm(width, config.norm_eps, bias=config.bias),  # Ba et al. 2016
+    "gainless": lambda config, width: nn.RMSNorm(width, config.norm_eps, elementwise_affine=False),
 }
 GOLDEN = 0x1E3779B97F4A7C15  # an odd number without pattern: products with it differ in all their bits
 
@@ -320,14 +326,14 @@ POSITIONS = {"rope": Rope, "sinusoidal": Sinusoidal, "learned": Learned, "none":
 class Attention(nn.Module):
     """softmax(q k^T / sqrt(hd)) v over the tokens so far; groups of query heads share a key and a value head.
 
-    With `window`, over the last --window tokens (Beltagy et al. 2020). With `valued`, each value gets a trained vector
-    of its token (value embeddings, modded-nanogpt 2024). Groups: Ainslie et al. 2023; normalised queries and keys keep
-    the scores from growing (Henry et al. 2020).
+    `sees(far, window)` says whether a token looks at one that lies `far` back (None: at all). With `valued`, each value
+    gets a trained vector of its token (value embeddings, modded-nanogpt 2024). Groups: Ainslie et al. 2023; normalised
+    queries and keys keep the scores from growing (Henry et al. 2020).
     """
 
-    def __init__(self, window, valued, config):
+    def __init__(self, sees, valued, config):
         super().__init__()
-        self.window = config.window * window
+        self.sees, self.window = sees, config.window
         self.width = config.head_width
         groups = config.n_kv_head or config.n_head
         self.heads = config.n_head, groups, groups  # of q, k and v
@@ -344,9 +350,9 @@ class Attention(nn.Module):
             v = v + table(tokens).view_as(v)
         k, v = state.append(layer, at, turn(self.k_norm(k)), v)  # (B, S, H_kv, hd)
         mask, S = None, k.shape[1]
-        if len(at) > 1 or at.shape[1] not in (1, S) or self.window:  # else causal says it
+        if len(at) > 1 or at.shape[1] not in (1, S) or self.sees:  # else causal says it
             far = at[:, None, :, None] - torch.arange(S, device=at.device)  # how far back key s lies
-            mask = (far >= 0) & (far < (self.window or S))  # (1 or B, 1, T, S)
+            mask = (far >= 0) & (self.sees(far, self.window) if self.sees else True)  # (1 or B, 1, T, S)
         # heads go to the front only here: the result keeps the layout of q, and so the last line copies nothing
         q, k, v = (part.transpose(1, 2) for part in (turn(self.q_norm(q)), k, v))
         causal = mask is None and q.shape[2] > 1  # torch would let a single query see the first key alone
@@ -413,9 +419,10 @@ class Recurrence(nn.Module):
 
 
 MIXERS = {
-    "attention": partial(Attention, False, False),
-    "window": partial(Attention, True, False),
-    "valued": partial(Attention, False, True),
+    "attention": partial(Attention, None, False),
+    "window": partial(Attention, lambda far, window: far < window, False),  # Beltagy et al. 2020
+    "strided": partial(Attention, lambda far, window: (far < window) | (far % window == 0), False),  # Child et al. 2019
+    "valued": partial(Attention, None, True),
     "linear": partial(Recurrence, False, False),  # Katharopoulos et al. 2020
     "mamba2": partial(Recurrence, True, False),  # Dao and Gu 2024
     "gdn": partial(Recurrence, True, True),  # Gated DeltaNet, Yang et al. 2025
@@ -528,7 +535,23 @@ PLACEMENTS = {
     "post": lambda x, start, norm, f: norm(x + f(x)),  # the original order (Vaswani et al. 2017)
     "reordered": lambda x, start, norm, f: x + norm(f(x)),  # what is added has a known size (Olmo 2, 2024)
     "parallel": lambda x, start, norm, f: x + f(norm(start)),  # mixer and feed-forward side by side (GPT-NeoX, 2022)
+    "sandwich": lambda x, start, norm, f: x + f(norm(x)),  # and what f gives has a norm of its own (Gemma 2, 2024)
 }
+
+
+class Scaled(nn.Module):
+    """x + a x + b x0: a block weighs the stream and the embedding that it began with (modded-nanogpt, 2024)."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Parameter(torch.empty(2))
+
+    def forward(self, x, x0):
+        a, b = self.bias
+        return x + a * x + b * x0
+
+
+RESIDUALS = {"plain": lambda: lambda x, x0: x, "scaled": Scaled}
 
 
 class Block(nn.Module):
@@ -538,17 +561,22 @@ class Block(nn.Module):
         super().__init__()
         mixers = config.mixer.split(",")
         self.place = PLACEMENTS[config.placement]
+        self.residual = RESIDUALS[config.residual]()
         self.norm1 = NORMS[config.norm](config, config.n_embd)
         self.norm2 = NORMS[config.norm](config, config.n_embd)
         self.mixer = MIXERS[mixers[layer % len(mixers)]](config)
         self.ffn = (Experts if config.n_expert else MLP)(*FFNS[config.ffn], config)
+        last = NORMS[config.norm] if config.placement == "sandwich" else nn.Identity
+        self.last_norm1 = last(config, config.n_embd)
+        self.last_norm2 = last(config, config.n_embd)
         self.drop1 = Dropout(config.dropout, noise, 2 * layer + 1)
         self.drop2 = Dropout(config.dropout, noise, 2 * layer + 2)
 
-    def forward(self, x, *past):
-        """x (B, T, C) -> (B, T, C); `past` is for the mixer: tokens, at, turn, state, layer"""
-        mixed = self.place(x, x, self.norm1, lambda h: self.drop1(self.mixer(h, *past)))
-        return self.place(mixed, x, self.norm2, lambda h: self.drop2(self.ffn(h)))
+    def forward(self, x, x0, *past):
+        """x, and the embedding x0 (B, T, C) -> (B, T, C); `past` is for the mixer: tokens, at, turn, state, layer"""
+        x = self.residual(x, x0)
+        mixed = self.place(x, x, self.norm1, lambda h: self.drop1(self.last_norm1(self.mixer(h, *past))))
+        return self.place(mixed, x, self.norm2, lambda h: self.drop2(self.last_norm2(self.ffn(h))))
 
 
 # ---- what each parameter is: how it starts and how it is trained
@@ -561,6 +589,7 @@ class Role(NamedTuple):
     decay: bool = False  # weight decay pulls it to 0
     muon: bool = False  # Muon may update it: a matrix between hidden vectors
     rate: float = 1.0  # times the learning rate; each row of an embedding is seldom used, so it moves faster
+    shrink: bool = False  # with --init=mup the learning rate falls with the width
 
 
 ROLES = {
@@ -568,18 +597,21 @@ ROLES = {
     "gain": Role(r"norm\d?\.weight$", mean=1.0),
     "table": Role(r"ngrams|values", rate=10.0),  # many rows, few of them in a step
     "embedding": Role(r"^embedding|^position", rate=10.0),
-    "head": Role(r"^head"),
+    "head": Role(r"^head", shrink=True),
     "tied": Role(r"^$"),  # token embedding and head in one: told by --tie_embeddings
-    "router": Role(r"router\.weight$"),
-    "output": Role(r"(out|down)\.weight$", decay=True, muon=True),  # writes to the residual stream
-    "matrix": Role(r"weight$", decay=True, muon=True),
+    "router": Role(r"router\.weight$", shrink=True),
+    "output": Role(r"(out|down)\.weight$", decay=True, muon=True, shrink=True),  # writes to the residual stream
+    "matrix": Role(r"weight$", decay=True, muon=True, shrink=True),
 }
-# standard deviations at the start, by fan-in n and number of layers L; all else starts at its mean
+# standard deviations at the start, by fan-in n, fan-out m and number of layers L; all else starts at its mean
 INITS = {
-    "zero": lambda n, L: dict(matrix=n**-0.5, embedding=0.02, tied=0.02, router=0.02),
-    "gpt2": lambda n, L: dict(matrix=0.02, output=0.02 / (2 * L) ** 0.5, embedding=0.02, tied=0.02, head=0.02, router=0.02),
+    "zero": lambda n, m, L: dict(matrix=n**-0.5, embedding=0.02, tied=0.02, router=0.02),
+    "gpt2": lambda n, m, L: dict.fromkeys(INITIAL, 0.02) | dict(output=0.02 / (2 * L) ** 0.5),  # Radford et al. 2019
+    "xavier": lambda n, m, L: dict.fromkeys(INITIAL, (2 / (n + m)) ** 0.5),  # Glorot and Bengio 2010
+    "mup": lambda n, m, L: dict(matrix=n**-0.5, embedding=0.02, router=0.02),  # and GPT.rates (Yang et al. 2022)
 }
-AXES = dict(norm=NORMS, placement=PLACEMENTS, position=POSITIONS, mixer=MIXERS, ffn=FFNS, init=INITS)
+INITIAL = ("matrix", "output", "router", "embedding", "tied", "head")
+AXES = dict(norm=NORMS, placement=PLACEMENTS, residual=RESIDUALS, position=POSITIONS, mixer=MIXERS, ffn=FFNS, init=INITS)
 
 
 class GPT(nn.Module):
@@ -608,7 +640,7 @@ class GPT(nn.Module):
         """Draw every parameter as its role and --init say, from torch's generator."""
         for name, role in self.roles().items():
             weight = self.get_parameter(name)
-            std = INITS[self.config.init](weight.shape[-1], self.config.n_layer)
+            std = INITS[self.config.init](weight.shape[-1], weight.shape[-2:][0], self.config.n_layer)
             weight.normal_(ROLES[role].mean, std.get(role, 0.0))
 
     def roles(self) -> dict[str, str]:
@@ -619,6 +651,18 @@ class GPT(nn.Module):
             require(fits, f"no row of ROLES has a name like {name}")
             found[name] = "tied" if self.config.tie_embeddings and name == "embedding.weight" else fits[0]
         return found
+
+    def rates(self, optimizer: str = "adamw") -> dict[str, float]:
+        """What each parameter's learning rate is multiplied by.
+
+        With --init=mup a rate found at --base_width holds at any width (Yang et al. 2022): AdamW's steps of a matrix
+        have entries of one size, which add up over the width n, so they shrink as 1 / n. Those of train.py's Muon have
+        singular values that grow as sqrt(n), and shrink as 1 / sqrt(n).
+        """
+        wider = self.config.n_embd / self.config.base_width if self.config.init == "mup" else 1.0
+        roles = {name: ROLES[role] for name, role in self.roles().items()}
+        power = {name: 0.5 if role.muon and optimizer == "muon" else 1.0 for name, role in roles.items()}
+        return {name: role.rate / wider ** (role.shrink * power[name]) for name, role in roles.items()}
 
     def hidden(self, tokens: Tensor, state: State | None = None) -> Tensor:
         """Token ids (B, T) -> the last layer's normalised output (B, T, C); `state` takes in the T tokens.
@@ -632,9 +676,9 @@ class GPT(nn.Module):
         at = torch.tensor(first, device=device)[:, None] + torch.arange(T, device=device)  # (1, T), ragged (B, T)
         turn = self.position.turn(at)
         x = self.ngrams(self.embedding(tokens), tokens, at, state)
-        x = self.drop(self.position.add(x, at))
+        x = x0 = self.drop(self.position.add(x, at))
         for layer, block in enumerate(self.blocks):
-            x = block(x, tokens, at, turn, state, layer)
+            x = block(x, x0, tokens, at, turn, state, layer)
         state.lengths = [length + T for length in state.lengths]
         return self.norm(x)
 
@@ -723,6 +767,36 @@ FLOPs         {a['forward_flops']:,} forward for {T} tokens, {3 * a['forward_flo
               of which {shares}
 memory, MiB   {a['memory_total'] / 2**20:,.1f} at {batch} x {T} tokens ({memory})
 cache         {a['cache_per_token']:,} bytes a token, {a['cache_per_token'] * T / 2**20:,.2f} MiB a sequence"""
+
+
+def coord_check(widths: tuple = (64, 128, 256, 512), steps: int = 5, learning_rate: float = 0.02) -> str:
+    """How far the logits move in a few steps of AdamW, by width; right is a slope of 0 (Yang et al. 2022).
+
+    A table of root mean squares, with the slope of log(size) over log(width), for --init=zero and --init=mup.
+    """
+    lines = [f"{'moved by':14}" + "".join(f"{f'width {width}':>12}" for width in widths) + "       slope"]
+    for init in ("zero", "mup"):
+        sizes = []
+        for width in widths:
+            torch.manual_seed(0)
+            shape = dict(n_layer=2, n_embd=width, n_head=width // 32, block_size=32, vocab_size=64)
+            gpt = GPT(Config(**shape, ffn="relu2", init=init, tie_embeddings=False, base_width=widths[0], position="none"))
+            tokens = torch.randint(64, (8, 33))
+            rates, weights = gpt.rates(), gpt.named_parameters()
+            groups = [dict(params=[weight], lr=learning_rate * rates[name]) for name, weight in weights]
+            adam = torch.optim.AdamW(groups, weight_decay=0.0)
+            before = gpt(tokens[:, :-1]).detach()
+            for _ in range(steps):
+                loss = F.cross_entropy(gpt(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+                adam.zero_grad()
+                loss.backward()
+                adam.step()
+            sizes.append((gpt(tokens[:, :-1]).detach() - before).square().mean().sqrt().item())
+        x, y = (torch.tensor(values).log() for values in (widths, sizes))
+        x = x - x.mean()
+        slope = (x * y).sum() / x.square().sum()
+        lines.append(f"--init={init:7}" + "".join(f"{size:12.3f}" for size in sizes) + f"{slope:12.2f}")
+    return "\n".join(lines)
 
 
 # ---- checkpoints: one plain dict, read without unpickling code
@@ -984,6 +1058,8 @@ def main() -> None:
     preset = options(Options, words).preset
     require(preset in PRESETS, f"--preset={preset}: choose from {', '.join(PRESETS)}")
     o = options(Options, PRESETS[preset].split() + words)
+    if o.coord_check:
+        return print(coord_check())
     if o.import_hf:
         save_checkpoint(o.output, import_hf(o.import_hf))
         return print(f"{o.import_hf} -> {o.output}; next: python sample.py --ckpt={o.output}, if it has a tokenizer")

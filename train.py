@@ -298,7 +298,7 @@ class Run:
         self.flops = 3 * cost["forward_flops"] // o.block_size  # of a token
         start = dict(step=0, seconds=0.0, loss=0.0, count=0, grad_norm=0.0, best=math.inf)
         self.progress = SimpleNamespace(**checkpoint.get("progress", start))
-        self.roles = self.gpt.roles()
+        self.roles, self.rates = self.gpt.roles(), self.gpt.rates(o.optimizer)
         self.weights = dict(self.gpt.named_parameters())
         self.state = {name: [] for name in self.weights}
         for name, tensors in checkpoint.get("optimizer", {}).items():
@@ -362,7 +362,7 @@ class Run:
             role = ROLES[self.roles[name]]
             weight.mul_(1 - speed * o.weight_decay * role.decay)
             step = OPTIMIZERS[o.optimizer] if role.muon else adamw
-            step(weight, self.state[name], speed * role.rate, p.step + 1, o)
+            step(weight, self.state[name], speed * self.rates[name], p.step + 1, o)
             weight.grad = None
 
     @torch.no_grad()

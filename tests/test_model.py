@@ -83,8 +83,9 @@ def close(a, b, tolerance=1e-9):
 
 
 # every key of every axis alone, then the pairs that interact
-SINGLES = [{}, *({axis: key} for axis, table in model.AXES.items() for key in list(table)[1:] if key != "window")]
-SINGLES += [WINDOW, dict(ngram=4, ngram_rows=97), dict(softcap=2.0), dict(n_kv_head=1), dict(n_expert=5, n_inner=8), dict(n_inner=20), dict(bias=True), dict(qk_norm=False), dict(tie_embeddings=False),
+SINGLES = [{}, *({axis: key} for axis, table in model.AXES.items() for key in list(table)[1:]
+                  if key not in ("window", "strided", "mup"))]
+SINGLES += [WINDOW, dict(mixer="strided", window=3), dict(init="mup", tie_embeddings=False, base_width=8), dict(ngram=4, ngram_rows=97), dict(softcap=2.0), dict(n_kv_head=1), dict(n_expert=5, n_inner=8), dict(n_inner=20), dict(bias=True), dict(qk_norm=False), dict(tie_embeddings=False),
             dict(qkv_bias=True), GPT2, dict(GPT2, bias=True), dict(n_layer=5, **HYBRID)]
 PAIRS = [dict(position=position, n_kv_head=2, head_dim=6, **HYBRID) for position in model.POSITIONS]
 PAIRS += [dict(position=position, qk_norm=False, **WINDOW) for position in model.POSITIONS]
@@ -95,6 +96,8 @@ PAIRS += [dict(ffn=ffn, bias=True, placement="post", position="learned") for ffn
 PAIRS += [dict(mixer="valued,window", window=3, ngram=3, ngram_rows=97, softcap=30.0, n_kv_head=2, tie_embeddings=False),
           dict(mixer="valued", n_kv_head=1, head_dim=6, bias=True, norm="layernorm", position="none"),
           dict(mixer="gdn", ngram=2, ngram_rows=97, placement="parallel")]
+PAIRS += [dict(placement="sandwich", norm="gainless", residual="scaled", ngram=2, ngram_rows=97, mixer="strided,valued", window=2),
+          dict(residual="scaled", placement="parallel", position="learned")]
 PAIRS += [dict(n_expert=3, n_expert_active=1, n_expert_shared=2, ffn="gelu", n_inner=8, balance_bias=0.01, balance_loss=0.0, placement="post"),
           dict(n_expert=4, n_expert_active=4, n_inner=4, mixer="gdn", placement="parallel")]
 VARIANTS = {",".join(f"{k}={v}" for k, v in changes.items()) or "default": changes for changes in SINGLES + PAIRS}
@@ -170,16 +173,16 @@ def attention_by_loops(q, k, v, sees):
 
 
 @pytest.mark.parametrize("n_kv_head", [4, 2, 1])
-@pytest.mark.parametrize("mixer", ["attention", "window", "valued"])
+@pytest.mark.parametrize("mixer", ["attention", "window", "strided", "valued"])
 @pytest.mark.parametrize("past", [0, 3])
 def test_attention(n_kv_head, mixer, past):
     """A layer of attention as loops over queries, in a call that has no past and in one that has."""
-    gpt = make(n_layer=1, n_kv_head=n_kv_head, mixer=mixer, window=2 * (mixer == "window"), position="none", qk_norm=False)
+    gpt = make(n_layer=1, n_kv_head=n_kv_head, mixer=mixer, window=2 * (mixer in ("window", "strided")), position="none", qk_norm=False)
     layer, x, ids = gpt.blocks[0].mixer, torch.randn(2, 7, 16), tokens(2, 7)
     q, k, v = layer.qkv(x).view(2, 7, -1, 4).transpose(1, 2).split((4, n_kv_head, n_kv_head), 1)
     if mixer == "valued":
         v = v + layer.values[0].weight[ids].view(2, 7, n_kv_head, 4).transpose(1, 2)
-    y = attention_by_loops(q, k, v, lambda b, t, s: 0 <= t - s < (2 if mixer == "window" else 7))
+    y = attention_by_loops(q, k, v, lambda b, t, s: 0 <= t - s < (2 if mixer == "window" else 7) and (mixer != "strided" or t - s in (0, 1, 2, 4, 6)))
     expected = y.transpose(1, 2).reshape(2, 7, 16) @ layer.out.weight.T
     state, parts = gpt.new_state(2, 7) if past else fresh(gpt), []
     for ids_, x_ in zip(ids.split(past or 7, 1), x.split(past or 7, 1)):
@@ -292,6 +295,9 @@ def test_placements_by_hand(placement):
     elif placement == "post":
         h = block.norm1(h + mix(h))
         h = block.norm2(h + block.ffn(h))
+    elif placement == "sandwich":
+        h = h + block.last_norm1(mix(block.norm1(h)))
+        h = h + block.last_norm2(block.ffn(block.norm2(h)))
     elif placement == "reordered":
         h = h + block.norm1(mix(h))
         h = h + block.norm2(block.ffn(h))
@@ -549,7 +555,7 @@ def test_window_twins():
     wide.load_state_dict(full.state_dict())
     x = tokens(T=16)
     close(wide(x), full(x))
-    assert [block.mixer.window for block in make(n_layer=5, **HYBRID).blocks] == [4, 0, 4, 0, 4]
+    assert [bool(block.mixer.sees) for block in make(n_layer=5, **HYBRID).blocks] == [True, False, True, False, True]
 
 
 @every_variant
@@ -906,20 +912,50 @@ def test_dropout_gradient():
 
 def test_initial_standard_deviations():
     for init, tied in itertools.product(model.INITS, (True, False)):
+        if init == "mup" and tied:
+            continue
         c = Config(n_layer=3, n_embd=192, vocab_size=1000, init=init, tie_embeddings=tied, bias=True, norm="layernorm", position="learned")
         gpt = GPT(c)
-        expected = {
-            "zero": {"matrix": 192**-0.5, "output": 0, "embedding": 0.02, "tied": 0.02, "head": 0, "gain": 0, "bias": 0},
-            "gpt2": {"matrix": 0.02, "output": 0.02 / math.sqrt(6), "embedding": 0.02, "tied": 0.02, "head": 0.02, "gain": 0,
-                     "bias": 0}}[init]
+        small = dict.fromkeys(("matrix", "output", "embedding", "tied", "head"), 0.02)
+        expected = {"zero": dict(matrix=192**-0.5, embedding=0.02, tied=0.02), "mup": dict(matrix=192**-0.5, embedding=0.02),
+                    "gpt2": small | dict(output=0.02 / math.sqrt(6)), "xavier": small}[init]
         assert (gpt.head.weight is gpt.embedding.weight) == tied
         for name, role in gpt.roles().items():
             weight = gpt.get_parameter(name)
-            mean, std = (1 if role == "gain" else 0), expected[role]
+            mean, std = (1 if role == "gain" else 0), expected.get(role, 0)
+            if init == "xavier" and std:
+                std = math.sqrt(2 / sum(weight.shape))
             if std == 0:
                 assert (weight == mean).all(), name
             else:
                 assert abs(weight.std() / std - 1) < 0.03 and abs(weight.mean()) < 4 * std / math.sqrt(weight.numel()), name
+
+
+@pytest.mark.parametrize("optimizer,matrix", [("adamw", 1 / 4), ("muon", 1 / 2)])
+def test_rates(optimizer, matrix):
+    gpt = make(n_embd=32, init="mup", base_width=8, tie_embeddings=False, ngram=2, ngram_rows=5, n_expert=2)
+    expected = dict(matrix=matrix, output=matrix, head=1 / 4, router=1 / 4, embedding=10, table=10, gain=1, bias=1)
+    assert gpt.rates(optimizer) == {name: expected[role] for name, role in gpt.roles().items()}
+    plain = make(n_embd=32, tie_embeddings=False)
+    assert plain.rates(optimizer) == {name: model.ROLES[role].rate for name, role in plain.roles().items()}
+
+
+def test_coordinate_check(single):
+    """With muP the logits move alike at all widths, without it they move more the wider the model is."""
+    head, *rows = model.coord_check((64, 128, 256)).splitlines()
+    slopes = {row.split()[0]: float(row.split()[-1]) for row in rows}
+    assert slopes["--init=zero"] > 0.6 and abs(slopes["--init=mup"]) < 0.2, slopes
+
+
+def test_scaled_residual():
+    gpt, x = make(residual="scaled", n_layer=1), tokens()
+    plain = make(n_layer=1)
+    plain.load_state_dict({name: weight for name, weight in gpt.state_dict().items() if "residual" not in name})
+    a, b = gpt.blocks[0].residual.bias
+    with torch.no_grad():
+        plain.embedding.weight *= 1 + a + b  # in the first block the stream is the embedding
+        plain.head.weight = nn.Parameter(gpt.head.weight)
+    close(gpt(x), plain(x))
 
 
 def test_same_seed_same_weights():
@@ -936,7 +972,7 @@ def test_roles_cover_every_parameter(changes):
     gpt = make(**changes)
     roles = gpt.roles()
     assert roles.keys() == dict(gpt.named_parameters()).keys()
-    kinds = {model.Embedding: "embedding", model.Linear: "matrix", model.RMSNorm: "gain", nn.LayerNorm: "gain", nn.ParameterDict: "matrix"}
+    kinds = {model.Embedding: "embedding", model.Linear: "matrix", model.RMSNorm: "gain", nn.LayerNorm: "gain", nn.ParameterDict: "matrix", model.Scaled: "bias"}
     special = {"embedding.weight": "tied" if gpt.config.tie_embeddings else "embedding", "head.weight": "head"}
     for name, role in roles.items():
         path, _, own = name.rpartition(".")
@@ -997,7 +1033,7 @@ def test_accounting_of_parameters_flops_and_bytes(changes, single):
     heads = config.n_head * (config.head_dim or config.n_embd // config.n_head)
     hd = config.head_width
     mixing = {"attention": 4 * 16 * 16, "linear": 4 * 16 * (16 + hd), "gdn": 6 * 16 * (16 + hd)}  # a channel: one chunk
-    mixing |= {"window": mixing["attention"], "valued": mixing["attention"], "mamba2": mixing["linear"]}
+    mixing |= {"window": mixing["attention"], "valued": mixing["attention"], "mamba2": mixing["linear"], "strided": mixing["attention"]}
     # bytes: of what a step of torch's AdamW really holds
     adam = torch.optim.AdamW(gpt.parameters())
     loss_of(gpt, x).backward()
@@ -1054,7 +1090,7 @@ def test_activation_memory_equals_saved_tensors(changes, single):
     config = Config(**{**TINY, **changes, "n_embd": 32, "vocab_size": 64, "block_size": 64})
     measured = kept_bytes(GPT(config), tokens(4, 64))
     counted = model.account(config, 4)["memory"]["activations"]
-    masks = sum(4 * 64 * 64 for mixer in tiled(config) if mixer == "window")  # fp32, shared by rows and heads
+    masks = sum(4 * 64 * 64 for mixer in tiled(config) if mixer in ("window", "strided"))  # fp32, shared by rows and heads
     if 0 < config.n_kv_head < config.n_head and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
         pytest.skip("older torch keeps keys and values of grouped queries once a query head")
     assert counted <= measured <= counted + masks
@@ -1492,11 +1528,12 @@ def test_import_and_export_by_command(tmp_path, run_script, single):
     (dict(dropout=float("nan")), "--dropout=nan is too small"),
     (dict(n_expert=2, n_expert_active=3), "--n_expert_active=3 is more than --n_expert=2"),
     (dict(n_expert_active=0), "--n_expert_active=0 is too small"), (dict(balance_loss=-0.1), "--balance_loss=-0.1 is too small"),
-    (dict(norm="no"), "--norm=no: choose from rmsnorm, layernorm"),
-    (dict(placement="no"), "--placement=no: choose from pre, post, reordered, parallel"),
+    (dict(norm="no"), "--norm=no: choose from rmsnorm, layernorm, gainless"),
+    (dict(placement="no"), "--placement=no: choose from pre, post, reordered, parallel, sandwich"),
     (dict(position="no"), "--position=no: choose from rope, sinusoidal, learned, none"),
     (dict(ffn="no"), "--ffn=no: choose from swiglu, geglu, relu, gelu, relu2"),
-    (dict(init="no"), "--init=no: choose from zero, gpt2"),
+    (dict(init="no"), "--init=no: choose from zero, gpt2, xavier, mup"),
+    (dict(init="mup"), "--init=mup needs --tie_embeddings=False"), (dict(mixer="strided"), "a window needs both"),
     (dict(mixer="no"), "--mixer=no: choose from attention, window"),
     (dict(mixer="attention,attention,no"), "--mixer=no: choose from attention, window"),
     (dict(mixer=""), "--mixer=: choose from attention, window"),
