@@ -1,8 +1,12 @@
 """A decoder-only language model: tokens in, logits out. Every layer is written out, every choice is a key of a dict.
 
-Reads: nothing (a checkpoint, through load_checkpoint).
-Writes: nothing (a checkpoint, through save_checkpoint).
-Usage: python model.py --n_layer=12 --n_head=12 --n_embd=768 --vocab_size=50257 --block_size=1024
+Reads: a checkpoint; with --import_hf a folder of HuggingFace's (config.json, *.safetensors).
+Writes: a checkpoint; with --export_hf such a folder.
+Usage: python model.py --preset=gpt2
+       python model.py --preset=llama-3-8b --n_layer=64 --accelerator=b200 --tokens=1e12
+       python model.py --coord_check
+       python model.py --import_hf=DIR --output=ckpt.pt
+       python model.py --ckpt=ckpt.pt --export_hf=DIR
 References: Vaswani et al. 2017 (Transformer); Radford et al. 2019 (GPT-2); Touvron et al. 2023 (Llama).
 """
 import argparse
@@ -10,6 +14,8 @@ import contextlib
 import dataclasses
 import difflib
 import inspect
+import json
+import math
 import os
 import re
 import sys
@@ -21,7 +27,6 @@ from typing import BinaryIO, Callable, Iterator, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
-from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -43,25 +48,32 @@ class Config:
     n_kv_head: int = 0  # key and value heads, each shared by a group of query heads (0: n_head)
     n_embd: int = 128  # width of the residual stream
     head_dim: int = 0  # width of a head (0: n_embd / n_head)
-    n_inner: int = 0  # inner width of the feed-forward (0: 4 n_embd; swiglu, geglu: 8/3 n_embd)
-    norm: str = "rmsnorm"  # rmsnorm, layernorm
-    placement: str = "pre"  # of the norms: pre, post, reordered, parallel
+    n_inner: int = 0  # inner width of the feed-forward, or of each expert (0: 4 n_embd; swiglu, geglu: 8/3 n_embd)
+    norm: str = "rmsnorm"  # rmsnorm, layernorm, gainless
+    placement: str = "pre"  # of the norms: pre, post, reordered, parallel, sandwich
+    residual: str = "plain"  # plain, scaled (each block weighs the stream and the first embedding)
     position: str = "rope"  # rope, sinusoidal, learned, none
-    mixer: str = "attention"  # attention, window, linear, mamba2, gdn; a comma list is tiled over the layers
-    window: int = 0  # tokens that a window layer sees, its own included
+    mixer: str = "attention"  # attention, window, strided, valued, linear, mamba2, gdn; a comma list is tiled over layers
+    window: int = 0  # tokens that a window layer sees, its own included; the stride of a strided layer
     ffn: str = "swiglu"  # swiglu, geglu, relu, gelu, relu2
+    n_expert: int = 0  # feed-forward layers to choose from in each block (0: one, for all tokens)
+    n_expert_active: int = 2  # experts that a token passes
+    n_expert_shared: int = 0  # experts that every token passes, besides
+    balance_loss: float = 0.01  # weight of the loss for an equal load of the experts
+    balance_bias: float = 0.0  # step of a bias that leads tokens to idle experts, without a loss
+    router_z: float = 0.001  # weight of the loss on large router scores
+    ngram: int = 0  # longest n-gram that has an embedding of its own (0, 1: tokens alone)
+    ngram_rows: int = 65536  # rows of the table of each n
+    softcap: float = 0.0  # logits stay between -softcap and softcap (0: no limit)
     qk_norm: bool = True  # normalise queries and keys
     bias: bool = False  # biases in linear layers and LayerNorm
     qkv_bias: bool = False  # biases of queries, keys and values, also without the others
     tie_embeddings: bool = True  # one matrix for the token embedding and the head
-    init: str = "zero"  # initialisation: zero (matrices that write to the residual stream start at 0), gpt2
+    init: str = "zero"  # zero (matrices that write to the residual stream start at 0), gpt2, xavier, mup
+    base_width: int = 128  # mup: the n_embd at which the learning rate was found
     dropout: float = 0.0  # of the embedding and of what each layer adds
     rope_base: float = 10000.0  # longest wavelength of rope, over 2 pi
     norm_eps: float = 1e-6  # added to the variance in norms
-
-    @property
-    def kv_heads(self) -> int:
-        return self.n_kv_head or self.n_head
 
     @property
     def head_width(self) -> int:
@@ -70,97 +82,55 @@ class Config:
     @property
     def inner(self) -> int:
         # two thirds of 4 n_embd, to a multiple of 8, give the gated form the parameters of the plain one (Shazeer 2020)
-        default = -(-8 * self.n_embd // 24) * 8 if self.ffn.endswith("glu") else 4 * self.n_embd
-        return self.n_inner or default
-
-    @property
-    def mixers(self) -> list[str]:
-        """The mixer of each layer."""
-        return (self.mixer.split(",") * self.n_layer)[:self.n_layer]
+        return self.n_inner or (-(-8 * self.n_embd // 24) * 8 if self.ffn.endswith("glu") else 4 * self.n_embd)
 
     def check(self) -> None:
         """Raise ValueError, naming the option to change, where no model has this shape."""
         for axis, table in AXES.items():
             for key in self.mixer.split(",") if axis == "mixer" else [getattr(self, axis)]:
                 require(key in table, f"--{axis}={key}: choose from {', '.join(table)}")
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type in (int, float):  # 0 is meant only where it is the default
-                require(value > 0 or value == field.default == 0, f"--{field.name}={value} is too small")
+        for name, value in vars(self).items():
+            if type(value) in (int, float):  # 0 is meant where it is the default, or the weight of a loss
+                free = getattr(type(self), name) == 0 or name in ("balance_loss", "router_z")
+                require(value > 0 or value == 0 and free, f"--{name}={value} is too small")
         require(self.dropout < 1, f"--dropout={self.dropout} must be below 1")
         require(self.head_dim or self.n_embd % self.n_head == 0,
                 f"--n_embd={self.n_embd} is no multiple of --n_head={self.n_head}: set --head_dim")
-        require(self.n_head % self.kv_heads == 0, f"--n_head={self.n_head}: no multiple of --n_kv_head={self.kv_heads}")
+        require(self.n_head % (self.n_kv_head or 1) == 0,
+                f"--n_head={self.n_head}: no multiple of --n_kv_head={self.n_kv_head}")
         require(self.position != "rope" or self.head_width % 2 == 0,
                 f"--position=rope turns pairs of channels, a head of {self.head_width} is odd: set --head_dim")
-        require(("window" in self.mixers) == (self.window > 0),
+        require(self.n_expert == 0 or self.n_expert_active <= self.n_expert,
+                f"--n_expert_active={self.n_expert_active} is more than --n_expert={self.n_expert}")
+        require(self.init != "mup" or not self.tie_embeddings, "--init=mup needs --tie_embeddings=False")
+        require(not {"window", "strided"}.isdisjoint(self.mixer.split(",")) == (self.window > 0),
                 f"--mixer={self.mixer} --window={self.window}: a window needs both --mixer=window and --window=TOKENS")
 
 
 @dataclasses.dataclass
 class Options(Config):
+    preset: str = ""  # a shape by name: gpt2, gpt2-xl, llama-3-8b, qwen3-0.6b, mistral-7b
+    account: bool = False  # print what the model costs, which is done anyhow
     batch_size: int = 8  # sequences of a training step, for the memory of activations
+    tokens: int = 0  # tokens to train on, for the time (0: 20 a parameter)
+    accelerator: str = "h100"  # what it would train on: a100, h100, b200, rtx4090
+    mfu: float = 0.4  # share of the accelerator's peak that training reaches
+    coord_check: bool = False  # print how far the logits move at several widths, for --init=zero and mup
+    import_hf: str = ""  # folder of a HuggingFace model; it is written to --output
+    export_hf: str = ""  # folder that the model of --ckpt is written to
+    ckpt: str = "out/ckpt.pt"  # checkpoint to export
+    output: str = "ckpt.pt"  # checkpoint to write
 
 
-# ---- the operations: Plain is one formula each, to be read; Fast has the same signatures and gives the same numbers
-
-class Plain:
-    """Each operation in elementary tensor operations: a namespace of functions, of which no object is ever made."""
-
-    def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, center: bool) -> Tensor:
-        """(x - m) / sqrt(mean((x - m)^2) + eps) * weight + bias over the last dimension.
-
-        m is the mean of x if `center` (LayerNorm, Ba et al. 2016), else 0 (RMSNorm, Zhang and Sennrich 2019).
-        """
-        x = x - center * x.mean(-1, keepdim=True)
-        y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
-        return y if bias is None else y + bias
-
-    def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """softmax(q k^T / sqrt(hd)) v, each group of query heads on its key and value head (Vaswani 2017).
-
-        q (B, H, T, hd), k and v (B, H_kv, S, hd) -> (B, H, T, hd); H is a multiple of H_kv (Ainslie et al. 2023).
-        `mask`: True where a query may look, broadcast to (B, H, T, S). None: a query sees all keys up to its own, and
-        T is S, or 1 for the last of S tokens.
-        """
-        T, S = q.shape[2], k.shape[2]
-        groups = q.shape[1] // k.shape[1]
-        k = k.repeat_interleave(groups, 1)  # (B, H, S, hd)
-        v = v.repeat_interleave(groups, 1)
-        if mask is None:
-            mask = q.new_ones(T, S).tril(S - T).bool()
-        scores = (q @ k.mT / q.shape[3] ** 0.5).masked_fill(~mask, float("-inf"))  # (B, H, T, S)
-        weights = (scores - scores.amax(-1, keepdim=True)).exp()  # the largest becomes 1: nothing overflows
-        return weights / weights.sum(-1, keepdim=True) @ v
-
-
-class Fast:
-    """The same operations, fused by torch: one pass over memory where the plain form makes several."""
-
-    def norm(x, weight, bias, eps, center):
-        if center:
-            return F.layer_norm(x, weight.shape, weight, bias, eps)
-        return F.rms_norm(x, weight.shape, weight.type_as(x), eps)  # fused only where the types are the same
-
-    def attention(q, k, v, mask):
-        causal = mask is None and q.shape[2] > 1  # torch would let a single query see the first key alone
-        grouped = q.shape[1] != k.shape[1]
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped)
-
-
-ops = Fast  # what the layers below call; `model.ops = model.Plain` runs them as written above
-
-
-# ---- layers with parameters; `roles` names what each parameter is, a row of ROLES further down
+# ---- layers with parameters; what each parameter is follows from its name, see ROLES further down
 
 class Linear(nn.Module):
     """x (..., n_in) -> x W^T + b (..., n_out), with the weight W (n_out, n_in) and the bias b (n_out)"""
 
-    def __init__(self, n_in: int, n_out: int, bias: bool = False, role: str = "matrix"):
+    def __init__(self, n_in, n_out, bias=False):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(n_out, n_in))
         self.bias = nn.Parameter(torch.empty(n_out)) if bias else None
-        self.roles = {"weight": role, "bias": "bias"}
 
     def forward(self, x):
         return F.linear(x, self.weight, self.bias)
@@ -169,142 +139,79 @@ class Linear(nn.Module):
 class Embedding(Linear):
     """Ids (...) -> their rows (..., n_in): a linear layer from rows to vectors, its input one-hot, is a look-up"""
 
+    sparse = False  # True: the gradient lists the rows that were used
+
     def forward(self, ids):
-        return F.embedding(ids, self.weight)
+        return F.embedding(ids, self.weight, sparse=self.sparse)
 
 
-class Norm(nn.Module):
-    """x at a root mean square of 1, times a gain for each channel; width 0 is n_embd.
-
-    With `center` the mean is taken off before, and a bias may be added after.
-    """
-
-    roles = {"weight": "gain", "bias": "bias"}
-
-    def __init__(self, config: Config, width: int = 0, center: bool = False):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(width or config.n_embd))
-        self.bias = nn.Parameter(torch.empty_like(self.weight)) if center and config.bias else None
-        self.eps = config.norm_eps
-        self.center = center
+class RMSNorm(nn.RMSNorm):
+    """x / sqrt(mean(x^2) + eps) * gain over the last dimension (Zhang and Sennrich 2019)"""
 
     def forward(self, x):
-        return ops.norm(x, self.weight, self.bias, self.eps, self.center)
+        return F.rms_norm(x, self.normalized_shape, self.weight.type_as(x), self.eps)  # fused where types are the same
 
 
-NORMS = {"rmsnorm": Norm, "layernorm": partial(Norm, center=True)}
+NORMS = {
+    "rmsnorm": lambda config, width: RMSNorm(width, config.norm_eps),
+    "layernorm": lambda config, width: nn.LayerNorm(width, config.norm_eps, bias=config.bias),  # Ba et al. 2016
+    "gainless": lambda config, width: nn.RMSNorm(width, config.norm_eps, elementwise_affine=False),
+}
+GOLDEN = 0x1E3779B97F4A7C15  # an odd number without pattern: products with it differ in all their bits
+
+
+def scramble(bits: Tensor):
+    """Hash int64s: each bit comes to depend on all others (splitmix64's finaliser, Steele et al. 2014)."""
+    for shift, factor in ((30, 0x3F58476D1CE4E5B9), (27, 0x14D049BB133111EB)):
+        bits = (bits ^ (bits >> shift & 2 ** (64 - shift) - 1)) * factor  # & takes out the sign shifted in
+    return bits
 
 
 class Dropout(nn.Module):
     """Zero a share p of x (B, T, C), a function of each row's key alone: no other row and no device changes it.
 
     `noise["keys"]` (B,) int64 holds one key a row, set before the forward pass; without it they are drawn from torch's
-    generator. The mask is a hash of (key, site, place): splitmix64's finaliser (Steele et al. 2014).
+    generator. The mask is a hash of (key, site, place).
     """
 
-    def __init__(self, p: float, noise: dict, site: int):
+    def __init__(self, p, noise, site):
         super().__init__()
-        self.p = p
-        self.noise = noise
-        self.site = site
+        self.p, self.noise, self.site = p, noise, site
 
     def forward(self, x):
         if not self.training or self.p == 0:
             return x
         keys = self.noise["keys"] if self.noise else torch.randint(0x4000000000000000, (len(x),))
         place = torch.arange(x[0].numel(), device=x.device) + (self.site << 40)
-        bits = place + keys.to(x.device)[:, None] * 0x1E3779B97F4A7C15  # (B, T C)
-        bits = (bits ^ (bits >> 30 & 0x3FFFFFFFF)) * 0x3F58476D1CE4E5B9  # & takes out the sign shifted in
-        bits = (bits ^ (bits >> 27 & 0x1FFFFFFFFF)) * 0x14D049BB133111EB
+        bits = scramble(place + keys.to(x.device)[:, None] * GOLDEN)  # (B, T C)
         keep = (bits >> 20 & 0xFFFFFF) >= self.p * 0x1000000
         return x * keep.view_as(x) / (1 - self.p)
-
-
-# ---- positions: `at` is where the tokens stand, (1, T), or (B, T) where rows have different lengths
-
-class Position(nn.Identity):
-    """No sign of the position; each of the others replaces one of the two functions."""
-
-    def add(self, x, at):
-        """What the embedding x (B, T, C) becomes"""
-        return x
-
-    def turn(self, at):
-        """The function that queries and keys (B, T, H, hd) of all layers pass through"""
-        return lambda x: x
-
-
-def waves(length: int, width: int, base: float) -> Tensor:
-    """cos and sin of position / base^(2 i / width), i a pair of channels: (2, length, width / 2 rounded up)"""
-    frequency = base ** (-torch.arange(0, width, 2).double() / width)
-    angle = torch.outer(torch.arange(length).double(), frequency)  # exact enough for long contexts
-    return torch.stack((angle.cos(), angle.sin())).to(torch.get_default_dtype())
-
-
-class Rope(Position):
-    """Turn each pair of channels by an angle that grows with the position: q k^T sees distances (Su et al. 2021).
-
-    The pairs are (i, i + hd/2): (a, b) -> (a cos - b sin, b cos + a sin).
-    """
-
-    def __init__(self, config: Config):
-        super().__init__()
-        cos, sin = waves(config.block_size, config.head_width, config.rope_base)
-        table = torch.stack((cos.repeat(1, 2), torch.cat((-sin, sin), 1)))  # (2, block_size, hd)
-        self.register_buffer("table", table, persistent=False)
-
-    def turn(self, at):
-        cos, sin = self.table[:, at].unsqueeze(-2)  # (1 or B, T, 1, hd) each
-        return lambda x: x * cos + x.roll(x.shape[3] // 2, 3) * sin
-
-
-class Sinusoidal(Position):
-    """Sines and cosines of wavelengths from 2 pi to 10000 * 2 pi by turns (Vaswani et al. 2017)."""
-
-    def __init__(self, config: Config):
-        super().__init__()
-        cos, sin = waves(config.block_size, config.n_embd, 10000.0)
-        table = torch.stack((sin, cos), 2).flatten(1)  # (block_size, C, and one more if C is odd)
-        self.register_buffer("table", table[:, :config.n_embd], persistent=False)
-
-    def add(self, x, at):
-        return x + self.table[at]
-
-
-class Learned(Position):
-    """One trained vector a position (GPT-2)."""
-
-    def __init__(self, config: Config):
-        super().__init__()
-        self.table = Embedding(config.n_embd, config.block_size, role="embedding")
-
-    def add(self, x, at):
-        return x + self.table(at)
-
-
-POSITIONS = {"rope": Rope, "sinusoidal": Sinusoidal, "learned": Learned, "none": Position}
 
 
 # ---- states: all that the layers look back on, and the position
 
 @dataclasses.dataclass
 class State:
-    """What cached decoding carries from one call of the model to the next; of a pass that keeps nothing, no layers."""
+    """What cached decoding carries from one call of the model to the next; with no room, a pass that keeps nothing.
 
-    layers: list[list[Tensor]]  # rows first; what append fills has the position as second dimension
+    The last of the layers is that of the n-grams: it holds the tokens themselves.
+    """
+
+    layers: list[list[Tensor]]  # empty, or rows first; what append fills has the position as second dimension
     lengths: list[int]  # tokens taken in so far, one number a row
     start: list[int]  # what truncate may go back to: a recurrence sets it to the lengths before the last call
+    room: list[int]  # tokens that a row can hold
 
     def append(self, layer: int, at: Tensor, *new: Tensor) -> list | tuple:
         """Take in (B, T, ...) of the T tokens at `at`; return all that is filled, (B, S, ...) each."""
-        kept = self.layers[layer]
-        if not kept:
+        S = max(self.lengths) + at.shape[1]
+        kept, room = self.layers[layer], self.room[0]
+        if not room:
             return new
-        start = max(self.lengths)
-        S = start + at.shape[1]
-        room = kept[0].shape[1]
         require(S <= room, f"the state holds {room} tokens, {S} are needed: ask new_state for more")
-        places = slice(None), slice(start, S)
+        if not kept:  # the first tokens
+            kept += [x.new_zeros(len(x), room, *x.shape[2:]) for x in new]
+        places = slice(None), slice(S - at.shape[1], S)
         if len(at) > 1:  # ragged: behind the end of each row
             places = torch.arange(len(at), device=at.device)[:, None], at
         for old, x in zip(kept, new):
@@ -320,55 +227,137 @@ class State:
     def fork(self, rows: list[int]) -> "State":
         """A new state whose row i is a copy of row rows[i] (one prompt, several samples)."""
         layers = [[x[rows] for x in kept] for kept in self.layers]
-        lengths = [self.lengths[row] for row in rows]
-        return State(layers, lengths, [self.start[row] for row in rows])
+        numbers = [[of[row] for row in rows] for of in (self.lengths, self.start, self.room)]
+        return State(layers, *numbers)
 
     @property
     def nbytes(self) -> int:
         return sum(x.nbytes for kept in self.layers for x in kept)
 
 
+# ---- embeddings: what a token brings with it, and where it stands
+
+class NGrams(nn.Module):
+    """Add to each token's embedding a row for each n-gram that ends there, of 2 to --ngram tokens.
+
+    The row's number is a hash of the n-gram; each n has a table (Tito Svenstrup et al. 2017, hash embeddings).
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.tables = nn.ModuleList(Embedding(config.n_embd, config.ngram_rows) for _ in range(config.ngram - 1))
+
+    def forward(self, x, tokens, at, state):
+        """x (B, T, C) of tokens (B, T) -> (B, T, C)"""
+        if not self.tables:
+            return x
+        tokens, = state.append(-1, at, tokens)  # all so far (B, S)
+        at = at.expand(len(tokens), -1)
+        key = tokens.gather(1, at)
+        for back, table in enumerate(self.tables, 1):
+            before = tokens.gather(1, (at - back).clamp(min=0))
+            key = scramble(key * GOLDEN + before.where(at >= back, -1))  # -1: the text began later
+            x = x + table(key % len(table.weight))
+        return x
+
+
+# positions: `at` is where the tokens stand, (1, T), or (B, T) where rows have different lengths
+
+class Position(nn.Identity):
+    """No sign of the position; each of the others replaces one of the two functions."""
+
+    def add(self, x, at):
+        """What the embedding x (B, T, C) becomes"""
+        return x
+
+    def turn(self, at):
+        """The function that queries and keys (B, T, H, hd) of all layers pass through"""
+        return lambda x: x
+
+
+def waves(at: Tensor, width: int, base: float):
+    """cos and sin of at / base^(2 i / width), i a pair of channels: at (...) -> (2, ..., width / 2 rounded up)"""
+    frequency = base ** (-torch.arange(0, width, 2).double() / width)
+    angle = at[..., None] * frequency  # exact enough for long contexts
+    return torch.stack((angle.cos(), angle.sin())).to(torch.get_default_dtype())
+
+
+class Rope(Position):
+    """Turn each pair of channels by an angle that grows with the position: q k^T sees distances (Su et al. 2021).
+
+    The pairs are (i, i + hd/2): (a, b) -> (a cos - b sin, b cos + a sin).
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        cos, sin = waves(torch.arange(config.block_size), config.head_width, config.rope_base)  # (block_size, hd / 2)
+        table = torch.stack((cos.repeat(1, 2), torch.cat((-sin, sin), 1)))  # (2, block_size, hd)
+        self.register_buffer("table", table, persistent=False)
+
+    def turn(self, at):
+        cos, sin = self.table[:, at].unsqueeze(-2)  # (1 or B, T, 1, hd) each
+        return lambda x: x * cos + x.roll(x.shape[3] // 2, 3) * sin
+
+
+class Sinusoidal(Position):
+    """Sines and cosines of wavelengths from 2 pi to 10000 * 2 pi by turns (Vaswani et al. 2017)."""
+
+    def add(self, x, at):
+        cos, sin = waves(at.cpu(), x.shape[2], 10000.0)  # double precision, which not every device has
+        return x + torch.stack((sin, cos), 3).flatten(2)[..., :x.shape[2]].type_as(x)
+
+
+class Learned(Position):
+    """One trained vector a position (GPT-2)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.table = Embedding(config.n_embd, config.block_size)
+
+    def add(self, x, at):
+        return x + self.table(at)
+
+
+POSITIONS = {"rope": Rope, "sinusoidal": Sinusoidal, "learned": Learned, "none": Position}
+
+
 # ---- mixers: where tokens look at each other
 
 class Attention(nn.Module):
-    """Causal attention over the last `window` tokens (0: all); groups of queries share keys and values.
+    """softmax(q k^T / sqrt(hd)) v over the tokens so far; groups of query heads share a key and a value head.
 
-    Normalised queries and keys keep the scores from growing (Henry et al. 2020).
+    `sees(far, window)` says whether a token looks at one that lies `far` back (None: at all). With `valued`, each value
+    gets a trained vector of its token (value embeddings, modded-nanogpt 2024). Groups: Ainslie et al. 2023; normalised
+    queries and keys keep the scores from growing (Henry et al. 2020).
     """
 
-    def __init__(self, config: Config, window: int = 0):
+    def __init__(self, sees, valued, config):
         super().__init__()
-        self.window = window
+        self.sees, self.window = sees, config.window
         self.width = config.head_width
-        self.heads = config.n_head, config.kv_heads, config.kv_heads  # of q, k and v
+        groups = config.n_kv_head or config.n_head
+        self.heads = config.n_head, groups, groups  # of q, k and v
         self.qkv = Linear(config.n_embd, sum(self.heads) * self.width, config.bias or config.qkv_bias)
-        self.out = Linear(config.n_head * self.width, config.n_embd, config.bias, "output")
+        self.out = Linear(config.n_head * self.width, config.n_embd, config.bias)
         norm = NORMS[config.norm] if config.qk_norm else nn.Identity
         self.q_norm = norm(config, self.width)
         self.k_norm = norm(config, self.width)
+        self.values = nn.ModuleList(Embedding(groups * self.width, config.vocab_size) for _ in range(valued))
 
-    def forward(self, x, at, turn, state, layer):
-        B, T, _ = x.shape
-        q, k, v = self.qkv(x).view(B, T, -1, self.width).split(self.heads, dim=2)  # (B, T, H or H_kv, hd)
-        q = turn(self.q_norm(q))
+    def forward(self, x, tokens, at, turn, state, layer):
+        q, k, v = self.qkv(x).unflatten(2, (-1, self.width)).split(self.heads, dim=2)  # (B, T, H or H_kv, hd)
+        for table in self.values:
+            v = v + table(tokens).view_as(v)
         k, v = state.append(layer, at, turn(self.k_norm(k)), v)  # (B, S, H_kv, hd)
-        mask = self.mask(at, k.shape[1])
+        mask, S = None, k.shape[1]
+        if len(at) > 1 or at.shape[1] not in (1, S) or self.sees:  # else causal says it
+            far = at[:, None, :, None] - torch.arange(S, device=at.device)  # how far back key s lies
+            mask = (far >= 0) & (self.sees(far, self.window) if self.sees else True)  # (1 or B, 1, T, S)
         # heads go to the front only here: the result keeps the layout of q, and so the last line copies nothing
-        y = ops.attention(*(part.transpose(1, 2) for part in (q, k, v)), mask)
-        return self.out(y.transpose(1, 2).reshape(B, T, -1))
-
-    def mask(self, at, S):
-        """True where the query at position at[b, t] sees key s: (1 or B, 1, T, S); None where causal says it."""
-        rows, T = at.shape
-        if rows == 1 and T in (1, S) and not self.window:
-            return None
-        far = at[:, None, :, None] - torch.arange(S, device=at.device)  # how far back key s lies
-        return (far >= 0) & (far < (self.window or S))
-
-    def state(self, batch, capacity):
-        """Empty keys and values of `batch` sequences of up to `capacity` tokens"""
-        shape = batch, capacity, self.heads[1], self.width
-        return [self.qkv.weight.new_zeros(shape) for _ in "kv"]
+        q, k, v = (part.transpose(1, 2) for part in (turn(self.q_norm(q)), k, v))
+        causal = mask is None and q.shape[2] > 1  # torch would let a single query see the first key alone
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+        return self.out(y.transpose(1, 2).flatten(2))
 
 
 def scan(inputs: tuple, S: Tensor, delta: bool, chunk: int = 64) -> tuple:
@@ -403,44 +392,37 @@ class Recurrence(nn.Module):
     a part of them back.
     """
 
-    def __init__(self, forget: bool, delta: bool, config: Config):
+    def __init__(self, forget, delta, config):
         super().__init__()
-        self.forget = forget
-        self.delta = delta
-        self.heads = config.n_head
-        self.width = config.head_width
+        self.forget, self.delta = forget, delta
+        self.heads, self.width = config.n_head, config.head_width
         self.up = Linear(config.n_embd, self.heads * (4 * self.width + 1 + forget), config.bias)
-        self.out = Linear(self.heads * self.width, config.n_embd, config.bias, "output")
-        self.norm = Norm(config, self.width)
+        self.out = Linear(self.heads * self.width, config.n_embd, config.bias)
+        self.norm = RMSNorm(self.width, config.norm_eps)
 
-    def forward(self, x, at, turn, state, layer):
+    def forward(self, x, tokens, at, turn, state, layer):
         B, T, _ = x.shape
-        S, *past = state.layers[layer] or self.state(B, 0)
-        heads = self.up(x).view(B, T, self.heads, -1).transpose(1, 2).type_as(S)  # (B, H, T, 4 hd + 1 or 2)
+        heads = self.up(x).view(B, T, self.heads, -1).transpose(1, 2)  # (B, H, T, 4 hd + 1 or 2)
+        heads = heads.to(torch.promote_types(heads.dtype, torch.float32))  # sums want single precision at least
+        S, *past = state.layers[layer] or [heads.new_zeros(B, self.heads, self.width, self.width)]
         q, k, v, gate, rates = heads.split(self.width, 3)
-        k = F.normalize(k, dim=3)
         g = self.forget * F.logsigmoid(rates[..., -1:] + 4)  # at first half is left after about 40 tokens
         if past:
             was, *inputs = past
             kept = (was < at[:, :1])[:, None, :, None]  # what truncate took back is left out
             _, S = scan([part * kept for part in inputs], S, self.delta)
-        inputs = q, k, v, g, rates[..., :1].sigmoid()
+        inputs = q, F.normalize(k, dim=3), v, g, rates[..., :1].sigmoid()
         state.layers[layer] = [S, at.expand(B, T), *inputs]
         state.start = state.lengths
-        y, _ = scan(inputs, S, self.delta)
-        y = (self.norm(y) * F.silu(gate)).type_as(x)
+        y = (self.norm(scan(inputs, S, self.delta)[0]) * F.silu(gate)).type_as(x)
         return self.out(y.transpose(1, 2).reshape(B, T, -1))
-
-    def state(self, batch, capacity):
-        """S of no tokens, in single precision at least"""
-        like = self.up.weight
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        return [like.new_zeros(batch, self.heads, self.width, self.width, dtype=dtype)]
 
 
 MIXERS = {
-    "attention": Attention,
-    "window": lambda config: Attention(config, config.window),  # Beltagy et al. 2020
+    "attention": partial(Attention, None, False),
+    "window": partial(Attention, lambda far, window: far < window, False),  # Beltagy et al. 2020
+    "strided": partial(Attention, lambda far, window: (far < window) | (far % window == 0), False),  # Child et al. 2019
+    "valued": partial(Attention, None, True),
     "linear": partial(Recurrence, False, False),  # Katharopoulos et al. 2020
     "mamba2": partial(Recurrence, True, False),  # Dao and Gu 2024
     "gdn": partial(Recurrence, True, True),  # Gated DeltaNet, Yang et al. 2025
@@ -452,24 +434,96 @@ MIXERS = {
 class MLP(nn.Module):
     """down(f(up x)); f takes `parts` tensors, each as wide as what it gives."""
 
-    def __init__(self, f: Callable, config: Config, parts=1):
+    loss = 0.0
+
+    def __init__(self, parts, f, config, inner=0):
         super().__init__()
-        self.f = f
-        self.parts = parts
-        self.up = Linear(config.n_embd, parts * config.inner, config.bias)
-        self.down = Linear(config.inner, config.n_embd, config.bias, "output")
+        self.parts, self.f = parts, f
+        self.up = Linear(config.n_embd, parts * (inner or config.inner), config.bias)
+        self.down = Linear(inner or config.inner, config.n_embd, config.bias)
 
     def forward(self, x):
         return self.down(self.f(*self.up(x).chunk(self.parts, -1)))
 
 
+@torch.library.custom_op("model::grouped", mutates_args=())
+def grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """x (N, n_in), weight (E, n_out, n_in) -> (N, n_out): the rows of x from ends[e - 1] up to ends[e] meet matrix e.
+
+    An operation of its own, for torch.compile and fake tensors cannot follow slices whose lengths are data.
+    """
+    return torch.cat([part @ matrix.mT for part, matrix in zip(x.tensor_split(ends[:-1].cpu()), weight)])
+
+
+@torch.library.custom_op("model::grouped_outer", mutates_args=())
+def grouped_outer(y: Tensor, x: Tensor, ends: Tensor) -> Tensor:
+    """y (N, n_out), x (N, n_in) -> (E, n_out, n_in): the sum of y x^T over the rows of each group."""
+    return torch.stack([b.mT @ a for b, a in zip(*(part.tensor_split(ends[:-1].cpu()) for part in (y, x)))])
+
+
+def grouped_backward(ctx, grad: Tensor) -> tuple:
+    """The gradients of x and weight, and none of ends."""
+    x, weight, ends = ctx.saved_tensors
+    grad = grad.contiguous()
+    return grouped(grad, weight.mT, ends), grouped_outer(grad, x, ends), None
+
+
+grouped.register_fake(lambda x, weight, ends: x.new_empty(len(x), weight.shape[1]))
+grouped_outer.register_fake(lambda y, x, ends: x.new_empty(len(ends), y.shape[1], x.shape[1]))
+grouped.register_autograd(grouped_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+
+
+class Experts(nn.Module):
+    """Each token passes the few of --n_expert feed-forward layers that a router prefers (Shazeer et al. 2017).
+
+    No token is dropped: they are sorted by expert, and each expert multiplies its slice. Against idle experts there is
+    a loss, E sum_e (share of the tokens) (mean probability) (Fedus et al. 2021), or a bias that only the choice sees
+    (Wang et al. 2024); another loss keeps the router's scores small (Zoph et al. 2022). Their sum lies in `loss`.
+    """
+
+    def __init__(self, parts, f, config):
+        super().__init__()
+        self.parts, self.f, self.config = parts, f, config
+        self.router = Linear(config.n_embd, config.n_expert)
+        self.up = nn.ParameterDict(dict(weight=torch.empty(config.n_expert, parts * config.inner, config.n_embd)))
+        self.down = nn.ParameterDict(dict(weight=torch.empty(config.n_expert, config.n_embd, config.inner)))
+        shared = config.n_expert_shared * config.inner
+        self.shared = MLP(parts, f, config, shared) if shared else lambda x: 0.0
+        self.register_buffer("bias", torch.zeros(config.n_expert))
+        self.register_buffer("counts", torch.zeros(config.n_expert), persistent=False)  # tokens of the last call
+
+    def forward(self, x):
+        scores = self.router(x).flatten(0, 1)  # (N, E)
+        share = scores.softmax(1)
+        active = self.config.n_expert_active
+        chosen = (share + self.bias).topk(active).indices  # (N, active)
+        weight = share.gather(1, chosen)
+        weight = weight / weight.sum(1, keepdim=True)
+        order = chosen.flatten().argsort(stable=True)  # of N x active passes, those of expert 0 first
+        counts = (chosen.flatten()[:, None] == torch.arange(len(self.bias), device=x.device)).sum(0)
+        rows, ends = order // active, counts.cumsum(0)
+        h = grouped(x.flatten(0, 1)[rows].type_as(scores), self.up["weight"].type_as(scores), ends)
+        y = grouped(self.f(*h.chunk(self.parts, 1)), self.down["weight"].type_as(scores), ends)
+        y = y * weight.flatten()[order, None]
+        self.loss = self.balance(scores, share, counts) if self.training else 0.0
+        return torch.zeros_like(y[:len(scores)]).index_add(0, rows, y).view_as(x) + self.shared(x)
+
+    def balance(self, scores, share, counts):
+        """What the router's choices cost, in nats; the bias moves."""
+        load, c = counts / counts.sum(), self.config
+        self.counts.copy_(counts)
+        self.bias.add_((load.mean() - load).sign(), alpha=c.balance_bias)
+        even = len(load) * (load * share.mean(0)).sum()  # 1 if all have the same
+        return c.balance_loss * even + c.router_z * scores.logsumexp(1).square().mean()
+
+
 gelu = partial(F.gelu, approximate="tanh")  # GPT-2's form
 FFNS = {
-    "swiglu": partial(MLP, lambda gate, up: F.silu(gate) * up, parts=2),  # Shazeer 2020
-    "geglu": partial(MLP, lambda gate, up: gelu(gate) * up, parts=2),
-    "relu": partial(MLP, F.relu),
-    "gelu": partial(MLP, gelu),
-    "relu2": partial(MLP, lambda x: F.relu(x).square()),  # So et al. 2021
+    "swiglu": (2, lambda gate, up: F.silu(gate) * up),  # Shazeer 2020
+    "geglu": (2, lambda gate, up: gelu(gate) * up),
+    "relu": (1, F.relu),
+    "gelu": (1, gelu),
+    "relu2": (1, lambda x: F.relu(x).square()),  # So et al. 2021
 }
 
 
@@ -481,59 +535,83 @@ PLACEMENTS = {
     "post": lambda x, start, norm, f: norm(x + f(x)),  # the original order (Vaswani et al. 2017)
     "reordered": lambda x, start, norm, f: x + norm(f(x)),  # what is added has a known size (Olmo 2, 2024)
     "parallel": lambda x, start, norm, f: x + f(norm(start)),  # mixer and feed-forward side by side (GPT-NeoX, 2022)
+    "sandwich": lambda x, start, norm, f: x + f(norm(x)),  # and what f gives has a norm of its own (Gemma 2, 2024)
 }
+
+
+class Scaled(nn.Module):
+    """x + a x + b x0: a block weighs the stream and the embedding that it began with (modded-nanogpt, 2024)."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Parameter(torch.empty(2))
+
+    def forward(self, x, x0):
+        a, b = self.bias
+        return x + a * x + b * x0
+
+
+RESIDUALS = {"plain": lambda: lambda x, x0: x, "scaled": Scaled}
 
 
 class Block(nn.Module):
     """A mixer, then a feed-forward layer, each with its norm where --placement puts it."""
 
-    def __init__(self, config: Config, layer: int, noise: dict):
+    def __init__(self, config, layer, noise):
         super().__init__()
+        mixers = config.mixer.split(",")
         self.place = PLACEMENTS[config.placement]
-        self.norm1 = NORMS[config.norm](config)
-        self.norm2 = NORMS[config.norm](config)
-        self.mixer = MIXERS[config.mixers[layer]](config)
-        self.ffn = FFNS[config.ffn](config)
+        self.residual = RESIDUALS[config.residual]()
+        self.norm1 = NORMS[config.norm](config, config.n_embd)
+        self.norm2 = NORMS[config.norm](config, config.n_embd)
+        self.mixer = MIXERS[mixers[layer % len(mixers)]](config)
+        self.ffn = (Experts if config.n_expert else MLP)(*FFNS[config.ffn], config)
+        last = NORMS[config.norm] if config.placement == "sandwich" else nn.Identity
+        self.last_norm1 = last(config, config.n_embd)
+        self.last_norm2 = last(config, config.n_embd)
         self.drop1 = Dropout(config.dropout, noise, 2 * layer + 1)
         self.drop2 = Dropout(config.dropout, noise, 2 * layer + 2)
 
-    def forward(self, x, *past):
-        """x (B, T, C) -> (B, T, C); `past` is for the mixer: at, turn, state, layer"""
-        mixed = self.place(x, x, self.norm1, lambda h: self.drop1(self.mixer(h, *past)))
-        return self.place(mixed, x, self.norm2, lambda h: self.drop2(self.ffn(h)))
+    def forward(self, x, x0, *past):
+        """x, and the embedding x0 (B, T, C) -> (B, T, C); `past` is for the mixer: tokens, at, turn, state, layer"""
+        x = self.residual(x, x0)
+        mixed = self.place(x, x, self.norm1, lambda h: self.drop1(self.last_norm1(self.mixer(h, *past))))
+        return self.place(mixed, x, self.norm2, lambda h: self.drop2(self.last_norm2(self.ffn(h))))
 
 
 # ---- what each parameter is: how it starts and how it is trained
 
 class Role(NamedTuple):
-    """A row of the table below; standard deviations are numbers, or functions of fan-in n and number of layers L."""
+    """A row of the table below."""
 
-    zero: float | Callable = 0.0  # with --init=zero
-    gpt2: float | Callable = 0.0  # with --init=gpt2 (Radford et al. 2019)
-    mean: float = 0.0
+    names: str  # of its parameters: a regular expression; the first row that fits counts
+    mean: float = 0.0  # at the start
     decay: bool = False  # weight decay pulls it to 0
     muon: bool = False  # Muon may update it: a matrix between hidden vectors
     rate: float = 1.0  # times the learning rate; each row of an embedding is seldom used, so it moves faster
+    shrink: bool = False  # with --init=mup the learning rate falls with the width
 
 
 ROLES = {
-    "matrix": Role(lambda n, L: n**-0.5, 0.02, decay=True, muon=True),
-    "output": Role(0.0, lambda n, L: 0.02 / (2 * L) ** 0.5, decay=True, muon=True),  # writes to the residual stream
-    "embedding": Role(0.02, 0.02, rate=10.0),
-    "tied": Role(0.02, 0.02),  # token embedding and head in one
-    "head": Role(gpt2=0.02),
-    "gain": Role(mean=1.0),
-    "bias": Role(),
+    "bias": Role(r"bias$"),
+    "gain": Role(r"norm\d?\.weight$", mean=1.0),
+    "table": Role(r"ngrams|values", rate=10.0),  # many rows, few of them in a step
+    "embedding": Role(r"^embedding|^position", rate=10.0),
+    "head": Role(r"^head", shrink=True),
+    "tied": Role(r"^$"),  # token embedding and head in one: told by --tie_embeddings
+    "router": Role(r"router\.weight$", shrink=True),
+    "output": Role(r"(out|down)\.weight$", decay=True, muon=True, shrink=True),  # writes to the residual stream
+    "matrix": Role(r"weight$", decay=True, muon=True, shrink=True),
 }
-INITS = ("zero", "gpt2")
-AXES = {
-    "norm": NORMS,
-    "placement": PLACEMENTS,
-    "position": POSITIONS,
-    "mixer": MIXERS,
-    "ffn": FFNS,
-    "init": INITS,
+# standard deviations at the start, by fan-in n, fan-out m and number of layers L; all else starts at its mean
+INITS = {
+    "zero": lambda n, m, L: dict(matrix=n**-0.5, embedding=0.02, tied=0.02, router=0.02),
+    "gpt2": lambda n, m, L: dict.fromkeys(INITIAL, 0.02) | dict(output=0.02 / (2 * L) ** 0.5),  # Radford et al. 2019
+    "xavier": lambda n, m, L: dict.fromkeys(INITIAL, (2 / (n + m)) ** 0.5),  # Glorot and Bengio 2010
+    "mup": lambda n, m, L: dict(matrix=n**-0.5, embedding=0.02, router=0.02),  # and GPT.rates (Yang et al. 2022)
 }
+INITIAL = ("matrix", "output", "router", "embedding", "tied", "head")
+AXES = dict(norm=NORMS, placement=PLACEMENTS, residual=RESIDUALS, position=POSITIONS, mixer=MIXERS, ffn=FFNS, init=INITS)
 
 
 class GPT(nn.Module):
@@ -544,15 +622,17 @@ class GPT(nn.Module):
         config.check()
         self.config = config
         self.noise = {}  # shared by all dropouts, see there
-        role = "tied" if config.tie_embeddings else "embedding"
-        self.embedding = Embedding(config.n_embd, config.vocab_size, role=role)
+        self.embedding = Embedding(config.n_embd, config.vocab_size)
+        self.ngrams = NGrams(config)
         self.position = POSITIONS[config.position](config)
         self.drop = Dropout(config.dropout, self.noise, 0)
         self.blocks = nn.ModuleList(Block(config, layer, self.noise) for layer in range(config.n_layer))
-        self.norm = nn.Identity() if config.placement == "post" else NORMS[config.norm](config)
-        self.head = Linear(config.n_embd, config.vocab_size, role="head")
+        self.norm = nn.Identity() if config.placement == "post" else NORMS[config.norm](config, config.n_embd)
+        self.head = Linear(config.n_embd, config.vocab_size)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
+        if config.softcap:  # Gemma 2, 2024
+            self.head.register_forward_hook(lambda head, x, y: config.softcap * torch.tanh(y / config.softcap))
         self.initialise()
 
     @torch.no_grad()
@@ -560,31 +640,45 @@ class GPT(nn.Module):
         """Draw every parameter as its role and --init say, from torch's generator."""
         for name, role in self.roles().items():
             weight = self.get_parameter(name)
-            std = getattr(ROLES[role], self.config.init)
-            if callable(std):
-                std = std(weight.shape[-1], self.config.n_layer)
-            weight.normal_(ROLES[role].mean, std)
+            std = INITS[self.config.init](weight.shape[-1], weight.shape[-2:][0], self.config.n_layer)
+            weight.normal_(ROLES[role].mean, std.get(role, 0.0))
 
     def roles(self) -> dict[str, str]:
-        """The role of each parameter by name. A parameter whose layer does not name its role is a KeyError."""
-        owners = ((name, *name.rsplit(".", 1)) for name, _ in self.named_parameters())
-        return {name: self.get_submodule(path).roles[own] for name, path, own in owners}
+        """The role of each parameter by name. Raises ValueError for a name that no row of ROLES fits."""
+        found = {}
+        for name, _ in self.named_parameters():
+            fits = [role for role, row in ROLES.items() if re.search(row.names, name)]
+            require(fits, f"no row of ROLES has a name like {name}")
+            found[name] = "tied" if self.config.tie_embeddings and name == "embedding.weight" else fits[0]
+        return found
+
+    def rates(self, optimizer: str = "adamw") -> dict[str, float]:
+        """What each parameter's learning rate is multiplied by.
+
+        With --init=mup a rate found at --base_width holds at any width (Yang et al. 2022): AdamW's steps of a matrix
+        have entries of one size, which add up over the width n, so they shrink as 1 / n. Those of train.py's Muon have
+        singular values that grow as sqrt(n), and shrink as 1 / sqrt(n).
+        """
+        wider = self.config.n_embd / self.config.base_width if self.config.init == "mup" else 1.0
+        roles = {name: ROLES[role] for name, role in self.roles().items()}
+        power = {name: 0.5 if role.muon and optimizer == "muon" else 1.0 for name, role in roles.items()}
+        return {name: role.rate / wider ** (role.shrink * power[name]) for name, role in roles.items()}
 
     def hidden(self, tokens: Tensor, state: State | None = None) -> Tensor:
         """Token ids (B, T) -> the last layer's normalised output (B, T, C); `state` takes in the T tokens.
 
         Raises ValueError where the context would be longer than block_size.
         """
-        state = state or State([[] for _ in self.blocks], [0], [0])
-        T, device = tokens.shape[1], tokens.device
-        require(max(state.lengths) + T <= self.config.block_size,
-                f"the context is longer than the block_size of {self.config.block_size} tokens")
+        state = state or self.new_state(1, 0)
+        T, room, device = tokens.shape[1], self.config.block_size, tokens.device
+        require(max(state.lengths) + T <= room, f"the context is longer than the block_size of {room} tokens")
         first = state.lengths if min(state.lengths) < max(state.lengths) else state.lengths[:1]
         at = torch.tensor(first, device=device)[:, None] + torch.arange(T, device=device)  # (1, T), ragged (B, T)
         turn = self.position.turn(at)
-        x = self.drop(self.position.add(self.embedding(tokens), at))
+        x = self.ngrams(self.embedding(tokens), tokens, at, state)
+        x = x0 = self.drop(self.position.add(x, at))
         for layer, block in enumerate(self.blocks):
-            x = block(x, at, turn, state, layer)
+            x = block(x, x0, tokens, at, turn, state, layer)
         state.lengths = [length + T for length in state.lengths]
         return self.norm(x)
 
@@ -592,13 +686,31 @@ class GPT(nn.Module):
         """Token ids (B, T) -> logits (B, T, V) of each next token; errors as in `hidden`."""
         return self.head(self.hidden(tokens, state))
 
-    def new_state(self, batch: int, capacity: int = 0) -> State:
-        """An empty state for `batch` sequences of up to `capacity` tokens (0: block_size)."""
-        layers = [block.mixer.state(batch, capacity or self.config.block_size) for block in self.blocks]
-        return State(layers, [0] * batch, [0] * batch)
+    def extra_loss(self) -> Tensor | float:
+        """What the last forward pass in training adds to the loss, in nats a token: the balance of experts."""
+        return sum(block.ffn.loss for block in self.blocks)
+
+    def new_state(self, batch: int, capacity: int = -1) -> State:
+        """An empty state for `batch` sequences of up to `capacity` tokens (-1: block_size; 0: it keeps nothing)."""
+        room = self.config.block_size if capacity < 0 else capacity
+        return State([[] for _ in range(len(self.blocks) + 1)], [0] * batch, [0] * batch, [room] * batch)
 
 
 # ---- resource accounting
+
+GPT2 = "--vocab_size=50257 --block_size=1024 --norm=layernorm --position=learned --ffn=gelu --qk_norm=False --bias=True"
+LLAMA = "--n_layer=32 --n_head=32 --n_kv_head=8 --n_embd=4096 --qk_norm=False --tie_embeddings=False --norm_eps=1e-5"
+PRESETS = {
+    "": "",
+    "gpt2": f"{GPT2} --n_layer=12 --n_head=12 --n_embd=768",
+    "gpt2-xl": f"{GPT2} --n_layer=48 --n_head=25 --n_embd=1600",
+    "llama-3-8b": f"{LLAMA} --n_inner=14336 --vocab_size=128256 --block_size=8192 --rope_base=5e5",
+    "mistral-7b": f"{LLAMA} --n_inner=14336 --vocab_size=32000 --block_size=8192 --mixer=window --window=4096",
+    "qwen3-0.6b": "--n_layer=28 --n_head=16 --n_kv_head=8 --head_dim=128 --n_embd=1024 --n_inner=3072 "
+                  "--vocab_size=151936 --block_size=40960 --rope_base=1e6",
+}
+PEAK = dict(a100=312e12, h100=989e12, b200=2250e12, rtx4090=165e12)  # FLOPs a second in dense bf16 products
+
 
 def account(config: Config, batch: int, optimizer: str = "muon") -> dict:
     """What a model costs: parameters by role, FLOPs of one sequence of block_size tokens, bytes of training in fp32.
@@ -615,26 +727,32 @@ def account(config: Config, batch: int, optimizer: str = "muon") -> dict:
         kept[storage._cdata] = storage  # views share one
         return tensor
 
-    fused = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, *_, **__: 4 * q.numel() * k[2]}
+    fused = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, *_, **__: 4 * q.numel() * k[2],
+             torch.ops.model.grouped: lambda x, w, *_, **__: 2 * x.numel() * w[1]}
     counter = FlopCounterMode(display=False, custom_mapping=fused)
     with FakeTensorMode():
         model = GPT(config)
-        with saved_tensors_hooks(keep, lambda tensor: tensor), counter:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), counter:
             keep(model(torch.zeros(batch, config.block_size, dtype=torch.long)))
+        state = model.new_state(1)
+        model(torch.zeros(1, 1, dtype=torch.long), state)
     for tensor in (*model.parameters(), *model.buffers()):  # they are there anyhow
         kept.pop(tensor.untyped_storage()._cdata, None)
-    activations = sum(storage.nbytes() for storage in kept.values())
-    by_role = dict.fromkeys(ROLES, 0)
-    moments = 0
+    by_role, moments = dict.fromkeys(ROLES, 0), 0
     for name, role in model.roles().items():
         size = model.get_parameter(name).numel()
         by_role[role] += size
         moments += size if optimizer == "muon" and ROLES[role].muon else 2 * size
     total = sum(by_role.values())
-    memory = dict(weights=4 * total, gradients=4 * total, optimizer=4 * moments, activations=activations)
-    return dict(parameters=total, roles=by_role, memory=memory, memory_total=sum(memory.values()),
-                forward_flops=counter.get_total_flops() // batch,
-                cache_per_token=model.new_state(1).nbytes // config.block_size)
+    idle = sum(weight["weight"].numel() for ffn in model.modules() if type(ffn) is Experts for weight in (ffn.up, ffn.down))
+    idle -= idle * config.n_expert_active // max(1, config.n_expert)
+    flops = {part: sum(sum(ops.values()) for name, ops in counter.flop_counts.items() if name.endswith(part)) // batch
+             for part in ("mixer", "ffn", "head")}
+    memory = dict(weights=4 * total, gradients=4 * total, optimizer=4 * moments,
+                  activations=sum(storage.nbytes() for storage in kept.values()))
+    return dict(parameters=total, active=total - idle, roles=by_role, memory=memory, memory_total=sum(memory.values()),
+                forward_flops=counter.get_total_flops() // batch, flops=flops,
+                cache_per_token=state.nbytes // config.block_size)
 
 
 def report(config: Config, batch: int, optimizer: str = "muon") -> str:
@@ -642,11 +760,43 @@ def report(config: Config, batch: int, optimizer: str = "muon") -> str:
     a, T = account(config, batch, optimizer), config.block_size
     roles = ", ".join(f"{role} {n:,}" for role, n in a["roles"].items() if n)
     memory = ", ".join(f"{name} {n / 2**20:,.1f}" for name, n in a["memory"].items())
+    shares = ", ".join(f"{part} {n / a['forward_flops']:.1%}" for part, n in a["flops"].items())
     return f"""\
-parameters    {a['parameters']:,} ({roles})
+parameters    {a['parameters']:,} ({roles}), {a['active']:,} of them in use for a token
 FLOPs         {a['forward_flops']:,} forward for {T} tokens, {3 * a['forward_flops'] // T:,} a token trained
+              of which {shares}
 memory, MiB   {a['memory_total'] / 2**20:,.1f} at {batch} x {T} tokens ({memory})
 cache         {a['cache_per_token']:,} bytes a token, {a['cache_per_token'] * T / 2**20:,.2f} MiB a sequence"""
+
+
+def coord_check(widths: tuple = (64, 128, 256, 512), steps: int = 5, learning_rate: float = 0.02) -> str:
+    """How far the logits move in a few steps of AdamW, by width; right is a slope of 0 (Yang et al. 2022).
+
+    A table of root mean squares, with the slope of log(size) over log(width), for --init=zero and --init=mup.
+    """
+    lines = [f"{'moved by':14}" + "".join(f"{f'width {width}':>12}" for width in widths) + "       slope"]
+    for init in ("zero", "mup"):
+        sizes = []
+        for width in widths:
+            torch.manual_seed(0)
+            shape = dict(n_layer=2, n_embd=width, n_head=width // 32, block_size=32, vocab_size=64)
+            gpt = GPT(Config(**shape, ffn="relu2", init=init, tie_embeddings=False, base_width=widths[0], position="none"))
+            tokens = torch.randint(64, (8, 33))
+            rates, weights = gpt.rates(), gpt.named_parameters()
+            groups = [dict(params=[weight], lr=learning_rate * rates[name]) for name, weight in weights]
+            adam = torch.optim.AdamW(groups, weight_decay=0.0)
+            before = gpt(tokens[:, :-1]).detach()
+            for _ in range(steps):
+                loss = F.cross_entropy(gpt(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+                adam.zero_grad()
+                loss.backward()
+                adam.step()
+            sizes.append((gpt(tokens[:, :-1]).detach() - before).square().mean().sqrt().item())
+        x, y = (torch.tensor(values).log() for values in (widths, sizes))
+        x = x - x.mean()
+        slope = (x * y).sum() / x.square().sum()
+        lines.append(f"--init={init:7}" + "".join(f"{size:12.3f}" for size in sizes) + f"{slope:12.2f}")
+    return "\n".join(lines)
 
 
 # ---- checkpoints: one plain dict, read without unpickling code
@@ -693,9 +843,174 @@ def from_checkpoint(checkpoint: dict) -> GPT:
         model = GPT(Config(**checkpoint["config"]))
         model.load_state_dict(checkpoint["weights"])
     except (KeyError, TypeError, RuntimeError) as error:  # an unknown field, weights of other names or shapes
-        reason = str(error).splitlines()[-1].strip()
-        raise ValueError(f"the checkpoint does not fit this model.py: {reason}") from error
+        raise ValueError(f"the checkpoint does not fit this model.py: {str(error).splitlines()[-1].strip()}") from error
     return model
+
+
+# ---- HuggingFace: a folder with config.json and tensors in safetensors files
+
+# our parameter, GPT-2's, that of Llama and the kinds after it; + joins what is one matrix here
+HF_TENSORS = """
+    embedding       wte          embed_tokens
+    position.table  wpe          -
+    norm            ln_f         norm
+    head            lm_head      lm_head
+    norm1           ln_1         input_layernorm
+    norm2           ln_2         post_attention_layernorm
+    mixer.qkv       attn.c_attn  self_attn.q_proj+self_attn.k_proj+self_attn.v_proj
+    mixer.q_norm    -            self_attn.q_norm
+    mixer.k_norm    -            self_attn.k_norm
+    mixer.out       attn.c_proj  self_attn.o_proj
+    ffn.up          mlp.c_fc     mlp.gate_proj+mlp.up_proj
+    ffn.down        mlp.c_proj   mlp.down_proj"""
+# our option and theirs; those of the first five lines must be there
+HF_OPTIONS = """
+    vocab_size      vocab_size           vocab_size
+    block_size      n_positions          max_position_embeddings
+    n_layer         n_layer              num_hidden_layers
+    n_head          n_head               num_attention_heads
+    n_embd          n_embd               hidden_size
+    n_inner         n_inner              intermediate_size
+    n_kv_head       -                    num_key_value_heads
+    head_dim        -                    head_dim
+    window          -                    sliding_window
+    rope_base       -                    rope_theta
+    norm_eps        layer_norm_epsilon   rms_norm_eps
+    tie_embeddings  tie_word_embeddings  tie_word_embeddings"""
+HF_KINDS = {  # what all models of a kind have, or what is meant where config.json is silent
+    "gpt2": "--norm=layernorm --position=learned --ffn=gelu --qk_norm=False --bias=True --norm_eps=1e-5",
+    "llama": "--qk_norm=False --tie_embeddings=False",
+    "mistral": "--qk_norm=False --tie_embeddings=False",
+    "qwen2": "--qk_norm=False --tie_embeddings=False --qkv_bias=True",
+    "qwen3": "--tie_embeddings=False",
+}
+# what else config.json may say: that something is off, or is done the way it is here, or what does not touch the logits
+HF_KNOWN = re.compile(
+    r".*=(None|False|0|0\.0|\[\]|{}|\['full_attention'(, 'full_attention')*\])|hidden_act=silu|activation_function=gelu_new"
+    r"|scale_attn_weights=True|rope_type=default|(rope_parameters|architectures|model_type|.*(dtype|version|_token_id|pdrop"
+    r"|dropout|_range|cache|path|2label|label2id|summary_\w+|task_\w+|_ctx|return_dict|max_window_layers|pretraining_tp))=.*")
+DTYPES = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16)
+
+
+def column(table: str, kind: str) -> dict[str, str]:
+    """Our names and those of a kind, of the lines that it has."""
+    rows = [row.split() for row in table.split("\n")[1:]]
+    names = {row[0]: row[1 + (kind != "gpt2")] for row in rows}
+    return {own: name for own, name in names.items() if name != "-"}
+
+
+def hf_config(theirs: dict) -> Config:
+    """The Config that a config.json asks for. Raises ValueError, by name, for what is missing or not computed here."""
+    kind = theirs.get("model_type")
+    require(kind in HF_KINDS, f"config.json: model_type={kind}: choose from {', '.join(HF_KINDS)}")
+    theirs = theirs | (theirs.get("rope_parameters") or {})
+    if kind != "mistral":  # Qwen's names a window that is not in use
+        theirs["sliding_window"] = None
+    names = column(HF_OPTIONS, kind)
+    for name in [*names.values()][:5]:
+        require(name in theirs, f"config.json lacks {name}")
+    for name, value in theirs.items():
+        known = name in names.values() or HF_KNOWN.fullmatch(f"{name}={value}")
+        require(known, f"config.json: {name}={value} is not computed here")
+    given = {own: theirs[name] for own, name in names.items() if theirs.get(name) is not None}
+    given["mixer"] = "window" if given.get("window") else "attention"
+    return dataclasses.replace(options(Config, HF_KINDS[kind].split()), **given)
+
+
+def hf_views(gpt: GPT, kind: str) -> dict[str, Tensor]:
+    """Every tensor of a kind by name, as a view into our weights: to be filled, or to be written."""
+    c, views, names = gpt.config, {}, column(HF_TENSORS, kind)
+    groups = c.n_kv_head or c.n_head
+    heads = [n * c.head_width for n in (c.n_head, groups, groups)]
+    for name, weight in gpt.named_parameters():
+        layer, path, own = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.+)\.(\w+)", name).groups()
+        parts = names[path].split("+")
+        sizes = heads if len(parts) == 3 else len(weight) // len(parts)
+        stem = "" if path == "head" else "transformer." if kind == "gpt2" else "model."
+        stem += (f"h.{layer}." if kind == "gpt2" else f"layers.{layer}.") if layer else ""
+        flip = kind == "gpt2" and layer and weight.ndim == 2  # GPT-2 keeps these as (n_in, n_out)
+        for part, view in zip(parts, weight.detach().split(sizes)):
+            views[f"{stem}{part}.{own}"] = view.T if flip else view
+    return views
+
+
+def read_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors, one by one; what does not fit into the file is a ValueError before any is read.
+
+    The format: 8 bytes with the length of a JSON header, the header, raw bytes.
+    """
+    with open(path, "rb") as file:
+        body = 8 + int.from_bytes(file.read(8), "little")
+        room = path.stat().st_size - body
+        require(room >= 0 and body > 8, f"{path} is no safetensors file, or is truncated")
+        header = json.loads(file.read(body - 8))
+        header.pop("__metadata__", None)
+        for name, about in header.items():
+            begin, end = about["data_offsets"]
+            size = math.prod(about["shape"]) * DTYPES[about["dtype"]].itemsize
+            require(0 <= begin <= end == begin + size <= room, f"{path} is truncated, or mislabelled at {name}")
+        for name, about in header.items():
+            tensor = torch.empty(about["shape"], dtype=DTYPES[about["dtype"]])
+            file.seek(body + about["data_offsets"][0])
+            file.readinto(tensor.flatten().view(torch.uint8).numpy())
+            yield name, tensor
+
+
+def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write the tensors, in single precision, whole or not at all."""
+    header, end = {}, 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + 4 * tensor.numel()
+        header[name] = dict(dtype="F32", shape=[*tensor.shape], data_offsets=[begin, end])
+    text = json.dumps(header | {"__metadata__": {"format": "pt"}}).encode()
+    with replacing(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            file.write(tensor.float().contiguous().numpy())
+
+
+def import_hf(folder: str | os.PathLike) -> GPT:
+    """The model of a folder, in single precision. Raises OSError, or ValueError where something is missing or unknown."""
+    folder = Path(folder)
+    try:
+        theirs = json.loads((folder / "config.json").read_text())
+        gpt = GPT(hf_config(theirs))
+        stem = "transformer." if theirs["model_type"] == "gpt2" else "model."  # absent where the head is
+        views = {name.removeprefix(stem): view for name, view in hf_views(gpt, theirs["model_type"]).items()}
+        index = folder / "model.safetensors.index.json"
+        files = json.loads(index.read_text())["weight_map"].values() if index.exists() else ["model.safetensors"]
+        constant = re.compile(r".*(\.attn\.(masked_)?bias|inv_freq)" + r"|lm_head\.weight" * gpt.config.tie_embeddings)
+        for file in sorted({*files}):
+            for name, tensor in read_safetensors(folder / file):
+                if not constant.fullmatch(name):
+                    view = views.pop(name.removeprefix(stem), tensor[None])  # a shape that no tensor has
+                    require(view.shape == tensor.shape, f"{file}: {name} {[*tensor.shape]} has no place here")
+                    require(bool(tensor.isfinite().all()), f"{file}: {name} has entries that are not finite")
+                    view.copy_(tensor)
+    except (KeyError, TypeError, AttributeError) as error:  # JSON of another form
+        raise ValueError(f"{folder} is no model of HuggingFace's, or is mislabelled: {error!r}") from error
+    require(not views, f"{folder} lacks {', '.join(views)}")
+    return gpt
+
+
+def export_hf(gpt: GPT, folder: str | os.PathLike) -> str:
+    """Write a folder that HuggingFace's libraries read; returns the kind. Raises ValueError where none is the same."""
+    def full(c):  # without what training alone asks for, and with nothing left to be derived
+        return vars(c) | dict(n_kv_head=c.n_kv_head or c.n_head, head_dim=c.head_width, n_inner=c.inner, dropout=0.0,
+                              init="", rope_base=(c.position == "rope") * c.rope_base)
+    own, texts, differ = full(gpt.config), {}, {}
+    for kind in HF_KINDS:
+        texts[kind] = {name: own[key] or None for key, name in column(HF_OPTIONS, kind).items()}
+        texts[kind] |= dict(model_type=kind, tie_word_embeddings=own["tie_embeddings"])
+        differ[kind] = [key for key, value in full(hf_config(texts[kind])).items() if own[key] != value]
+    kind = min(differ, key=lambda kind: len(differ[kind]))
+    require(not differ[kind], f"no kind of HuggingFace's models is this one; {kind} differs in {', '.join(differ[kind])}")
+    theirs = texts[kind]
+    theirs["architectures"] = ["GPT2LMHeadModel" if kind == "gpt2" else f"{kind.capitalize()}ForCausalLM"]
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    (Path(folder) / "config.json").write_text(json.dumps(theirs, indent=1))
+    write_safetensors(Path(folder) / "model.safetensors", hf_views(gpt, kind))
+    return kind
 
 
 def options(kind: type, words: list[str]):
@@ -739,8 +1054,25 @@ def run(main: Callable[[], None]) -> None:
 
 
 def main() -> None:
-    o = options(Options, sys.argv[1:])
+    words = sys.argv[1:]
+    preset = options(Options, words).preset
+    require(preset in PRESETS, f"--preset={preset}: choose from {', '.join(PRESETS)}")
+    o = options(Options, PRESETS[preset].split() + words)
+    if o.coord_check:
+        return print(coord_check())
+    if o.import_hf:
+        save_checkpoint(o.output, import_hf(o.import_hf))
+        return print(f"{o.import_hf} -> {o.output}; next: python sample.py --ckpt={o.output}, if it has a tokenizer")
+    if o.export_hf:
+        kind = export_hf(from_checkpoint(load_checkpoint(o.ckpt)), o.export_hf)
+        return print(f"{o.ckpt} -> {o.export_hf}, a model of the kind {kind}")
+    require(o.accelerator in PEAK, f"--accelerator={o.accelerator}: choose from {', '.join(PEAK)}")
+    cost = account(o, 1)
+    tokens = o.tokens or 20 * cost["parameters"]
+    flops = 3 * cost["forward_flops"] // o.block_size * tokens
     print(report(o, o.batch_size))
+    print(f"time          {flops / PEAK[o.accelerator] / o.mfu / 3600:,.1f} hours on one {o.accelerator} at "
+          f"{o.mfu:.0%} of its peak, for {tokens:,} tokens, {flops:.3g} FLOPs")
 
 
 if __name__ == "__main__":

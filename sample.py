@@ -254,7 +254,7 @@ def join(parts: list):
     first = parts[0]
     if isinstance(first, Tensor):
         return torch.cat(parts)
-    if isinstance(first, list) and isinstance(first[0], int):
+    if isinstance(first, list) and isinstance(next(iter(first), 0), int):  # lengths, or what no layer filled
         return sum(parts, [])
     if isinstance(first, list):
         return type(first)(map(join, zip(*parts)))

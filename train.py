@@ -104,7 +104,10 @@ def read_windows(tokens: np.ndarray, starts: np.ndarray, T: int, vocab_size: int
 # ---- loss: model and loss are one module, so that compiling or sharding wraps both
 
 class Objective(nn.Module):
-    """(tokens (B, T), targets (B, T)) -> (loss sum in nats, count); targets of -1 do not count."""
+    """(tokens (B, T), targets (B, T)) -> (loss sum in nats, count); targets of -1 do not count.
+
+    In training the sum holds what the layers add, such as the balance of experts.
+    """
 
     def __init__(self, gpt: GPT):
         super().__init__()
@@ -113,7 +116,8 @@ class Objective(nn.Module):
     def forward(self, tokens, targets):
         logits = self.gpt(tokens).flatten(0, 1)  # (B T, V)
         loss = F.cross_entropy(logits, targets.flatten(), ignore_index=-1, reduction="sum")
-        return loss, (targets >= 0).sum()
+        count = (targets >= 0).sum()
+        return loss + count * self.gpt.extra_loss(), count
 
 
 # ---- optimizers: (weight, list of state tensors, learning rate, step t from 1, options) change a weight in place
@@ -294,7 +298,7 @@ class Run:
         self.flops = 3 * cost["forward_flops"] // o.block_size  # of a token
         start = dict(step=0, seconds=0.0, loss=0.0, count=0, grad_norm=0.0, best=math.inf)
         self.progress = SimpleNamespace(**checkpoint.get("progress", start))
-        self.roles = self.gpt.roles()
+        self.roles, self.rates = self.gpt.roles(), self.gpt.rates(o.optimizer)
         self.weights = dict(self.gpt.named_parameters())
         self.state = {name: [] for name in self.weights}
         for name, tensors in checkpoint.get("optimizer", {}).items():
@@ -358,7 +362,7 @@ class Run:
             role = ROLES[self.roles[name]]
             weight.mul_(1 - speed * o.weight_decay * role.decay)
             step = OPTIMIZERS[o.optimizer] if role.muon else adamw
-            step(weight, self.state[name], speed * role.rate, p.step + 1, o)
+            step(weight, self.state[name], speed * self.rates[name], p.step + 1, o)
             weight.grad = None
 
     @torch.no_grad()
