@@ -170,7 +170,21 @@ def muon(weight: Tensor, state: list, rate: float, t: int, o: Options) -> None:
     weight.sub_(orthogonalise(ahead), alpha=rate * size)
 
 
-OPTIMIZERS = {"muon": muon, "adamw": adamw}
+@torch.no_grad()
+def adagrad(weight: Tensor, state: list, rate: float, t: int, o: Options) -> None:
+    """Move each row by its gradient over the root of the sum of its mean squared gradients (Duchi et al. 2011).
+
+    It is for tables of which a step uses few rows: where the gradient is sparse, no other row is touched.
+    """
+    if not state:
+        state += [weight.new_zeros(len(weight), 1)]
+    grad = weight.grad.coalesce() if weight.grad.is_sparse else weight.grad.to_sparse(1)
+    rows, values = grad.indices()[0], grad.values()  # (R), (R, C)
+    state[0].index_add_(0, rows, values.square().mean(1, keepdim=True))
+    weight.index_add_(0, rows, values / (state[0][rows].sqrt() + 1e-8), alpha=-rate)
+
+
+OPTIMIZERS = {"muon": muon, "adamw": adamw}  # of hidden matrices
 
 
 # ---- schedules: the learning rate as a share of its peak, a pure function of the step
@@ -300,6 +314,8 @@ class Run:
         self.progress = SimpleNamespace(**checkpoint.get("progress", start))
         self.roles, self.rates = self.gpt.roles(), self.gpt.rates(o.optimizer)
         self.weights = dict(self.gpt.named_parameters())
+        for name in filter(lambda name: self.roles[name] == "table", self.weights):  # few of their rows are used in a step
+            self.gpt.get_submodule(name.rpartition(".")[0]).sparse = world == 1 and not o.compile
         self.state = {name: [] for name in self.weights}
         for name, tensors in checkpoint.get("optimizer", {}).items():
             self.state[name] = [tensor.to(self.device) for tensor in tensors]
@@ -357,11 +373,13 @@ class Run:
         speed = rate(p.step, o)
         for weight in self.weights.values():
             weight.grad /= count
-        p.grad_norm = nn.utils.clip_grad_norm_(self.weights.values(), o.grad_clip or math.inf).item()
+        dense = [weight for weight in self.weights.values() if not weight.grad.is_sparse]
+        p.grad_norm = nn.utils.clip_grad_norm_(dense, o.grad_clip or math.inf).item()
         for name, weight in self.weights.items():
             role = ROLES[self.roles[name]]
-            weight.mul_(1 - speed * o.weight_decay * role.decay)
-            step = OPTIMIZERS[o.optimizer] if role.muon else adamw
+            if role.decay:
+                weight.mul_(1 - speed * o.weight_decay)
+            step = OPTIMIZERS[o.optimizer] if role.muon else adagrad if self.roles[name] == "table" else adamw
             step(weight, self.state[name], speed * self.rates[name], p.step + 1, o)
             weight.grad = None
 

@@ -646,7 +646,10 @@ def test_ids_equal_tokenizers_with_the_same_merges(tokenizer, library):
 
 @pytest.mark.slow
 def test_ids_on_100_000_strings(gpt2, test_data):
-    """GPT-2's tokenizer against tiktoken and tokenizers: random and adversarial strings, alone and many at a time."""
+    """GPT-2's tokenizer against tiktoken and tokenizers: random and adversarial strings, alone and many at a time.
+
+    Characters that Python's Unicode does not know are left out: the libraries' tables are of different years.
+    """
     tiktoken, tokenizers = pytest.importorskip("tiktoken"), pytest.importorskip("tokenizers")
     ranks = {token: i for token, i in gpt2.index.items()}
     published = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
@@ -654,6 +657,7 @@ def test_ids_on_100_000_strings(gpt2, test_data):
     other = tokenizers.ByteLevelBPETokenizer(str(test_data / "gpt2/vocab.json"), str(test_data / "gpt2/merges.txt"))
     rng = random.Random(12)
     texts = [random_text(rng, rng.randrange(80)) + random_unicode(rng, rng.randrange(20)) for _ in range(99_000)]
+    texts = ["".join(char for char in text if unicodedata.category(char) != "Cn") for text in texts]
     texts += [rng.choice(["a", " ", "ab", "\0", "\u0301", "1", "'s", "\n "]) * rng.randrange(3000) for _ in range(1000)]
     expected = peer.encode_ordinary_batch(texts)
     assert [ids.tolist() for ids in gpt2.encode_batch(texts, 2)] == expected

@@ -189,6 +189,38 @@ def test_adamw_first_steps_by_hand():
     assert weight.item() == pytest.approx(0.9 - 0.1 * (2 / 3) / math.sqrt(12 / 7), abs=1e-8)
 
 
+def test_adagrad_by_hand_sparse_and_dense():
+    """Rows against the formula in numpy; a sparse gradient, with a row twice, moves what a dense one moves."""
+    o, rng = filled(), np.random.default_rng(0)
+    rows = [np.array([1, 3, 3]), np.array([3, 0, 4])]
+    grads = [rng.normal(size=(3, 4)) for _ in rows]
+    weights, states, sums, expected = [nn.Parameter(torch.ones(6, 4, dtype=torch.float64)) for _ in range(2)], [[], []], np.zeros(6), np.ones((6, 4))
+    for t, (row, grad) in enumerate(zip(rows, grads), 1):
+        dense = np.zeros((6, 4))
+        np.add.at(dense, row, grad)
+        sums += (dense**2).mean(1)
+        expected -= 0.1 * dense / (np.sqrt(sums)[:, None] + 1e-8)
+        weights[0].grad = torch.sparse_coo_tensor(torch.from_numpy(row)[None], torch.from_numpy(grad), (6, 4), check_invariants=True)
+        weights[1].grad = torch.from_numpy(dense)
+        for weight, state in zip(weights, states):
+            train.adagrad(weight, state, 0.1, t, o)
+    assert all(np.allclose(weight.detach(), expected, atol=1e-12) for weight in weights)
+    assert (weights[0][[2, 5]] == 1).all() and states[0][0].shape == (6, 1)
+
+
+def test_tables_of_ngrams_are_trained_sparsely():
+    run = make(ngram=3, ngram_rows=500, max_iters=3)
+    before = {name: weight.detach().clone() for name, weight in run.weights.items()}
+    tokens = np.random.default_rng(1).integers(16, size=400).astype(np.uint16)
+    for _ in range(2):  # in the first one the head is zero, and no gradient comes through it
+        run.train_step(tokens, False)
+    tables = [name for name, role in run.roles.items() if role == "table"]
+    assert len(tables) == 2
+    for name in tables:
+        moved = (run.weights[name] != before[name]).any(1).sum().item()
+        assert 0 < moved < 500 and run.state[name][0].shape == (500, 1) and (run.state[name][0] > 0).sum() == moved
+
+
 @pytest.mark.parametrize("shape", [(12, 30), (30, 12), (16, 16), (3, 2, 20, 8), (1, 9), (9, 1)])
 def test_orthogonalise_against_svd(shape, double):
     """g = U S V^T, singular values over three decades -> U f(S) V^T, f(S) near 1: the directions stay."""
