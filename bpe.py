@@ -1,7 +1,7 @@
 """Text <-> tokens: characters, bytes, words and byte pair encoding (BPE), trained and run in Python and numpy.
 
 Reads: text files, .jsonl files (field "text"), gzipped ones (.gz), folders; the standard library's text by default.
-Reads: tokenizers: its own, tokenizer.json of Hugging Face, .tiktoken files, folders with vocab.json and merges.txt.
+       Tokenizers: its own, tokenizer.json of Hugging Face, .tiktoken files, folders with vocab.json and merges.txt.
 Writes: tokenizer.json, which holds all that encoding and decoding need.
 Usage: python bpe.py --input=shakespeare.txt --vocab_size=1024 --output=tokenizer.json
        python bpe.py --tokenizer=tokenizer.json --show="Hello, world!"
@@ -944,7 +944,7 @@ def compare(o: Options) -> None:
     size = len(text.encode())
     words = len(regex.findall(r"\w+", text))
     print(f"{size:,} bytes, {words:,} words; embedding: its parameters at width 768; unk: bytes that it hides\n"
-          "tokenizer           tokens  embedding  bytes/token  tokens/word  unused    unk  seconds  longest")
+          "tokenizer         tokens embedding byte/token token/word unused   unk seconds longest")
     for name in o.compare.split(","):
         kind = "bpe" if name.isdigit() else name
         wanted = int(name) if name.isdigit() else o.vocab_size
@@ -958,10 +958,10 @@ def compare(o: Options) -> None:
         known = ids if tokenizer.unknown is None else ids[ids != tokenizer.unknown]
         hidden = size - tokenizer.length[known].sum()
         longest = sorted(tokenizer.index, key=len)[-1]
-        print(f"{name[-18:]:18}{tokenizer.vocab_size:8,}{tokenizer.vocab_size * 768 / 1e6:10.1f}M"
-              f"{size / len(ids):13.3f}{len(ids) / max(1, words):13.3f}"
-              f"{1 - len(np.unique(ids)) / tokenizer.vocab_size:8.1%}"
-              f"{hidden / size:7.1%}{seconds:9.2f}  {visible(longest)[:30]}")
+        print(f"{name[-16:]:16}{tokenizer.vocab_size:8,}{tokenizer.vocab_size * 768 / 1e6:9.1f}M"
+              f"{size / len(ids):11.3f}{len(ids) / max(1, words):11.3f}"
+              f"{1 - len(np.unique(ids)) / tokenizer.vocab_size:7.1%}"
+              f"{hidden / size:6.1%}{seconds:8.2f} {visible(longest)[:14]}")
 
 
 def train_on_files(o: Options) -> Tokenizer:

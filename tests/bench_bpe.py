@@ -23,6 +23,7 @@ import tokenizers
 import bpe
 
 PUBLISHED = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+CL100K = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
 DIGITS = r"\p{L}+|\p{N}|[^\p{L}\p{N}]"  # a pattern of the user's own
 
 
@@ -89,10 +90,19 @@ def main():
     compare("encoding to arrays: tiktoken", rounds, fresh, lambda: peer().encode_ordinary_batch(documents, num_threads=CORES), equal)
     compare("encoding to lists: tiktoken", rounds, lambda: [ids.tolist() for ids in fresh()],
             lambda: peer().encode_ordinary_batch(documents, num_threads=CORES))
+    compare("encoding to arrays, GPT-4's pattern: tiktoken", rounds, lambda: fresh(pattern=bpe.PATTERNS["gpt4"]),
+            lambda: peer(CL100K).encode_ordinary_batch(documents, num_threads=CORES), equal)
     compare("encoding to arrays, a pattern of one's own: tiktoken", 1, lambda: fresh(pattern=DIGITS),
             lambda: peer(DIGITS).encode_ordinary_batch(documents, num_threads=CORES), equal)
     ids = fresh()
     lists = [x.tolist() for x in ids]
+    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    letters = {byte: letter for letter, byte in zip(map(chr, range(256, 324)), bpe.HIDDEN)}
+    names = {token: "".join(letters.get(byte, chr(byte)) for byte in token) for token in tokenizer.vocab}
+    other = tokenizers.Tokenizer(tokenizers.models.BPE({names[token]: i for token, i in ranks.items()}, [(names[a], names[b]) for a, b in tokenizer.merges]))
+    other.pre_tokenizer = byte_level
+    compare("encoding to arrays, a tenth of the text: tokenizers", 1, lambda: bpe.from_dict(state).encode_batch(documents[::10], CORES),
+            lambda: [encoding.ids for encoding in other.encode_batch(documents[::10])], equal)
     compare("decoding arrays to text: tiktoken", rounds, lambda: [tokenizer.decode(x) for x in ids],
             lambda: list(map(peer().decode, lists)))
     text = ("The quick brown fox jumps over the lazy dog, and then it sleeps for 12 hours in the warm sun. " * 2)[:100]
