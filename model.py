@@ -1068,7 +1068,8 @@ def import_hf(folder: str | os.PathLike) -> GPT:
                 if not constant.fullmatch(name):
                     view = views.pop(name.removeprefix(stem), tensor[None])  # a shape that no tensor has
                     require(view.shape == tensor.shape, f"{file}: {name} {[*tensor.shape]} has no place here")
-                    require(bool(tensor.isfinite().all()), f"{file}: {name} has entries that are not finite")
+                    finite = all(map(math.isfinite, tensor.aminmax()))  # isfinite() would take a copy
+                    require(finite, f"{file}: {name} has entries that are not finite")
                     view.copy_(tensor)
     except (KeyError, TypeError, AttributeError) as error:  # JSON of another form
         raise ValueError(f"{folder} is no model of HuggingFace's, or is mislabelled: {error!r}") from error
