@@ -95,6 +95,8 @@ PAIRS += [dict(mixer="valued,window", window=3, ngram=3, ngram_rows=97, softcap=
           dict(mixer="valued", n_kv_head=1, head_dim=6, bias=True, norm="layernorm", position="none"),
           dict(mixer="gdn", ngram=2, ngram_rows=97, placement="parallel")]
 VARIANTS = {",".join(f"{k}={v}" for k, v in changes.items()) or "default": changes for changes in SINGLES + PAIRS}
+some = {name: changes for name, changes in VARIANTS.items() if changes in SINGLES + PAIRS[::3]}
+some_variants = pytest.mark.parametrize("changes", some.values(), ids=some.keys())
 every_variant = pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
 
 
@@ -626,7 +628,7 @@ def test_recall_needs_sight():
     assert accuracy(mixer="window", window=5) < 0.3
 
 
-def recall_by_key(mixer, keys, writes, steps=250, **changes):
+def recall_by_key(mixer, keys, writes, steps=200, **changes):
     """Accuracy of one layer that reads `writes` pairs (key, value), then a key, and answers its last value of 8."""
     torch.manual_seed(1)
     gpt = GPT(Config(vocab_size=72, block_size=16, n_layer=1, n_head=4, n_embd=32, mixer=mixer, **changes))
@@ -730,8 +732,8 @@ def test_recurrences_cost_is_linear_in_length(mixer, single):
     def flops(T, mixer=mixer):
         config = Config(vocab_size=8, n_layer=1, block_size=T, n_embd=32, mixer=mixer)
         return model.account(config, 1)["forward_flops"]
-    assert flops(4096) == 2 * flops(2048) == 4 * flops(1024)
-    assert flops(4096, "attention") > 2.5 * flops(2048, "attention")  # the twin
+    assert flops(1024) == 2 * flops(512) == 4 * flops(256)
+    assert flops(1024, "attention") > 2.2 * flops(512, "attention")  # the twin
 
 
 def test_state_of_a_recurrence_has_one_size():
@@ -919,7 +921,7 @@ def test_published_parameter_counts(name, single):
         assert a["forward_flops"] == 291_648_307_200
 
 
-@every_variant
+@some_variants
 def test_accounting_of_parameters_flops_and_bytes(changes, single):
     config = Config(**{**TINY, **changes})
     gpt, x = GPT(config), tokens(3, 16)
@@ -979,7 +981,7 @@ def kept_bytes(gpt, x):
     return sum(storage.nbytes() for storage in kept.values())
 
 
-@every_variant
+@some_variants
 def test_activation_memory_equals_saved_tensors(changes, single):
     config = Config(**{**TINY, **changes, "n_embd": 32, "vocab_size": 64, "block_size": 64})
     measured = kept_bytes(GPT(config), tokens(4, 64))
@@ -1320,10 +1322,12 @@ def test_cache_may_be_filled_with_gradients_on():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, dict(GPT2, bias=True), dict(HYBRID, n_kv_head=2, dropout=0.2), dict(placement="post", position="sinusoidal"),
-                                     dict(mixer="linear,mamba2"), dict(mixer="gdn,attention")])
+                                     dict(mixer="linear,mamba2"), dict(mixer="gdn,attention"),
+                                     dict(mixer="valued", ngram=3, ngram_rows=97, softcap=9.0)])
 def test_compiled_model_is_the_same(changes):
     gpt, x = make(**changes).train(), tokens()
     gpt.noise["keys"] = torch.arange(3)
+    torch._dynamo.reset()  # else the models before this one count as recompilations
     compiled = torch.compile(gpt, fullgraph=True)
     try:
         y = compiled(x)
