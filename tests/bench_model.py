@@ -1,7 +1,7 @@
 """model.py against nanoGPT's model (in other words), its recurrences against their loop, and all variants trained alike.
 
 Usage: python tests/bench_model.py --speed
-       python tests/bench_model.py --variants=FOLDER   (train.npy, val.npy and tokenizer.json, as train.py writes them)
+       python tests/bench_model.py --variants=FOLDER --iters=300   (the token files of a run of train.py; --part=1/2: half)
 The two sides of a ratio take turns; what is printed is the median over the turns. Seconds are of one thread.
 """
 import json
@@ -108,12 +108,13 @@ VARIANTS = {
 }
 
 
-def variants(data, iters):
+def variants(data, iters, part):
     """Train each variant on the same tokens for the same steps and print a row of a table."""
     shape = [f"--data={data}", "--n_layer=2", "--n_head=2", "--n_embd=64", "--block_size=128", "--batch_size=8",
-             f"--max_iters={iters}", f"--eval_interval={iters}", "--device=cpu"]
+             f"--max_iters={iters}", f"--eval_interval={iters}", "--eval_tokens=65536", "--device=cpu"]
     print("| variant | options | parameters | bits per byte | tokens/s | cache, bytes a token |\n|---|---|---|---|---|---|")
-    for name, words in VARIANTS.items():
+    number, parts = map(int, part.split("/"))
+    for name, words in list(VARIANTS.items())[number - 1::parts]:
         with tempfile.TemporaryDirectory() as folder:
             done = subprocess.run([sys.executable, ROOT / "train.py", *shape, *words, f"--output={folder}"], text=True, capture_output=True,
                                   cwd=folder)
@@ -129,6 +130,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     options = dict(word.lstrip("-").partition("=")[::2] for word in sys.argv[1:])
     if "variants" in options:
-        variants(Path(options["variants"]).resolve(), int(options.get("iters", 300)))
+        variants(Path(options["variants"]).resolve(), int(options.get("iters", 300)), options.get("part", "1/1"))
     else:
         speed()

@@ -1343,17 +1343,20 @@ def test_compiled_model_is_the_same(changes):
     close(compiled(x), gpt(x))
 
 
-def test_command_line(tmp_path, run_script):
-    done = run_script("model.py", "--n_layer=12", "--n_head=12", "--n_embd=768", "--vocab_size=50257", "--block_size=1024", "--norm=layernorm",
-                      "--position=learned", "--ffn=gelu", "--qk_norm=False", "--batch_size=1", cwd=tmp_path)
+def test_command_line(tmp_path, run_script, monkeypatch, capsys, single):
+    done = run_script("model.py", "--account", "--preset=gpt2", "--bias=False", "--tokens=1e9", "--accelerator=a100", "--mfu=0.5", cwd=tmp_path)
     assert done.returncode == 0 and done.stderr == ""
     assert "124,337,664" in done.stdout and "291,648,307,200" in done.stdout
-    done = run_script("model.py", "--account", "--preset=gpt2", "--tokens=1e9", "--accelerator=a100", "--mfu=0.5", cwd=tmp_path)
     flops = 3 * 291_648_307_200 // 1024 * 10**9
     assert f"{flops / 312e12 / 0.5 / 3600:,.1f} hours on one a100 at 50%" in done.stdout and f"{flops:.3g} FLOPs" in done.stdout
-    for word, code, message in [("--preset=gpt3", 1, "model.py: --preset=gpt3: choose from "), ("--accelerator=abacus", 1, "choose from a100"),
-                                ("--n_layr=2", 2, "--n_layer=..."), ("--n_head=3", 1, "model.py: --n_embd=128 is no multiple of --n_head=3"),
-                                ("--batch_size=0", 1, "model.py: --batch_size=0 is too small")]:
-        done = run_script("model.py", word, cwd=tmp_path)
-        assert done.returncode == code and message in done.stderr and len(done.stderr.splitlines()) == 1 and not done.stdout
+    done = run_script("model.py", "--n_head=3", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "") and len(done.stderr.splitlines()) == 1
+    assert "model.py: --n_embd=128 is no multiple of --n_head=3" in done.stderr
     assert os.listdir(tmp_path) == []
+    for word, message in [("--preset=gpt3", ": --preset=gpt3: choose from "), ("--accelerator=abacus", "choose from a100"),
+                          ("--n_layr=2", "--n_layer=..."), ("--batch_size=0", "--batch_size=0 is too small"), ("--ngram=-1", "--ngram=-1 is too small")]:
+        monkeypatch.setattr(sys, "argv", ["model.py", word])
+        with pytest.raises(SystemExit) as left:
+            model.run(model.main)
+        text = left.value.code if isinstance(left.value.code, str) else capsys.readouterr().err
+        assert message in text and len(text.splitlines()) == 1 and not capsys.readouterr().out
