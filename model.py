@@ -1,4 +1,4 @@
-"""A decoder-only language model: tokens in, logits out. Every layer is written out, every choice is a key of a dict.
+"""A decoder-only language model: tokens in, logits out, and what it costs. Every choice is a key of a dict.
 
 Reads: nothing (a checkpoint, through load_checkpoint).
 Writes: nothing (a checkpoint, through save_checkpoint).
