@@ -1,4 +1,4 @@
-"""A decoder-only language model: tokens in, logits out. Every layer is written out, every choice is a key of a dict.
+"""A decoder-only language model: tokens in, logits out, and what it costs. Every choice is a key of a dict.
 
 Reads: a checkpoint; with --import_hf a folder of HuggingFace's (config.json, *.safetensors).
 Writes: a checkpoint; with --export_hf such a folder.
