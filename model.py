@@ -54,7 +54,7 @@ class Config:
     placement: str = "pre"  # of the norms: pre, post, reordered, parallel, sandwich
     residual: str = "plain"  # plain, scaled (each block weighs the stream and the first embedding)
     position: str = "rope"  # rope, sinusoidal, learned, none; one of them and none can be tiled over the layers
-    mixer: str = "attention"  # attention, window, strided, valued, latent, linear, mamba2, gdn; a comma list is tiled over layers
+    mixer: str = "attention"  # attention, window, strided, valued, latent, linear, mamba2, gdn; a list is tiled
     window: int = 0  # tokens that a window layer sees, its own included; the stride of a strided layer
     latent: int = 0  # width of what a latent layer keeps of a token, beside one rotated key (0: 4 heads)
     ffn: str = "swiglu"  # swiglu, geglu, relu, gelu, relu2
@@ -204,7 +204,7 @@ class Dropout(nn.Module):
 # ---- states: all that the layers look back on, and the position
 
 class Call(NamedTuple):
-    """What all layers are told about the T tokens of a call; the first dimension is B, or 1 where all rows are alike."""
+    """What all layers are told about the T tokens of a call; the first dimension is B, or 1 if all rows are alike."""
 
     tokens: Tensor  # (B, T)
     at: Tensor  # (1 or B, T) how many tokens came before
@@ -678,7 +678,8 @@ INITS = {
     "mup": lambda n, m, L: dict(matrix=n**-0.5, embedding=0.02, router=0.02),  # and GPT.rates (Yang et al. 2022)
 }
 INITIAL = ("matrix", "output", "router", "embedding", "tied", "head")
-AXES = dict(norm=NORMS, placement=PLACEMENTS, residual=RESIDUALS, position=POSITIONS, mixer=MIXERS, ffn=FFNS, init=INITS)
+AXES = dict(norm=NORMS, placement=PLACEMENTS, residual=RESIDUALS, position=POSITIONS, mixer=MIXERS, ffn=FFNS)
+AXES["init"] = INITS
 
 
 class GPT(nn.Module):
@@ -827,7 +828,8 @@ def account(config: Config, batch: int, optimizer: str = "muon") -> dict:
         by_role[role] += size
         moments += size if optimizer == "muon" and ROLES[role].muon else 2 * size
     total = sum(by_role.values())
-    idle = sum(weight["weight"].numel() for ffn in model.modules() if type(ffn) is Experts for weight in (ffn.up, ffn.down))
+    experts = [ffn for ffn in model.modules() if type(ffn) is Experts]
+    idle = sum(ffn.up["weight"].numel() + ffn.down["weight"].numel() for ffn in experts)
     idle -= idle * config.n_expert_active // max(1, config.n_expert)
     flops = {part: sum(sum(ops.values()) for name, ops in counter.flop_counts.items() if name.endswith(part)) // batch
              for part in ("mixer", "ffn", "head")}
@@ -862,8 +864,8 @@ def coord_check(widths: tuple = (64, 128, 256, 512), steps: int = 5, learning_ra
         sizes = []
         for width in widths:
             torch.manual_seed(0)
-            shape = dict(n_layer=2, n_embd=width, n_head=width // 32, block_size=32, vocab_size=64)
-            gpt = GPT(Config(**shape, ffn="relu2", init=init, tie_embeddings=False, base_width=widths[0], position="none"))
+            shape = dict(n_layer=2, n_embd=width, n_head=width // 32, block_size=32, vocab_size=64, tie_embeddings=False)
+            gpt = GPT(Config(**shape, ffn="relu2", init=init, base_width=widths[0], position="none"))
             tokens = torch.randint(64, (8, 33))
             rates, weights = gpt.rates(), gpt.named_parameters()
             groups = [dict(params=[weight], lr=learning_rate * rates[name]) for name, weight in weights]
@@ -969,9 +971,10 @@ HF_KINDS = {  # what all models of a kind have, or what is meant where config.js
 }
 # what else config.json may say: that something is off, or is done the way it is here, or what does not touch the logits
 HF_KNOWN = re.compile(
-    r".*=(None|False|0|0\.0|\[\]|{}|\['full_attention'(, 'full_attention')*\])|hidden_act=silu|activation_function=gelu_new"
-    r"|scale_attn_weights=True|rope_type=default|(rope_parameters|architectures|model_type|.*(dtype|version|_token_id|pdrop"
-    r"|dropout|_range|cache|path|2label|label2id|summary_\w+|task_\w+|_ctx|return_dict|max_window_layers|pretraining_tp))=.*")
+    r".*=(None|False|0|0\.0|\[\]|{}|\['full_attention'(, 'full_attention')*\])"
+    r"|hidden_act=silu|activation_function=gelu_new|scale_attn_weights=True|rope_type=default"
+    r"|(rope_parameters|architectures|model_type|.*(dtype|version|_token_id|pdrop|dropout|_range|cache|path|2label|label2id"
+    r"|summary_\w+|task_\w+|_ctx|return_dict|max_window_layers|pretraining_tp))=.*")
 DTYPES = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16)
 
 
@@ -1053,7 +1056,7 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def import_hf(folder: str | os.PathLike) -> GPT:
-    """The model of a folder, in single precision. Raises OSError, or ValueError where something is missing or unknown."""
+    """The model of a folder, in single precision. Raises OSError, or ValueError for what is missing or unknown."""
     folder = Path(folder)
     try:
         theirs = json.loads((folder / "config.json").read_text())
@@ -1088,7 +1091,8 @@ def export_hf(gpt: GPT, folder: str | os.PathLike) -> str:
         texts[kind] |= dict(model_type=kind, tie_word_embeddings=own["tie_embeddings"])
         differ[kind] = [key for key, value in full(hf_config(texts[kind])).items() if own[key] != value]
     kind = min(differ, key=lambda kind: len(differ[kind]))
-    require(not differ[kind], f"no kind of HuggingFace's models is this one; {kind} differs in {', '.join(differ[kind])}")
+    other = ", ".join(differ[kind])
+    require(not other, f"no kind of HuggingFace's models is this one; {kind} differs in {other}")
     theirs = texts[kind]
     theirs["architectures"] = ["GPT2LMHeadModel" if kind == "gpt2" else f"{kind.capitalize()}ForCausalLM"]
     Path(folder).mkdir(parents=True, exist_ok=True)
