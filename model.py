@@ -1,4 +1,4 @@
-"""A decoder-only language model: tokens in, logits out. Every layer is written out, every choice is a key of a dict.
+"""A decoder-only language model: tokens in, logits out, and what it costs. Every choice is a key of a dict.
 
 Reads: a checkpoint; with --import_hf a folder of HuggingFace's (config.json, *.safetensors).
 Writes: a checkpoint; with --export_hf such a folder.
@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 CHECKPOINT_VERSION = 1
@@ -52,9 +53,10 @@ class Config:
     norm: str = "rmsnorm"  # rmsnorm, layernorm, gainless
     placement: str = "pre"  # of the norms: pre, post, reordered, parallel, sandwich
     residual: str = "plain"  # plain, scaled (each block weighs the stream and the first embedding)
-    position: str = "rope"  # rope, sinusoidal, learned, none
-    mixer: str = "attention"  # attention, window, strided, valued, linear, mamba2, gdn; a comma list is tiled over layers
+    position: str = "rope"  # rope, sinusoidal, learned, none; one of them and none can be tiled over the layers
+    mixer: str = "attention"  # attention, window, strided, valued, latent, linear, mamba2, gdn; a list is tiled
     window: int = 0  # tokens that a window layer sees, its own included; the stride of a strided layer
+    latent: int = 0  # width of what a latent layer keeps of a token, beside one rotated key (0: 4 heads)
     ffn: str = "swiglu"  # swiglu, geglu, relu, gelu, relu2
     n_expert: int = 0  # feed-forward layers to choose from in each block (0: one, for all tokens)
     n_expert_active: int = 2  # experts that a token passes
@@ -65,6 +67,7 @@ class Config:
     ngram: int = 0  # longest n-gram that has an embedding of its own (0, 1: tokens alone)
     ngram_rows: int = 65536  # rows of the table of each n
     softcap: float = 0.0  # logits stay between -softcap and softcap (0: no limit)
+    end_token: int = 0  # id that ends a document, beyond which no layer looks (0: documents see each other)
     qk_norm: bool = True  # normalise queries and keys
     bias: bool = False  # biases in linear layers and LayerNorm
     qkv_bias: bool = False  # biases of queries, keys and values, also without the others
@@ -74,6 +77,7 @@ class Config:
     dropout: float = 0.0  # of the embedding and of what each layer adds
     rope_base: float = 10000.0  # longest wavelength of rope, over 2 pi
     norm_eps: float = 1e-6  # added to the variance in norms
+    recompute: bool = False  # keep what enters each block alone, and compute the rest again for the backward pass
 
     @property
     def head_width(self) -> int:
@@ -84,10 +88,15 @@ class Config:
         # two thirds of 4 n_embd, to a multiple of 8, give the gated form the parameters of the plain one (Shazeer 2020)
         return self.n_inner or (-(-8 * self.n_embd // 24) * 8 if self.ffn.endswith("glu") else 4 * self.n_embd)
 
+    def tiled(self, axis: str) -> list[str]:
+        """The keys of the layers on this axis; all keys that are named, where the layers are fewer."""
+        names = getattr(self, axis).split(",")
+        return [names[layer % len(names)] for layer in range(max(self.n_layer, len(names)))]
+
     def check(self) -> None:
         """Raise ValueError, naming the option to change, where no model has this shape."""
         for axis, table in AXES.items():
-            for key in self.mixer.split(",") if axis == "mixer" else [getattr(self, axis)]:
+            for key in self.tiled(axis) if axis in ("mixer", "position") else [getattr(self, axis)]:
                 require(key in table, f"--{axis}={key}: choose from {', '.join(table)}")
         for name, value in vars(self).items():
             if type(value) in (int, float):  # 0 is meant where it is the default, or the weight of a loss
@@ -98,12 +107,16 @@ class Config:
                 f"--n_embd={self.n_embd} is no multiple of --n_head={self.n_head}: set --head_dim")
         require(self.n_head % (self.n_kv_head or 1) == 0,
                 f"--n_head={self.n_head}: no multiple of --n_kv_head={self.n_kv_head}")
-        require(self.position != "rope" or self.head_width % 2 == 0,
+        positions, mixers = {*self.tiled("position")}, {*self.tiled("mixer")}
+        require(len(positions - {"none"}) < 2, f"--position={self.position}: only one kind, and none, go together")
+        require("rope" not in positions or self.head_width % 2 == 0,
                 f"--position=rope turns pairs of channels, a head of {self.head_width} is odd: set --head_dim")
         require(self.n_expert == 0 or self.n_expert_active <= self.n_expert,
                 f"--n_expert_active={self.n_expert_active} is more than --n_expert={self.n_expert}")
         require(self.init != "mup" or not self.tie_embeddings, "--init=mup needs --tie_embeddings=False")
-        require(not {"window", "strided"}.isdisjoint(self.mixer.split(",")) == (self.window > 0),
+        require(self.end_token < self.vocab_size, f"--end_token={self.end_token} is not below --vocab_size")
+        require(not (self.recompute and self.balance_bias), "--recompute would move the router by --balance_bias twice")
+        require(not mixers.isdisjoint(("window", "strided")) == (self.window > 0),
                 f"--mixer={self.mixer} --window={self.window}: a window needs both --mixer=window and --window=TOKENS")
 
 
@@ -190,11 +203,21 @@ class Dropout(nn.Module):
 
 # ---- states: all that the layers look back on, and the position
 
+class Call(NamedTuple):
+    """What all layers are told about the T tokens of a call; the first dimension is B, or 1 if all rows are alike."""
+
+    tokens: Tensor  # (B, T)
+    at: Tensor  # (1 or B, T) how many tokens came before
+    place: Tensor  # (1 or B, T) the same, counted from where the document starts
+    turn: Callable  # what queries and keys (B, T, H, hd) pass through
+    state: "State"
+
+
 @dataclasses.dataclass
 class State:
     """What cached decoding carries from one call of the model to the next; with no room, a pass that keeps nothing.
 
-    The last of the layers is that of the n-grams: it holds the tokens themselves.
+    The last of the layers holds the tokens themselves, where the model looks back on them.
     """
 
     layers: list[list[Tensor]]  # empty, or rows first; what append fills has the position as second dimension
@@ -217,6 +240,12 @@ class State:
         for old, x in zip(kept, new):
             old[places] = x.type_as(old)
         return [old[:, :S] for old in kept]
+
+    def replace(self, layer: int, *new: Tensor) -> None:
+        """Keep `new` instead of what was kept: of the calls before this one nothing can be taken back."""
+        if self.room[0]:
+            self.layers[layer] = list(new)
+            self.start = self.lengths
 
     def truncate(self, lengths: list[int]) -> None:
         """Forget what lies beyond `lengths`, one a row (rejected drafts, the padding of a ragged prompt)."""
@@ -247,16 +276,15 @@ class NGrams(nn.Module):
         super().__init__()
         self.tables = nn.ModuleList(Embedding(config.n_embd, config.ngram_rows) for _ in range(config.ngram - 1))
 
-    def forward(self, x, tokens, at, state):
-        """x (B, T, C) of tokens (B, T) -> (B, T, C)"""
+    def forward(self, x, tokens, at, place):
+        """x (B, T, C) -> (B, T, C), given all tokens so far (B, S), and where those of x stand"""
         if not self.tables:
             return x
-        tokens, = state.append(-1, at, tokens)  # all so far (B, S)
         at = at.expand(len(tokens), -1)
         key = tokens.gather(1, at)
         for back, table in enumerate(self.tables, 1):
             before = tokens.gather(1, (at - back).clamp(min=0))
-            key = scramble(key * GOLDEN + before.where(at >= back, -1))  # -1: the text began later
+            key = scramble(key * GOLDEN + before.where(place >= back, -1))  # -1: the document began later
             x = x + table(key % len(table.weight))
         return x
 
@@ -335,6 +363,7 @@ class Attention(nn.Module):
         super().__init__()
         self.sees, self.window = sees, config.window
         self.width = config.head_width
+        self.plain = not (sees or config.end_token)
         groups = config.n_kv_head or config.n_head
         self.heads = config.n_head, groups, groups  # of q, k and v
         self.qkv = Linear(config.n_embd, sum(self.heads) * self.width, config.bias or config.qkv_bias)
@@ -344,20 +373,58 @@ class Attention(nn.Module):
         self.k_norm = norm(config, self.width)
         self.values = nn.ModuleList(Embedding(groups * self.width, config.vocab_size) for _ in range(valued))
 
-    def forward(self, x, tokens, at, turn, state, layer):
-        q, k, v = self.qkv(x).unflatten(2, (-1, self.width)).split(self.heads, dim=2)  # (B, T, H or H_kv, hd)
+    def project(self, x, call):
+        """x (B, T, C) -> q (B, T, H, hd), and what the state keeps: k and v (B, T, H_kv, hd)"""
+        q, k, v = self.qkv(x).unflatten(2, (-1, self.width)).split(self.heads, dim=2)
         for table in self.values:
-            v = v + table(tokens).view_as(v)
-        k, v = state.append(layer, at, turn(self.k_norm(k)), v)  # (B, S, H_kv, hd)
-        mask, S = None, k.shape[1]
-        if len(at) > 1 or at.shape[1] not in (1, S) or self.sees:  # else causal says it
+            v = v + table(call.tokens).view_as(v)
+        return call.turn(self.q_norm(q)), call.turn(self.k_norm(k)), v
+
+    def read(self, y):
+        """What the heads found (B, T, H, hd), as it goes out"""
+        return y
+
+    def forward(self, x, call, layer):
+        q, *new = self.project(x, call)
+        kept = call.state.append(layer, call.at, *new)  # (B, S, H_kv, hd)
+        mask, at, S = None, call.at, kept[0].shape[1]
+        if len(at) > 1 or at.shape[1] not in (1, S) or not self.plain:  # else causal says it
             far = at[:, None, :, None] - torch.arange(S, device=at.device)  # how far back key s lies
-            mask = (far >= 0) & (self.sees(far, self.window) if self.sees else True)  # (1 or B, 1, T, S)
+            mask = (far >= 0) & (far <= call.place[:, None, :, None])  # (1 or B, 1, T, S): in the same document
+            mask = mask & self.sees(far, self.window) if self.sees else mask
         # heads go to the front only here: the result keeps the layout of q, and so the last line copies nothing
-        q, k, v = (part.transpose(1, 2) for part in (turn(self.q_norm(q)), k, v))
+        q, k, v = (part.transpose(1, 2) for part in (q, kept[0], kept[-1]))
         causal = mask is None and q.shape[2] > 1  # torch would let a single query see the first key alone
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
-        return self.out(y.transpose(1, 2).flatten(2))
+        return self.out(self.read(y.transpose(1, 2)).flatten(2))
+
+
+class LatentAttention(Attention):
+    """Keys and values of all heads are linear in one latent vector a token, which alone is kept (DeepSeek-V2, 2024).
+
+    With k = [K c, r] and v = V c, where r is one rotated key for all heads: q k = (K^T q) c + q_r r, and the weights
+    that sum V c may sum c first. So queries go to the latent's side, in training too, and K and V never meet the past.
+    """
+
+    def __init__(self, config):
+        super().__init__(None, False, config)
+        H, hd = config.n_head, self.width
+        self.latent = config.latent or 4 * hd
+        self.qkv = Linear(config.n_embd, 2 * H * hd + self.latent + hd, config.bias)
+        self.k = nn.ParameterDict(dict(weight=torch.empty(H, self.latent, hd)))
+        self.v = nn.ParameterDict(dict(weight=torch.empty(H, hd, self.latent)))
+        self.k_norm = NORMS[config.norm](config, self.latent)
+
+    def project(self, x, call):
+        H, hd = self.heads[0], self.width
+        q, turned, c, r = self.qkv(x).split((H * hd, H * hd, self.latent, hd), dim=2)
+        q = torch.einsum("bthd,hcd->bthc", self.q_norm(q.unflatten(2, (H, hd))), self.k["weight"].type_as(q))
+        q = torch.cat((q, call.turn(turned.unflatten(2, (H, hd)))), 3)  # (B, T, H, latent + hd)
+        kept = torch.cat((self.k_norm(c)[:, :, None], call.turn(r[:, :, None])), 3)  # (B, T, 1, latent + hd)
+        return q * (q.shape[3] / (2 * hd)) ** 0.5, kept  # scores are over sqrt(2 hd), the width of the keys above
+
+    def read(self, y):
+        return torch.einsum("bthc,hdc->bthd", y[..., :self.latent], self.v["weight"].type_as(y))
 
 
 def scan(inputs: tuple, S: Tensor, delta: bool, chunk: int = 64) -> tuple:
@@ -400,20 +467,20 @@ class Recurrence(nn.Module):
         self.out = Linear(self.heads * self.width, config.n_embd, config.bias)
         self.norm = RMSNorm(self.width, config.norm_eps)
 
-    def forward(self, x, tokens, at, turn, state, layer):
+    def forward(self, x, call, layer):
         B, T, _ = x.shape
         heads = self.up(x).view(B, T, self.heads, -1).transpose(1, 2)  # (B, H, T, 4 hd + 1 or 2)
         heads = heads.to(torch.promote_types(heads.dtype, torch.float32))  # sums want single precision at least
-        S, *past = state.layers[layer] or [heads.new_zeros(B, self.heads, self.width, self.width)]
+        S, *past = call.state.layers[layer] or [heads.new_zeros(B, self.heads, self.width, self.width)]
         q, k, v, gate, rates = heads.split(self.width, 3)
         g = self.forget * F.logsigmoid(rates[..., -1:] + 4)  # at first half is left after about 40 tokens
+        g = g - 100 * (call.place == 0)[:, None, :, None]  # a document begins: exp(-100) is left of what came before
         if past:
             was, *inputs = past
-            kept = (was < at[:, :1])[:, None, :, None]  # what truncate took back is left out
+            kept = (was < call.at[:, :1])[:, None, :, None]  # what truncate took back is left out
             _, S = scan([part * kept for part in inputs], S, self.delta)
         inputs = q, F.normalize(k, dim=3), v, g, rates[..., :1].sigmoid()
-        state.layers[layer] = [S, at.expand(B, T), *inputs]
-        state.start = state.lengths
+        call.state.replace(layer, S, call.at.expand(B, T), *inputs)
         y = (self.norm(scan(inputs, S, self.delta)[0]) * F.silu(gate)).type_as(x)
         return self.out(y.transpose(1, 2).reshape(B, T, -1))
 
@@ -423,6 +490,7 @@ MIXERS = {
     "window": partial(Attention, lambda far, window: far < window, False),  # Beltagy et al. 2020
     "strided": partial(Attention, lambda far, window: (far < window) | (far % window == 0), False),  # Child et al. 2019
     "valued": partial(Attention, None, True),
+    "latent": LatentAttention,
     "linear": partial(Recurrence, False, False),  # Katharopoulos et al. 2020
     "mamba2": partial(Recurrence, True, False),  # Dao and Gu 2024
     "gdn": partial(Recurrence, True, True),  # Gated DeltaNet, Yang et al. 2025
@@ -559,12 +627,11 @@ class Block(nn.Module):
 
     def __init__(self, config, layer, noise):
         super().__init__()
-        mixers = config.mixer.split(",")
         self.place = PLACEMENTS[config.placement]
         self.residual = RESIDUALS[config.residual]()
         self.norm1 = NORMS[config.norm](config, config.n_embd)
         self.norm2 = NORMS[config.norm](config, config.n_embd)
-        self.mixer = MIXERS[mixers[layer % len(mixers)]](config)
+        self.mixer = MIXERS[config.tiled("mixer")[layer]](config)
         self.ffn = (Experts if config.n_expert else MLP)(*FFNS[config.ffn], config)
         last = NORMS[config.norm] if config.placement == "sandwich" else nn.Identity
         self.last_norm1 = last(config, config.n_embd)
@@ -572,10 +639,10 @@ class Block(nn.Module):
         self.drop1 = Dropout(config.dropout, noise, 2 * layer + 1)
         self.drop2 = Dropout(config.dropout, noise, 2 * layer + 2)
 
-    def forward(self, x, x0, *past):
-        """x, and the embedding x0 (B, T, C) -> (B, T, C); `past` is for the mixer: tokens, at, turn, state, layer"""
+    def forward(self, x, x0, call, layer):
+        """x, and the embedding x0 (B, T, C) -> (B, T, C)"""
         x = self.residual(x, x0)
-        mixed = self.place(x, x, self.norm1, lambda h: self.drop1(self.last_norm1(self.mixer(h, *past))))
+        mixed = self.place(x, x, self.norm1, lambda h: self.drop1(self.last_norm1(self.mixer(h, call, layer))))
         return self.place(mixed, x, self.norm2, lambda h: self.drop2(self.last_norm2(self.ffn(h))))
 
 
@@ -611,7 +678,8 @@ INITS = {
     "mup": lambda n, m, L: dict(matrix=n**-0.5, embedding=0.02, router=0.02),  # and GPT.rates (Yang et al. 2022)
 }
 INITIAL = ("matrix", "output", "router", "embedding", "tied", "head")
-AXES = dict(norm=NORMS, placement=PLACEMENTS, residual=RESIDUALS, position=POSITIONS, mixer=MIXERS, ffn=FFNS, init=INITS)
+AXES = dict(norm=NORMS, placement=PLACEMENTS, residual=RESIDUALS, position=POSITIONS, mixer=MIXERS, ffn=FFNS)
+AXES["init"] = INITS
 
 
 class GPT(nn.Module):
@@ -624,7 +692,9 @@ class GPT(nn.Module):
         self.noise = {}  # shared by all dropouts, see there
         self.embedding = Embedding(config.n_embd, config.vocab_size)
         self.ngrams = NGrams(config)
-        self.position = POSITIONS[config.position](config)
+        kinds = config.tiled("position")
+        self.position = POSITIONS[max(kinds, key=lambda kind: kind != "none")](config)
+        self.turned = [kind != "none" for kind in kinds]
         self.drop = Dropout(config.dropout, self.noise, 0)
         self.blocks = nn.ModuleList(Block(config, layer, self.noise) for layer in range(config.n_layer))
         self.norm = nn.Identity() if config.placement == "post" else NORMS[config.norm](config, config.n_embd)
@@ -633,6 +703,7 @@ class GPT(nn.Module):
             self.head.weight = self.embedding.weight
         if config.softcap:  # Gemma 2, 2024
             self.head.register_forward_hook(lambda head, x, y: config.softcap * torch.tanh(y / config.softcap))
+        self.through = partial(checkpoint, use_reentrant=False) if config.recompute else lambda f, *x: f(*x)
         self.initialise()
 
     @torch.no_grad()
@@ -664,21 +735,34 @@ class GPT(nn.Module):
         power = {name: 0.5 if role.muon and optimizer == "muon" else 1.0 for name, role in roles.items()}
         return {name: role.rate / wider ** (role.shrink * power[name]) for name, role in roles.items()}
 
+    def look(self, tokens: Tensor, state: State) -> tuple[Tensor, Tensor, Tensor]:
+        """All tokens so far (B, S) of a model that looks back on them, and the `at` and `place` of the new ones."""
+        T, device = tokens.shape[1], tokens.device
+        first = state.lengths if min(state.lengths) < max(state.lengths) else state.lengths[:1]
+        at = torch.tensor(first, device=device)[:, None] + torch.arange(T, device=device)  # (1, T), ragged (B, T)
+        if not self.config.end_token and self.config.ngram < 2:
+            return tokens, at, at
+        seen, = state.append(-1, at, tokens)
+        if not self.config.end_token:
+            return seen, at, at
+        begins = F.pad(seen[:, :-1] == self.config.end_token, (1, 0))  # (B, S)
+        start = (begins * torch.arange(seen.shape[1], device=device)).cummax(1).values  # of each token's document
+        return seen, at, at - start.gather(1, at.expand(len(tokens), T))
+
     def hidden(self, tokens: Tensor, state: State | None = None) -> Tensor:
         """Token ids (B, T) -> the last layer's normalised output (B, T, C); `state` takes in the T tokens.
 
         Raises ValueError where the context would be longer than block_size.
         """
         state = state or self.new_state(1, 0)
-        T, room, device = tokens.shape[1], self.config.block_size, tokens.device
+        T, room = tokens.shape[1], self.config.block_size
         require(max(state.lengths) + T <= room, f"the context is longer than the block_size of {room} tokens")
-        first = state.lengths if min(state.lengths) < max(state.lengths) else state.lengths[:1]
-        at = torch.tensor(first, device=device)[:, None] + torch.arange(T, device=device)  # (1, T), ragged (B, T)
-        turn = self.position.turn(at)
-        x = self.ngrams(self.embedding(tokens), tokens, at, state)
-        x = x0 = self.drop(self.position.add(x, at))
-        for layer, block in enumerate(self.blocks):
-            x = block(x, x0, tokens, at, turn, state, layer)
+        seen, at, place = self.look(tokens, state)
+        turns = [lambda x: x, self.position.turn(place)]
+        x = self.ngrams(self.embedding(tokens), seen, at, place)
+        x = x0 = self.drop(self.position.add(x, place))
+        for layer, (block, turned) in enumerate(zip(self.blocks, self.turned)):
+            x = self.through(block, x, x0, Call(tokens, at, place, turns[turned], state), layer)
         state.lengths = [length + T for length in state.lengths]
         return self.norm(x)
 
@@ -744,7 +828,8 @@ def account(config: Config, batch: int, optimizer: str = "muon") -> dict:
         by_role[role] += size
         moments += size if optimizer == "muon" and ROLES[role].muon else 2 * size
     total = sum(by_role.values())
-    idle = sum(weight["weight"].numel() for ffn in model.modules() if type(ffn) is Experts for weight in (ffn.up, ffn.down))
+    experts = [ffn for ffn in model.modules() if type(ffn) is Experts]
+    idle = sum(ffn.up["weight"].numel() + ffn.down["weight"].numel() for ffn in experts)
     idle -= idle * config.n_expert_active // max(1, config.n_expert)
     flops = {part: sum(sum(ops.values()) for name, ops in counter.flop_counts.items() if name.endswith(part)) // batch
              for part in ("mixer", "ffn", "head")}
@@ -779,8 +864,8 @@ def coord_check(widths: tuple = (64, 128, 256, 512), steps: int = 5, learning_ra
         sizes = []
         for width in widths:
             torch.manual_seed(0)
-            shape = dict(n_layer=2, n_embd=width, n_head=width // 32, block_size=32, vocab_size=64)
-            gpt = GPT(Config(**shape, ffn="relu2", init=init, tie_embeddings=False, base_width=widths[0], position="none"))
+            shape = dict(n_layer=2, n_embd=width, n_head=width // 32, block_size=32, vocab_size=64, tie_embeddings=False)
+            gpt = GPT(Config(**shape, ffn="relu2", init=init, base_width=widths[0], position="none"))
             tokens = torch.randint(64, (8, 33))
             rates, weights = gpt.rates(), gpt.named_parameters()
             groups = [dict(params=[weight], lr=learning_rate * rates[name]) for name, weight in weights]
@@ -886,9 +971,10 @@ HF_KINDS = {  # what all models of a kind have, or what is meant where config.js
 }
 # what else config.json may say: that something is off, or is done the way it is here, or what does not touch the logits
 HF_KNOWN = re.compile(
-    r".*=(None|False|0|0\.0|\[\]|{}|\['full_attention'(, 'full_attention')*\])|hidden_act=silu|activation_function=gelu_new"
-    r"|scale_attn_weights=True|rope_type=default|(rope_parameters|architectures|model_type|.*(dtype|version|_token_id|pdrop"
-    r"|dropout|_range|cache|path|2label|label2id|summary_\w+|task_\w+|_ctx|return_dict|max_window_layers|pretraining_tp))=.*")
+    r".*=(None|False|0|0\.0|\[\]|{}|\['full_attention'(, 'full_attention')*\])"
+    r"|hidden_act=silu|activation_function=gelu_new|scale_attn_weights=True|rope_type=default"
+    r"|(rope_parameters|architectures|model_type|.*(dtype|version|_token_id|pdrop|dropout|_range|cache|path|2label|label2id"
+    r"|summary_\w+|task_\w+|_ctx|return_dict|max_window_layers|pretraining_tp))=.*")
 DTYPES = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16)
 
 
@@ -970,7 +1056,7 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def import_hf(folder: str | os.PathLike) -> GPT:
-    """The model of a folder, in single precision. Raises OSError, or ValueError where something is missing or unknown."""
+    """The model of a folder, in single precision. Raises OSError, or ValueError for what is missing or unknown."""
     folder = Path(folder)
     try:
         theirs = json.loads((folder / "config.json").read_text())
@@ -985,7 +1071,8 @@ def import_hf(folder: str | os.PathLike) -> GPT:
                 if not constant.fullmatch(name):
                     view = views.pop(name.removeprefix(stem), tensor[None])  # a shape that no tensor has
                     require(view.shape == tensor.shape, f"{file}: {name} {[*tensor.shape]} has no place here")
-                    require(bool(tensor.isfinite().all()), f"{file}: {name} has entries that are not finite")
+                    finite = all(map(math.isfinite, tensor.aminmax()))  # isfinite() would take a copy
+                    require(finite, f"{file}: {name} has entries that are not finite")
                     view.copy_(tensor)
     except (KeyError, TypeError, AttributeError) as error:  # JSON of another form
         raise ValueError(f"{folder} is no model of HuggingFace's, or is mislabelled: {error!r}") from error
@@ -1004,7 +1091,8 @@ def export_hf(gpt: GPT, folder: str | os.PathLike) -> str:
         texts[kind] |= dict(model_type=kind, tie_word_embeddings=own["tie_embeddings"])
         differ[kind] = [key for key, value in full(hf_config(texts[kind])).items() if own[key] != value]
     kind = min(differ, key=lambda kind: len(differ[kind]))
-    require(not differ[kind], f"no kind of HuggingFace's models is this one; {kind} differs in {', '.join(differ[kind])}")
+    other = ", ".join(differ[kind])
+    require(not other, f"no kind of HuggingFace's models is this one; {kind} differs in {other}")
     theirs = texts[kind]
     theirs["architectures"] = ["GPT2LMHeadModel" if kind == "gpt2" else f"{kind.capitalize()}ForCausalLM"]
     Path(folder).mkdir(parents=True, exist_ok=True)

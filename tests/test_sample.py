@@ -42,7 +42,7 @@ def make_model(seed=0, **config):
     """A float64 model of large random weights, whose next token depends on all tokens before it."""
     shape = dict(vocab_size=40, block_size=16, n_layer=2, n_head=2, n_embd=16, tie_embeddings=False) | config
     shape = {"mixer": "attention,window"} | shape
-    gpt = model.GPT(model.Config(**shape, window=6 * ("window" in shape["mixer"]))).double().eval()
+    gpt = model.GPT(model.Config(**shape, window=6 * ("window" in shape["mixer"] or "strided" in shape["mixer"]))).double().eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for weight in gpt.parameters():

@@ -1,0 +1,135 @@
+"""model.py against nanoGPT's model (in other words), its recurrences against their loop, and all variants trained alike.
+
+Usage: python tests/bench_model.py --speed
+       python tests/bench_model.py --variants=FOLDER --iters=300   (the token files of a run of train.py; --part=1/2: half)
+The two sides of a ratio take turns; what is printed is the median over the turns. Seconds are of one thread.
+"""
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import model  # noqa: E402
+from model import GPT, Config  # noqa: E402
+
+SHAPE = dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50257)
+
+
+class Layer(nn.Module):
+    """A layer of GPT-2, as nanoGPT computes it: LayerNorm, attention, LayerNorm, GELU, each added to the stream."""
+
+    def __init__(self, n_head, n_embd):
+        super().__init__()
+        self.n_head = n_head
+        self.ln1, self.ln2 = (nn.LayerNorm(n_embd, bias=False) for _ in "12")
+        self.qkv, self.proj = nn.Linear(n_embd, 3 * n_embd, bias=False), nn.Linear(n_embd, n_embd, bias=False)
+        self.fc, self.fc2 = nn.Linear(n_embd, 4 * n_embd, bias=False), nn.Linear(4 * n_embd, n_embd, bias=False)
+
+    def forward(self, x):
+        B, T, C = x.shape
+        q, k, v = (part.view(B, T, self.n_head, -1).transpose(1, 2) for part in self.qkv(self.ln1(x)).split(C, 2))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.proj(y.transpose(1, 2).contiguous().view(B, T, C))
+        return x + self.fc2(F.gelu(self.fc(self.ln2(x))))
+
+
+class NanoGPT(nn.Module):
+    """Token and position embeddings, layers, a last norm, and the tied head."""
+
+    def __init__(self, n_layer, n_head, n_embd, block_size, vocab_size):
+        super().__init__()
+        self.wte, self.wpe = nn.Embedding(vocab_size, n_embd), nn.Embedding(block_size, n_embd)
+        self.layers = nn.Sequential(*(Layer(n_head, n_embd) for _ in range(n_layer)))
+        self.ln = nn.LayerNorm(n_embd, bias=False)
+
+    def forward(self, ids):
+        x = self.wte(ids) + self.wpe(torch.arange(ids.shape[1]))
+        return F.linear(self.ln(self.layers(x)), self.wte.weight)
+
+
+def seconds(run):
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began
+
+
+def in_turns(runs, turns):
+    """Median seconds of each of `runs`, which take turns; the first turn warms up."""
+    for run in runs:
+        run()
+    return [median(column) for column in zip(*([seconds(run) for run in runs] for _ in range(turns)))]
+
+
+def step(gpt, ids):
+    def run():
+        gpt.zero_grad()
+        F.cross_entropy(gpt(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()).backward()
+    return run
+
+
+def speed():
+    ids = torch.randint(50257, (1, 1025))
+    same = dict(norm="layernorm", position="learned", ffn="gelu", qk_norm=False, init="gpt2")
+    peer, ours, modern = NanoGPT(**SHAPE), GPT(Config(**SHAPE, **same)), GPT(Config(**SHAPE))
+    sizes = [sum(weight.numel() for weight in gpt.parameters()) for gpt in (peer, ours, modern)]
+    a, b, c = in_turns([step(gpt, ids) for gpt in (peer, ours, modern)], 3)
+    print(f"forward + backward of 1 x 1024 tokens: nanoGPT's model {a:.2f} s, the same shape {a / b:.2f} x its speed, "
+          f"the modern shape {a / c:.2f} x ({', '.join(f'{size:,}' for size in sizes)} parameters)")
+    for delta in (False, True):
+        inputs = [torch.randn(1, 4, 2048, 32) for _ in "qkv"]
+        inputs = (inputs[0], F.normalize(inputs[1], dim=3), inputs[2], -torch.rand(1, 4, 2048, 1), torch.rand(1, 4, 2048, 1))
+        S = torch.zeros(1, 4, 32, 32)
+        loop, chunked = in_turns([lambda chunk=chunk: model.scan(inputs, S, delta, chunk) for chunk in (1, 64)], 5)
+        times = []
+        for T in (2048, 4096, 8192, 16384):
+            longer = [x.repeat(1, 1, T // 2048, 1) for x in inputs]
+            times += in_turns([lambda: model.scan(longer, S, delta)], 5)
+        growth = ", ".join(f"{t / times[0]:.1f}" for t in times)
+        print(f"{'delta rule' if delta else 'linear'} at T = 2048: chunks {loop / chunked:.0f} x as fast as the loop; "
+              f"at 2048, 4096, 8192, 16384 tokens {growth} times the time")
+
+
+VARIANTS = {
+    "default": [], "ngram 4": ["--ngram=4", "--ngram_rows=16384"], "valued": ["--mixer=attention,valued"], "softcap 15": ["--softcap=15"],
+    "window 64": ["--mixer=window", "--window=64"], "window, attention": ["--mixer=window,attention", "--window=64"],
+    "2 key heads": ["--n_kv_head=1"], "linear": ["--mixer=linear"], "mamba2": ["--mixer=mamba2"], "gdn": ["--mixer=gdn"],
+    "gdn, attention": ["--mixer=gdn,attention"], "no position": ["--position=none"], "learned": ["--position=learned"],
+    "layernorm": ["--norm=layernorm"], "post": ["--placement=post"], "parallel": ["--placement=parallel"],
+    "swiglu": ["--ffn=swiglu"], "gelu": ["--ffn=gelu"], "no qk_norm": ["--qk_norm=False"], "tied": ["--tie_embeddings=True"],
+}
+
+
+def variants(data, iters, part):
+    """Train each variant on the same tokens for the same steps and print a row of a table."""
+    shape = [f"--data={data}", "--n_layer=2", "--n_head=2", "--n_embd=64", "--block_size=128", "--batch_size=8",
+             f"--max_iters={iters}", f"--eval_interval={iters}", "--eval_tokens=65536", "--device=cpu"]
+    print("| variant | options | parameters | bits per byte | tokens/s | cache, bytes a token |\n|---|---|---|---|---|---|")
+    number, parts = map(int, part.split("/"))
+    for name, words in list(VARIANTS.items())[number - 1::parts]:
+        with tempfile.TemporaryDirectory() as folder:
+            done = subprocess.run([sys.executable, ROOT / "train.py", *shape, *words, f"--output={folder}"], text=True, capture_output=True,
+                                  cwd=folder)
+            assert done.returncode == 0, done.stderr
+            log = (Path(folder) / "log.jsonl").read_text().splitlines()
+            last, config = json.loads(log[-1]), model.load_checkpoint(Path(folder) / "ckpt.pt")["config"]
+        cost = model.account(Config(**config), 1)
+        print(f"| {name} | `{' '.join(words) or '-'}` | {cost['parameters']:,} | {last['bpb']:.3f} | {last['tokens_per_s']:,} | "
+              f"{cost['cache_per_token']:,} |", flush=True)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    options = dict(word.lstrip("-").partition("=")[::2] for word in sys.argv[1:])
+    if "variants" in options:
+        variants(Path(options["variants"]).resolve(), int(options.get("iters", 300)), options.get("part", "1/1"))
+    else:
+        speed()
