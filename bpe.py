@@ -280,7 +280,7 @@ def parallel(work: Callable, jobs: Iterable, workers: int, *given) -> Iterator:
         raise ChildProcessError("a process was killed, perhaps for want of memory: try --workers=1") from None
 
 
-def grouped(texts: Iterable[str]) -> Iterator[list[str]]:
+def in_groups(texts: Iterable[str]) -> Iterator[list[str]]:
     """Texts in lists of up to BLOCK characters; a longer text is alone."""
     group, size = [], 0
     for text in texts:
@@ -701,12 +701,12 @@ class Tokenizer:
 
     def encode_batch(self, texts: Iterable[str], workers: int = 0) -> list[np.ndarray]:
         """Ids of each text, as of `encode_ordinary`; much text on several processes (0: one for each core)."""
-        groups = list(grouped(texts))
+        groups = list(in_groups(texts))
         workers = min(workers or os.cpu_count(), len(groups))
         return list(itertools.chain.from_iterable(parallel(self.encode_group, groups, workers)))
 
     def encode_group(self, texts: list[str]) -> list[np.ndarray]:
-        """Ids of each text of a list of `grouped`."""
+        """Ids of each text of a list of `in_groups`."""
         if len(texts) > 1:
             return self.encode_together(texts)
         return [self.encode_ordinary(texts[0])]

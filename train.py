@@ -310,11 +310,13 @@ class Run:
             self.gpt = model.from_checkpoint(checkpoint)
         self.gpt.to(self.device)
         self.flops = 3 * cost["forward_flops"] // o.block_size  # of a token
-        start = dict(step=0, seconds=0.0, loss=0.0, count=0, grad_norm=0.0, best=math.inf)
+        start = dict(step=0, seconds=0.0, loss=0.0, count=0)
+        start |= dict(grad_norm=0.0, best=math.inf)
         self.progress = SimpleNamespace(**checkpoint.get("progress", start))
         self.roles, self.rates = self.gpt.roles(), self.gpt.rates(o.optimizer)
         self.weights = dict(self.gpt.named_parameters())
-        for name in filter(lambda name: self.roles[name] == "table", self.weights):  # few of their rows are used in a step
+        tables = [name for name, role in self.roles.items() if role == "table"]  # of which a step uses few rows
+        for name in tables:
             self.gpt.get_submodule(name.rpartition(".")[0]).sparse = world == 1 and not o.compile
         self.state = {name: [] for name in self.weights}
         for name, tensors in checkpoint.get("optimizer", {}).items():
