@@ -864,8 +864,8 @@ def coord_check(widths: tuple = (64, 128, 256, 512), steps: int = 5, learning_ra
         sizes = []
         for width in widths:
             torch.manual_seed(0)
-            shape = dict(n_layer=2, n_embd=width, n_head=width // 32, block_size=32, vocab_size=64, tie_embeddings=False)
-            gpt = GPT(Config(**shape, ffn="relu2", init=init, base_width=widths[0], position="none"))
+            shape = dict(n_layer=2, n_embd=width, n_head=width // 32, block_size=32, vocab_size=64, ffn="relu2")
+            gpt = GPT(Config(**shape, init=init, tie_embeddings=False, base_width=widths[0], position="none"))
             tokens = torch.randint(64, (8, 33))
             rates, weights = gpt.rates(), gpt.named_parameters()
             groups = [dict(params=[weight], lr=learning_rate * rates[name]) for name, weight in weights]
@@ -973,8 +973,8 @@ HF_KINDS = {  # what all models of a kind have, or what is meant where config.js
 HF_KNOWN = re.compile(
     r".*=(None|False|0|0\.0|\[\]|{}|\['full_attention'(, 'full_attention')*\])"
     r"|hidden_act=silu|activation_function=gelu_new|scale_attn_weights=True|rope_type=default"
-    r"|(rope_parameters|architectures|model_type|.*(dtype|version|_token_id|pdrop|dropout|_range|cache|path|2label|label2id"
-    r"|summary_\w+|task_\w+|_ctx|return_dict|max_window_layers|pretraining_tp))=.*")
+    r"|(rope_parameters|architectures|model_type|.*(dtype|version|_token_id|pdrop|dropout|_range|cache|path|2label"
+    r"|label2id|summary_\w+|task_\w+|_ctx|return_dict|max_window_layers|pretraining_tp))=.*")
 DTYPES = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16)
 
 
