@@ -86,17 +86,21 @@ class Config:
     @property
     def inner(self) -> int:
         # two thirds of 4 n_embd, to a multiple of 8, give the gated form the parameters of the plain one (Shazeer 2020)
-        return self.n_inner or (-(-8 * self.n_embd // 24) * 8 if self.ffn.endswith("glu") else 4 * self.n_embd)
+        gated = -(-8 * self.n_embd // 24) * 8
+        default = gated if self.ffn.endswith("glu") else 4 * self.n_embd
+        return self.n_inner or default
 
     def tiled(self, axis: str) -> list[str]:
         """The keys of the layers on this axis; all keys that are named, where the layers are fewer."""
         names = getattr(self, axis).split(",")
-        return [names[layer % len(names)] for layer in range(max(self.n_layer, len(names)))]
+        layers = max(self.n_layer, len(names))
+        return [names[layer % len(names)] for layer in range(layers)]
 
     def check(self) -> None:
         """Raise ValueError, naming the option to change, where no model has this shape."""
         for axis, table in AXES.items():
-            for key in self.tiled(axis) if axis in ("mixer", "position") else [getattr(self, axis)]:
+            tiled = axis in ("mixer", "position")
+            for key in self.tiled(axis) if tiled else [getattr(self, axis)]:
                 require(key in table, f"--{axis}={key}: choose from {', '.join(table)}")
         for name, value in vars(self).items():
             if type(value) in (int, float):  # 0 is meant where it is the default, or the weight of a loss
@@ -135,6 +139,58 @@ class Options(Config):
     output: str = "ckpt.pt"  # checkpoint to write
 
 
+# ---- the operations: Plain is one formula each, to be read; Fast has the same signatures and gives the same numbers
+
+class Plain:
+    """Each operation in elementary tensor operations: a namespace of functions, of which no object is ever made."""
+
+    def norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, center: bool) -> Tensor:
+        """(x - m) / sqrt(mean((x - m)^2) + eps) * weight + bias over the last dimension.
+
+        m is the mean of x if `center` (LayerNorm, Ba et al. 2016), else 0 (RMSNorm, Zhang and Sennrich 2019).
+        """
+        x = x - center * x.mean(-1, keepdim=True)
+        y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+        y = y if weight is None else y * weight
+        return y if bias is None else y + bias
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """softmax(q k^T / sqrt(hd)) v, each group of query heads on its key and value head (Vaswani 2017).
+
+        q (B, H, T, hd), k and v (B, H_kv, S, hd) -> (B, H, T, hd); H is a multiple of H_kv (Ainslie et al. 2023).
+        `mask`: True where a query may look, broadcast to (B, H, T, S). None: a query sees all keys up to its own, and
+        T is S, or 1 for the last of S tokens.
+        """
+        T, S = q.shape[2], k.shape[2]
+        groups = q.shape[1] // k.shape[1]
+        k = k.repeat_interleave(groups, 1)  # (B, H, S, hd)
+        v = v.repeat_interleave(groups, 1)
+        if mask is None:
+            mask = q.new_ones(T, S).tril(S - T).bool()
+        scores = q @ k.mT / q.shape[3] ** 0.5  # (B, H, T, S)
+        scores = scores.masked_fill(~mask, float("-inf"))
+        weights = (scores - scores.amax(-1, keepdim=True)).exp()  # the largest becomes 1: nothing overflows
+        return weights / weights.sum(-1, keepdim=True) @ v
+
+
+class Fast:
+    """The same operations, fused by torch: one pass over memory where the plain form makes several."""
+
+    def norm(x, weight, bias, eps, center):
+        if center:
+            return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+        weight = None if weight is None else weight.type_as(x)  # fused only where the types are the same
+        return F.rms_norm(x, x.shape[-1:], weight, eps)
+
+    def attention(q, k, v, mask):
+        causal = mask is None and q.shape[2] > 1  # torch would let a single query see the first key alone
+        grouped = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped)
+
+
+ops = Fast  # what the layers below call; `model.ops = model.Plain` runs them as written above
+
+
 # ---- layers with parameters; what each parameter is follows from its name, see ROLES further down
 
 class Linear(nn.Module):
@@ -158,17 +214,26 @@ class Embedding(Linear):
         return F.embedding(ids, self.weight, sparse=self.sparse)
 
 
-class RMSNorm(nn.RMSNorm):
-    """x / sqrt(mean(x^2) + eps) * gain over the last dimension (Zhang and Sennrich 2019)"""
+class Norm(nn.Module):
+    """x at a root mean square of 1, times a gain for each channel (gain=False: none).
+
+    With `center` the mean is taken off before, and with `bias` one is added after.
+    """
+
+    def __init__(self, width, eps, center=False, bias=False, gain=True):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width)) if gain else None
+        self.bias = nn.Parameter(torch.empty(width)) if bias else None
+        self.eps, self.center = eps, center
 
     def forward(self, x):
-        return F.rms_norm(x, self.normalized_shape, self.weight.type_as(x), self.eps)  # fused where types are the same
+        return ops.norm(x, self.weight, self.bias, self.eps, self.center)
 
 
 NORMS = {
-    "rmsnorm": lambda config, width: RMSNorm(width, config.norm_eps),
-    "layernorm": lambda config, width: nn.LayerNorm(width, config.norm_eps, bias=config.bias),  # Ba et al. 2016
-    "gainless": lambda config, width: nn.RMSNorm(width, config.norm_eps, elementwise_affine=False),
+    "rmsnorm": lambda config, width: Norm(width, config.norm_eps),
+    "layernorm": lambda config, width: Norm(width, config.norm_eps, center=True, bias=config.bias),
+    "gainless": lambda config, width: Norm(width, config.norm_eps, gain=False),
 }
 GOLDEN = 0x1E3779B97F4A7C15  # an odd number without pattern: products with it differ in all their bits
 
@@ -194,7 +259,10 @@ class Dropout(nn.Module):
     def forward(self, x):
         if not self.training or self.p == 0:
             return x
-        keys = self.noise["keys"] if self.noise else torch.randint(0x4000000000000000, (len(x),))
+        if self.noise:
+            keys = self.noise["keys"]
+        else:
+            keys = torch.randint(0x4000000000000000, (len(x),))
         place = torch.arange(x[0].numel(), device=x.device) + (self.site << 40)
         bits = scramble(place + keys.to(x.device)[:, None] * GOLDEN)  # (B, T C)
         keep = (bits >> 20 & 0xFFFFFF) >= self.p * 0x1000000
@@ -249,7 +317,8 @@ class State:
 
     def truncate(self, lengths: list[int]) -> None:
         """Forget what lies beyond `lengths`, one a row (rejected drafts, the padding of a ragged prompt)."""
-        fit = all(a <= b <= c for a, b, c in zip(self.start, lengths, self.lengths, strict=True))
+        bounds = zip(self.start, lengths, self.lengths, strict=True)
+        fit = all(a <= b <= c for a, b, c in bounds)
         require(fit, f"cannot truncate {self.lengths} to {lengths}: possible down to {self.start}")
         self.lengths = list(lengths)
 
@@ -274,7 +343,8 @@ class NGrams(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.tables = nn.ModuleList(Embedding(config.n_embd, config.ngram_rows) for _ in range(config.ngram - 1))
+        orders = range(2, config.ngram + 1)
+        self.tables = nn.ModuleList(Embedding(config.n_embd, config.ngram_rows) for _ in orders)
 
     def forward(self, x, tokens, at, place):
         """x (B, T, C) -> (B, T, C), given all tokens so far (B, S), and where those of x stand"""
@@ -319,7 +389,8 @@ class Rope(Position):
     def __init__(self, config):
         super().__init__()
         cos, sin = waves(torch.arange(config.block_size), config.head_width, config.rope_base)  # (block_size, hd / 2)
-        table = torch.stack((cos.repeat(1, 2), torch.cat((-sin, sin), 1)))  # (2, block_size, hd)
+        signed = torch.cat((-sin, sin), 1)
+        table = torch.stack((cos.repeat(1, 2), signed))  # (2, block_size, hd)
         self.register_buffer("table", table, persistent=False)
 
     def turn(self, at):
@@ -332,7 +403,8 @@ class Sinusoidal(Position):
 
     def add(self, x, at):
         cos, sin = waves(at.cpu(), x.shape[2], 10000.0)  # double precision, which not every device has
-        return x + torch.stack((sin, cos), 3).flatten(2)[..., :x.shape[2]].type_as(x)
+        wave = torch.stack((sin, cos), 3).flatten(2)
+        return x + wave[..., :x.shape[2]].type_as(x)
 
 
 class Learned(Position):
@@ -366,16 +438,19 @@ class Attention(nn.Module):
         self.plain = not (sees or config.end_token)
         groups = config.n_kv_head or config.n_head
         self.heads = config.n_head, groups, groups  # of q, k and v
-        self.qkv = Linear(config.n_embd, sum(self.heads) * self.width, config.bias or config.qkv_bias)
+        bias = config.bias or config.qkv_bias
+        self.qkv = Linear(config.n_embd, sum(self.heads) * self.width, bias)
         self.out = Linear(config.n_head * self.width, config.n_embd, config.bias)
         norm = NORMS[config.norm] if config.qk_norm else nn.Identity
         self.q_norm = norm(config, self.width)
         self.k_norm = norm(config, self.width)
-        self.values = nn.ModuleList(Embedding(groups * self.width, config.vocab_size) for _ in range(valued))
+        tables = range(valued)
+        self.values = nn.ModuleList(Embedding(groups * self.width, config.vocab_size) for _ in tables)
 
     def project(self, x, call):
         """x (B, T, C) -> q (B, T, H, hd), and what the state keeps: k and v (B, T, H_kv, hd)"""
-        q, k, v = self.qkv(x).unflatten(2, (-1, self.width)).split(self.heads, dim=2)
+        heads = self.qkv(x).unflatten(2, (-1, self.width))
+        q, k, v = heads.split(self.heads, dim=2)
         for table in self.values:
             v = v + table(call.tokens).view_as(v)
         return call.turn(self.q_norm(q)), call.turn(self.k_norm(k)), v
@@ -394,8 +469,7 @@ class Attention(nn.Module):
             mask = mask & self.sees(far, self.window) if self.sees else mask
         # heads go to the front only here: the result keeps the layout of q, and so the last line copies nothing
         q, k, v = (part.transpose(1, 2) for part in (q, kept[0], kept[-1]))
-        causal = mask is None and q.shape[2] > 1  # torch would let a single query see the first key alone
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+        y = ops.attention(q, k, v, mask)
         return self.out(self.read(y.transpose(1, 2)).flatten(2))
 
 
@@ -417,10 +491,15 @@ class LatentAttention(Attention):
 
     def project(self, x, call):
         H, hd = self.heads[0], self.width
-        q, turned, c, r = self.qkv(x).split((H * hd, H * hd, self.latent, hd), dim=2)
-        q = torch.einsum("bthd,hcd->bthc", self.q_norm(q.unflatten(2, (H, hd))), self.k["weight"].type_as(q))
-        q = torch.cat((q, call.turn(turned.unflatten(2, (H, hd)))), 3)  # (B, T, H, latent + hd)
-        kept = torch.cat((self.k_norm(c)[:, :, None], call.turn(r[:, :, None])), 3)  # (B, T, 1, latent + hd)
+        sizes = H * hd, H * hd, self.latent, hd
+        q, turned, c, r = self.qkv(x).split(sizes, dim=2)
+        q = self.q_norm(q.unflatten(2, (H, hd)))
+        q = torch.einsum("bthd,hcd->bthc", q, self.k["weight"].type_as(q))
+        turned = call.turn(turned.unflatten(2, (H, hd)))
+        q = torch.cat((q, turned), 3)  # (B, T, H, latent + hd)
+        c = self.k_norm(c)[:, :, None]
+        r = call.turn(r[:, :, None])
+        kept = torch.cat((c, r), 3)  # (B, T, 1, latent + hd)
         return q * (q.shape[3] / (2 * hd)) ** 0.5, kept  # scores are over sqrt(2 hd), the width of the keys above
 
     def read(self, y):
@@ -446,7 +525,8 @@ def scan(inputs: tuple, S: Tensor, delta: bool, chunk: int = 64) -> tuple:
             seen = b * D * (k @ k.mT)  # u + tril(seen, -1) u = what stands on the right
             u = torch.linalg.solve_triangular(seen, u, upper=False, unitriangular=True)
         out.append((q @ k.mT * D) @ u + g * (q @ S.mT))
-        S = g[:, :, -1:] * S + (D[:, :, -1:].mT * u).mT @ k
+        left = D[:, :, -1:].mT * u
+        S = g[:, :, -1:] * S + left.mT @ k
     return torch.cat(out, 2), S
 
 
@@ -463,15 +543,18 @@ class Recurrence(nn.Module):
         super().__init__()
         self.forget, self.delta = forget, delta
         self.heads, self.width = config.n_head, config.head_width
-        self.up = Linear(config.n_embd, self.heads * (4 * self.width + 1 + forget), config.bias)
+        columns = 4 * self.width + 1 + forget  # q, k, v, gate, rates
+        self.up = Linear(config.n_embd, self.heads * columns, config.bias)
         self.out = Linear(self.heads * self.width, config.n_embd, config.bias)
-        self.norm = RMSNorm(self.width, config.norm_eps)
+        self.norm = Norm(self.width, config.norm_eps)
 
     def forward(self, x, call, layer):
         B, T, _ = x.shape
-        heads = self.up(x).view(B, T, self.heads, -1).transpose(1, 2)  # (B, H, T, 4 hd + 1 or 2)
+        heads = self.up(x).view(B, T, self.heads, -1)
+        heads = heads.transpose(1, 2)  # (B, H, T, 4 hd + 1 or 2)
         heads = heads.to(torch.promote_types(heads.dtype, torch.float32))  # sums want single precision at least
-        S, *past = call.state.layers[layer] or [heads.new_zeros(B, self.heads, self.width, self.width)]
+        none = heads.new_zeros(B, self.heads, self.width, self.width)
+        S, *past = call.state.layers[layer] or [none]
         q, k, v, gate, rates = heads.split(self.width, 3)
         g = self.forget * F.logsigmoid(rates[..., -1:] + 4)  # at first half is left after about 40 tokens
         g = g - 100 * (call.place == 0)[:, None, :, None]  # a document begins: exp(-100) is left of what came before
@@ -481,7 +564,8 @@ class Recurrence(nn.Module):
             _, S = scan([part * kept for part in inputs], S, self.delta)
         inputs = q, F.normalize(k, dim=3), v, g, rates[..., :1].sigmoid()
         call.state.replace(layer, S, call.at.expand(B, T), *inputs)
-        y = (self.norm(scan(inputs, S, self.delta)[0]) * F.silu(gate)).type_as(x)
+        y, _ = scan(inputs, S, self.delta)
+        y = (self.norm(y) * F.silu(gate)).type_as(x)
         return self.out(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -520,25 +604,33 @@ def grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
     An operation of its own, for torch.compile and fake tensors cannot follow slices whose lengths are data.
     """
-    return torch.cat([part @ matrix.mT for part, matrix in zip(x.tensor_split(ends[:-1].cpu()), weight)])
+    parts = x.tensor_split(ends[:-1].cpu())
+    return torch.cat([part @ matrix.mT for part, matrix in zip(parts, weight)])
 
 
 @torch.library.custom_op("model::grouped_outer", mutates_args=())
 def grouped_outer(y: Tensor, x: Tensor, ends: Tensor) -> Tensor:
     """y (N, n_out), x (N, n_in) -> (E, n_out, n_in): the sum of y x^T over the rows of each group."""
-    return torch.stack([b.mT @ a for b, a in zip(*(part.tensor_split(ends[:-1].cpu()) for part in (y, x)))])
+    cuts = ends[:-1].cpu()
+    pairs = zip(y.tensor_split(cuts), x.tensor_split(cuts))
+    return torch.stack([b.mT @ a for b, a in pairs])
 
 
-def grouped_backward(ctx, grad: Tensor) -> tuple:
+def grouped_backward(ctx: object, grad: Tensor) -> tuple:
     """The gradients of x and weight, and none of ends."""
     x, weight, ends = ctx.saved_tensors
     grad = grad.contiguous()
     return grouped(grad, weight.mT, ends), grouped_outer(grad, x, ends), None
 
 
+def keep_inputs(ctx: object, inputs: tuple, output: Tensor) -> None:
+    """What grouped_backward needs."""
+    ctx.save_for_backward(*inputs)
+
+
 grouped.register_fake(lambda x, weight, ends: x.new_empty(len(x), weight.shape[1]))
 grouped_outer.register_fake(lambda y, x, ends: x.new_empty(len(ends), y.shape[1], x.shape[1]))
-grouped.register_autograd(grouped_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+grouped.register_autograd(grouped_backward, setup_context=keep_inputs)
 
 
 class Experts(nn.Module):
@@ -553,8 +645,10 @@ class Experts(nn.Module):
         super().__init__()
         self.parts, self.f, self.config = parts, f, config
         self.router = Linear(config.n_embd, config.n_expert)
-        self.up = nn.ParameterDict(dict(weight=torch.empty(config.n_expert, parts * config.inner, config.n_embd)))
-        self.down = nn.ParameterDict(dict(weight=torch.empty(config.n_expert, config.n_embd, config.inner)))
+        up = torch.empty(config.n_expert, parts * config.inner, config.n_embd)
+        down = torch.empty(config.n_expert, config.n_embd, config.inner)
+        self.up = nn.ParameterDict(dict(weight=up))
+        self.down = nn.ParameterDict(dict(weight=down))
         shared = config.n_expert_shared * config.inner
         self.shared = MLP(parts, f, config, shared) if shared else lambda x: 0.0
         self.register_buffer("bias", torch.zeros(config.n_expert))
@@ -568,13 +662,16 @@ class Experts(nn.Module):
         weight = share.gather(1, chosen)
         weight = weight / weight.sum(1, keepdim=True)
         order = chosen.flatten().argsort(stable=True)  # of N x active passes, those of expert 0 first
-        counts = (chosen.flatten()[:, None] == torch.arange(len(self.bias), device=x.device)).sum(0)
+        experts = torch.arange(len(self.bias), device=x.device)
+        counts = (chosen.flatten()[:, None] == experts).sum(0)
         rows, ends = order // active, counts.cumsum(0)
-        h = grouped(x.flatten(0, 1)[rows].type_as(scores), self.up["weight"].type_as(scores), ends)
-        y = grouped(self.f(*h.chunk(self.parts, 1)), self.down["weight"].type_as(scores), ends)
+        up, down = (layer["weight"].type_as(scores) for layer in (self.up, self.down))
+        h = grouped(x.flatten(0, 1)[rows].type_as(scores), up, ends)
+        y = grouped(self.f(*h.chunk(self.parts, 1)), down, ends)
         y = y * weight.flatten()[order, None]
         self.loss = self.balance(scores, share, counts) if self.training else 0.0
-        return torch.zeros_like(y[:len(scores)]).index_add(0, rows, y).view_as(x) + self.shared(x)
+        out = torch.zeros_like(y[:len(scores)]).index_add(0, rows, y)
+        return out.view_as(x) + self.shared(x)
 
     def balance(self, scores, share, counts):
         """What the router's choices cost, in nats; the bias moves."""
@@ -642,8 +739,14 @@ class Block(nn.Module):
     def forward(self, x, x0, call, layer):
         """x, and the embedding x0 (B, T, C) -> (B, T, C)"""
         x = self.residual(x, x0)
-        mixed = self.place(x, x, self.norm1, lambda h: self.drop1(self.last_norm1(self.mixer(h, call, layer))))
-        return self.place(mixed, x, self.norm2, lambda h: self.drop2(self.last_norm2(self.ffn(h))))
+        def mix(h):
+            return self.drop1(self.last_norm1(self.mixer(h, call, layer)))
+
+        def feed(h):
+            return self.drop2(self.last_norm2(self.ffn(h)))
+
+        mixed = self.place(x, x, self.norm1, mix)
+        return self.place(mixed, x, self.norm2, feed)
 
 
 # ---- what each parameter is: how it starts and how it is trained
@@ -696,8 +799,10 @@ class GPT(nn.Module):
         self.position = POSITIONS[max(kinds, key=lambda kind: kind != "none")](config)
         self.turned = [kind != "none" for kind in kinds]
         self.drop = Dropout(config.dropout, self.noise, 0)
-        self.blocks = nn.ModuleList(Block(config, layer, self.noise) for layer in range(config.n_layer))
-        self.norm = nn.Identity() if config.placement == "post" else NORMS[config.norm](config, config.n_embd)
+        layers = range(config.n_layer)
+        self.blocks = nn.ModuleList(Block(config, layer, self.noise) for layer in layers)
+        norm = NORMS[config.norm](config, config.n_embd)
+        self.norm = nn.Identity() if config.placement == "post" else norm
         self.head = Linear(config.n_embd, config.vocab_size)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
@@ -711,7 +816,8 @@ class GPT(nn.Module):
         """Draw every parameter as its role and --init say, from torch's generator."""
         for name, role in self.roles().items():
             weight = self.get_parameter(name)
-            std = INITS[self.config.init](weight.shape[-1], weight.shape[-2:][0], self.config.n_layer)
+            fan_out, fan_in = weight.shape[-2:][0], weight.shape[-1]
+            std = INITS[self.config.init](fan_in, fan_out, self.config.n_layer)
             weight.normal_(ROLES[role].mean, std.get(role, 0.0))
 
     def roles(self) -> dict[str, str]:
@@ -738,15 +844,20 @@ class GPT(nn.Module):
     def look(self, tokens: Tensor, state: State) -> tuple[Tensor, Tensor, Tensor]:
         """All tokens so far (B, S) of a model that looks back on them, and the `at` and `place` of the new ones."""
         T, device = tokens.shape[1], tokens.device
-        first = state.lengths if min(state.lengths) < max(state.lengths) else state.lengths[:1]
-        at = torch.tensor(first, device=device)[:, None] + torch.arange(T, device=device)  # (1, T), ragged (B, T)
+        first = state.lengths[:1]
+        if min(state.lengths) < max(state.lengths):  # ragged
+            first = state.lengths
+        first = torch.tensor(first, device=device)[:, None]
+        at = first + torch.arange(T, device=device)  # (1, T), ragged (B, T)
         if not self.config.end_token and self.config.ngram < 2:
             return tokens, at, at
         seen, = state.append(-1, at, tokens)
         if not self.config.end_token:
             return seen, at, at
-        begins = F.pad(seen[:, :-1] == self.config.end_token, (1, 0))  # (B, S)
-        start = (begins * torch.arange(seen.shape[1], device=device)).cummax(1).values  # of each token's document
+        ended = seen[:, :-1] == self.config.end_token
+        begins = F.pad(ended, (1, 0))  # (B, S)
+        places = torch.arange(seen.shape[1], device=device)
+        start = (begins * places).cummax(1).values  # of each token's document
         return seen, at, at - start.gather(1, at.expand(len(tokens), T))
 
     def hidden(self, tokens: Tensor, state: State | None = None) -> Tensor:
@@ -762,7 +873,8 @@ class GPT(nn.Module):
         x = self.ngrams(self.embedding(tokens), seen, at, place)
         x = x0 = self.drop(self.position.add(x, place))
         for layer, (block, turned) in enumerate(zip(self.blocks, self.turned)):
-            x = self.through(block, x, x0, Call(tokens, at, place, turns[turned], state), layer)
+            call = Call(tokens, at, place, turns[turned], state)
+            x = self.through(block, x, x0, call, layer)
         state.lengths = [length + T for length in state.lengths]
         return self.norm(x)
 
@@ -777,7 +889,8 @@ class GPT(nn.Module):
     def new_state(self, batch: int, capacity: int = -1) -> State:
         """An empty state for `batch` sequences of up to `capacity` tokens (-1: block_size; 0: it keeps nothing)."""
         room = self.config.block_size if capacity < 0 else capacity
-        return State([[] for _ in range(len(self.blocks) + 1)], [0] * batch, [0] * batch, [room] * batch)
+        layers = [[] for _ in range(len(self.blocks) + 1)]
+        return State(layers, [0] * batch, [0] * batch, [room] * batch)
 
 
 # ---- resource accounting
@@ -802,7 +915,8 @@ def account(config: Config, batch: int, optimizer: str = "muon") -> dict:
     The model runs on fake tensors, which have shapes but no numbers. FLOPs are those of matrix products (2 a
     multiply-add), attention in full, not its causal half; a backward pass costs twice the forward pass. Activations are
     the tensors kept for the backward pass of `batch` sequences, one (T, V) for the loss included. Muon keeps one number
-    for each entry of a hidden matrix, AdamW two for each parameter.
+    for each entry of a hidden matrix, AdamW two for each parameter, the tables' Adagrad one for each row. (Their
+    gradients are counted in full; on one device they are sparse.)
     """
     kept = {}
 
@@ -811,8 +925,11 @@ def account(config: Config, batch: int, optimizer: str = "muon") -> dict:
         kept[storage._cdata] = storage  # views share one
         return tensor
 
-    fused = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, *_, **__: 4 * q.numel() * k[2],
-             torch.ops.model.grouped: lambda x, w, *_, **__: 2 * x.numel() * w[1]}
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    fused = {
+        attention: lambda q, k, *_, **__: 4 * q.numel() * k[2],
+        torch.ops.model.grouped: lambda x, w, *_, **__: 2 * x.numel() * w[1],
+    }
     counter = FlopCounterMode(display=False, custom_mapping=fused)
     with FakeTensorMode():
         model = GPT(config)
@@ -824,20 +941,31 @@ def account(config: Config, batch: int, optimizer: str = "muon") -> dict:
         kept.pop(tensor.untyped_storage()._cdata, None)
     by_role, moments = dict.fromkeys(ROLES, 0), 0
     for name, role in model.roles().items():
-        size = model.get_parameter(name).numel()
+        weight = model.get_parameter(name)
+        size = weight.numel()
         by_role[role] += size
-        moments += size if optimizer == "muon" and ROLES[role].muon else 2 * size
+        one = optimizer == "muon" and ROLES[role].muon
+        moments += len(weight) if role == "table" else size if one else 2 * size
     total = sum(by_role.values())
     experts = [ffn for ffn in model.modules() if type(ffn) is Experts]
-    idle = sum(ffn.up["weight"].numel() + ffn.down["weight"].numel() for ffn in experts)
+    weights = [layer["weight"] for ffn in experts for layer in (ffn.up, ffn.down)]
+    idle = sum(weight.numel() for weight in weights)
     idle -= idle * config.n_expert_active // max(1, config.n_expert)
-    flops = {part: sum(sum(ops.values()) for name, ops in counter.flop_counts.items() if name.endswith(part)) // batch
+    counts = {name: sum(ops.values()) for name, ops in counter.flop_counts.items()}
+    flops = {part: sum(n for name, n in counts.items() if name.endswith(part)) // batch
              for part in ("mixer", "ffn", "head")}
     memory = dict(weights=4 * total, gradients=4 * total, optimizer=4 * moments,
                   activations=sum(storage.nbytes() for storage in kept.values()))
-    return dict(parameters=total, active=total - idle, roles=by_role, memory=memory, memory_total=sum(memory.values()),
-                forward_flops=counter.get_total_flops() // batch, flops=flops,
-                cache_per_token=state.nbytes // config.block_size)
+    return dict(
+        parameters=total,
+        active=total - idle,
+        roles=by_role,
+        memory=memory,
+        memory_total=sum(memory.values()),
+        forward_flops=counter.get_total_flops() // batch,
+        flops=flops,
+        cache_per_token=state.nbytes // config.block_size,
+    )
 
 
 def report(config: Config, batch: int, optimizer: str = "muon") -> str:
@@ -864,19 +992,22 @@ def coord_check(widths: tuple = (64, 128, 256, 512), steps: int = 5, learning_ra
         sizes = []
         for width in widths:
             torch.manual_seed(0)
-            shape = dict(n_layer=2, n_embd=width, n_head=width // 32, block_size=32, vocab_size=64, ffn="relu2")
-            gpt = GPT(Config(**shape, init=init, tie_embeddings=False, base_width=widths[0], position="none"))
+            shape = dict(n_layer=2, n_embd=width, n_head=width // 32, block_size=32, vocab_size=64)
+            choices = dict(ffn="relu2", position="none", tie_embeddings=False)
+            gpt = GPT(Config(**shape, **choices, init=init, base_width=widths[0]))
             tokens = torch.randint(64, (8, 33))
             rates, weights = gpt.rates(), gpt.named_parameters()
             groups = [dict(params=[weight], lr=learning_rate * rates[name]) for name, weight in weights]
             adam = torch.optim.AdamW(groups, weight_decay=0.0)
             before = gpt(tokens[:, :-1]).detach()
             for _ in range(steps):
-                loss = F.cross_entropy(gpt(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+                logits = gpt(tokens[:, :-1]).flatten(0, 1)
+                loss = F.cross_entropy(logits, tokens[:, 1:].flatten())
                 adam.zero_grad()
                 loss.backward()
                 adam.step()
-            sizes.append((gpt(tokens[:, :-1]).detach() - before).square().mean().sqrt().item())
+            moved = gpt(tokens[:, :-1]).detach() - before
+            sizes.append(moved.square().mean().sqrt().item())
         x, y = (torch.tensor(values).log() for values in (widths, sizes))
         x = x - x.mean()
         slope = (x * y).sum() / x.square().sum()
@@ -902,7 +1033,8 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
 
 def save_checkpoint(path: str | os.PathLike, model: GPT, **rest) -> None:
     """Write config and weights of `model` and whatever else is given, whole or not at all. Raises OSError."""
-    rest |= dict(version=CHECKPOINT_VERSION, config=dataclasses.asdict(model.config), weights=model.state_dict())
+    rest |= dict(version=CHECKPOINT_VERSION, config=dataclasses.asdict(model.config))
+    rest["weights"] = model.state_dict()
     with replacing(path) as file:
         try:
             torch.save(rest, file)
@@ -998,7 +1130,8 @@ def hf_config(theirs: dict) -> Config:
     for name, value in theirs.items():
         known = name in names.values() or HF_KNOWN.fullmatch(f"{name}={value}")
         require(known, f"config.json: {name}={value} is not computed here")
-    given = {own: theirs[name] for own, name in names.items() if theirs.get(name) is not None}
+    there = {name for name, value in theirs.items() if value is not None}
+    given = {own: theirs[name] for own, name in names.items() if name in there}
     given["mixer"] = "window" if given.get("window") else "attention"
     return dataclasses.replace(options(Config, HF_KINDS[kind].split()), **given)
 
@@ -1062,9 +1195,12 @@ def import_hf(folder: str | os.PathLike) -> GPT:
         theirs = json.loads((folder / "config.json").read_text())
         gpt = GPT(hf_config(theirs))
         stem = "transformer." if theirs["model_type"] == "gpt2" else "model."  # absent where the head is
-        views = {name.removeprefix(stem): view for name, view in hf_views(gpt, theirs["model_type"]).items()}
+        named = hf_views(gpt, theirs["model_type"]).items()
+        views = {name.removeprefix(stem): view for name, view in named}
         index = folder / "model.safetensors.index.json"
-        files = json.loads(index.read_text())["weight_map"].values() if index.exists() else ["model.safetensors"]
+        files = ["model.safetensors"]
+        if index.exists():
+            files = json.loads(index.read_text())["weight_map"].values()
         constant = re.compile(r".*(\.attn\.(masked_)?bias|inv_freq)" + r"|lm_head\.weight" * gpt.config.tie_embeddings)
         for file in sorted({*files}):
             for name, tensor in read_safetensors(folder / file):

@@ -181,7 +181,8 @@ def adagrad(weight: Tensor, state: list, rate: float, t: int, o: Options) -> Non
     grad = weight.grad.coalesce() if weight.grad.is_sparse else weight.grad.to_sparse(1)
     rows, values = grad.indices()[0], grad.values()  # (R), (R, C)
     state[0].index_add_(0, rows, values.square().mean(1, keepdim=True))
-    weight.index_add_(0, rows, values / (state[0][rows].sqrt() + 1e-8), alpha=-rate)
+    roots = state[0][rows].sqrt() + 1e-8
+    weight.index_add_(0, rows, values / roots, alpha=-rate)
 
 
 OPTIMIZERS = {"muon": muon, "adamw": adamw}  # of hidden matrices
@@ -270,7 +271,8 @@ def fit_micro_batch(o: Options, cost: dict, rows: int, free: float) -> int:
     """
     each = cost["memory"]["activations"]  # a sequence's; the rest is there once
     rest = cost["memory_total"] - each
-    micro = int(min(rows, o.micro_batch or max(1, (free - rest) / each)))
+    most = max(1, (free - rest) / each)
+    micro = int(min(rows, o.micro_batch or most))
     need = rest + micro * each
     require(need <= free, f"training needs {need / 2**30:.1f} GiB, {free / 2**30:.1f} are free; use a smaller "
             f"{'--micro_batch' if micro > 1 else '--n_embd, --n_layer or --block_size'}")
@@ -297,7 +299,8 @@ class Run:
 
     def __init__(self, o, vocab_size, tokenizer, checkpoint):
         self.device, (rank, world) = pick_device(o.device), ranks()
-        config = Config(**{name: getattr(o, name) for name in Config.__annotations__} | dict(vocab_size=vocab_size))
+        fields = {name: getattr(o, name) for name in Config.__annotations__}
+        config = Config(**fields | dict(vocab_size=vocab_size))
         self.rows = np.arange(rank, o.batch_size, world)  # this rank's, of each batch
         cost = model.account(config, 1, o.optimizer)
         micro = fit_micro_batch(o, cost, len(self.rows), free_memory(self.device))
@@ -356,7 +359,8 @@ class Run:
         starts = batch_starts(o.seed, p.step, o.batch_size, len(tokens), o.block_size)
         totals = torch.zeros(3, device=self.device)  # loss sum, count, told to stop
         for rows in np.split(self.rows, range(o.micro_batch, len(self.rows), o.micro_batch)):
-            self.gpt.noise["keys"] = torch.from_numpy((o.seed % 2**20 << 40) + p.step * o.batch_size + rows)
+            keys = (o.seed % 2**20 << 40) + p.step * o.batch_size + rows
+            self.gpt.noise["keys"] = torch.from_numpy(keys)
             loss, count = self.loss(tokens, starts[rows])
             loss.backward()
             totals += torch.stack((loss.detach(), count, torch.full_like(count, stop)))
@@ -381,7 +385,8 @@ class Run:
             role = ROLES[self.roles[name]]
             if role.decay:
                 weight.mul_(1 - speed * o.weight_decay)
-            step = OPTIMIZERS[o.optimizer] if role.muon else adagrad if self.roles[name] == "table" else adamw
+            other = adagrad if self.roles[name] == "table" else adamw
+            step = OPTIMIZERS[o.optimizer] if role.muon else other
             step(weight, self.state[name], speed * self.rates[name], p.step + 1, o)
             weight.grad = None
 

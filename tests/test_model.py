@@ -153,24 +153,57 @@ def test_embedding():
 
 @pytest.mark.parametrize("eps", [1e-6, 0.1])
 def test_rms_norm(eps):
-    def by_hand(x, weight):
-        return x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight
-
-    norm = model.NORMS["rmsnorm"](Config(norm_eps=eps), 6)
-    agree([with_weights(norm, "weight"), by_hand], [torch.randn(2, 3, 6) + 1, torch.randn(6)])
+    own = [lambda x, w, ops=ops: ops.norm(x, w, None, eps, False) for ops in (model.Plain, model.Fast)]
+    agree([*own, with_weights(nn.RMSNorm(6, eps=eps), "weight"), with_weights(model.NORMS["rmsnorm"](Config(norm_eps=eps), 6), "weight")],
+          [torch.randn(2, 3, 6) + 1, torch.randn(6)])
+    own = [lambda x, ops=ops: ops.norm(x, None, None, eps, False) for ops in (model.Plain, model.Fast)]
+    agree([*own, nn.RMSNorm(6, eps=eps, elementwise_affine=False), model.NORMS["gainless"](Config(norm_eps=eps), 6)], [torch.randn(2, 3, 6) + 1])
 
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("eps", [1e-6, 0.1])
 def test_layer_norm(bias, eps):
-    def by_hand(x, weight, bias=0.0):
-        x = x - x.mean(-1, keepdim=True)
-        return x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight + bias
-
     inputs = [torch.randn(2, 3, 6) + 1, torch.randn(6)] + [torch.randn(6)] * bias
+    own = [lambda x, w, b=None, ops=ops: ops.norm(x, w, b, eps, True) for ops in (model.Plain, model.Fast)]
     norm = model.NORMS["layernorm"](Config(norm_eps=eps, bias=bias), 6)
     assert [name for name, _ in norm.named_parameters()] == ["weight", "bias"][:1 + bias]
-    agree([with_weights(norm, "weight", "bias"), by_hand], inputs)
+    agree([*own, with_weights(nn.LayerNorm(6, eps=eps, bias=bias), "weight", "bias"), with_weights(norm, "weight", "bias")], inputs)
+
+
+def test_softmax_of_huge_scores():
+    q, v = torch.tensor([[[[1e4, 0.0]]]]), torch.randn(1, 1, 4, 2)
+    k = torch.tensor([[[[1e4, 1.0], [1e4, 2.0], [-1e4, 0.0], [0.0, 0.0]]]])
+    for ops in (model.Plain, model.Fast):
+        close(ops.attention(q, k, v, None), v[:, :, :2].mean(2, keepdim=True))
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("T,S,masked", [(5, 5, None), (1, 5, None), (1, 1, None), (5, 5, "rows"), (2, 5, "shared"), (1, 5, "shared")])
+def test_attention_as_an_operation(kv_heads, T, S, masked):
+    q, k, v = torch.randn(2, 4, T, 6), torch.randn(2, kv_heads, S, 6), torch.randn(2, kv_heads, S, 6)
+    mask = {None: None, "rows": torch.rand(2, 1, T, S) < 0.5, "shared": torch.rand(T, S) < 0.5}[masked]
+    if masked:
+        mask[..., 0] = True  # a query that sees nothing has no softmax
+
+    def sees(b, t, s):
+        return s <= t + S - T if mask is None else bool(mask.expand(2, 1, T, S)[b, 0, t, s])
+
+    agree([lambda q, k, v, ops=ops: ops.attention(q, k, v, mask) for ops in (model.Plain, model.Fast)]
+          + [lambda q, k, v: attention_by_loops(q, k, v, sees)], [q, k, v])
+
+
+@every_variant
+def test_plain_model_equals_fast_model(changes, monkeypatch):
+    gpt, x = make(**changes), tokens(T=9)
+    names = [name for name, _ in gpt.named_parameters()]
+
+    def logits(*weights):
+        return torch.func.functional_call(gpt, dict(zip(names, weights)), x)
+
+    fast = results(logits, gpt.parameters())
+    monkeypatch.setattr(model, "ops", model.Plain)
+    for a, b in zip(fast, results(logits, gpt.parameters()), strict=True):
+        close(a, b)
 
 
 def attention_by_loops(q, k, v, sees):
@@ -1071,7 +1104,7 @@ def test_roles_cover_every_parameter(changes):
     gpt = make(**changes)
     roles = gpt.roles()
     assert roles.keys() == dict(gpt.named_parameters()).keys()
-    kinds = {model.Embedding: "embedding", model.Linear: "matrix", model.RMSNorm: "gain", nn.LayerNorm: "gain", nn.ParameterDict: "matrix", model.Scaled: "bias"}
+    kinds = {model.Embedding: "embedding", model.Linear: "matrix", model.Norm: "gain", nn.ParameterDict: "matrix", model.Scaled: "bias"}
     special = {"embedding.weight": "tied" if gpt.config.tie_embeddings else "embedding", "head.weight": "head"}
     for name, role in roles.items():
         path, _, own = name.rpartition(".")
@@ -1142,6 +1175,8 @@ def test_accounting_of_parameters_flops_and_bytes(changes, single):
     moments = sum(t.nbytes for row in adam.state.values() for t in row.values() if t.ndim)
     assert a["memory"]["weights"] == sum(weight.nbytes for weight in gpt.parameters())
     assert a["memory"]["gradients"] == sum(weight.grad.nbytes for weight in gpt.parameters())
+    tables = [weight for name, weight in gpt.named_parameters() if gpt.roles()[name] == "table"]
+    moments -= sum(2 * weight.nbytes - 4 * len(weight) for weight in tables)  # Adagrad keeps one number a row of these
     assert a["memory"]["optimizer"] == moments
     muon = model.account(config, 3)["memory"]["optimizer"]
     assert moments - muon == 4 * sum(n for name, n in sizes.items() if name.endswith(("qkv.weight", "out.weight", "up.weight", "down.weight", ".k.weight", ".v.weight")))

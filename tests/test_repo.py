@@ -23,7 +23,7 @@ import pytest
 from conftest import ROOT, tiny_documents
 
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
-CEILING = {"bpe.py": 700, "data.py": 520, "model.py": 900, "train.py": 420, "kernels.py": 560, "ddp.py": 540,
+CEILING = {"bpe.py": 700, "data.py": 520, "model.py": 930, "train.py": 420, "kernels.py": 560, "ddp.py": 540,
            "scaling.py": 400, "align.py": 480, "sample.py": 520}
 # Who may import whom: at the top of the file, and on demand inside a function.
 OURS = {"bpe.py": ("", ""), "data.py": ("bpe", ""), "model.py": ("", "kernels"), "train.py": ("model", "bpe data ddp kernels"),
@@ -172,8 +172,8 @@ def test_a_file_stays_under_its_ceiling(name):
 def test_the_ceiling_bites():
     good = '"""Words."""\n# more words\n' + "x = 1\n" * 8
     assert too_much("bpe.py", good) == []
-    assert too_much("train.py", good + "x = 1  # a\n" * 392) == []
-    assert too_much("train.py", good + "x = 1  # a\n" * 393) == ["401 code lines"]
+    assert too_much("scaling.py", good + "x = 1  # a\n" * 392) == []
+    assert too_much("scaling.py", good + "x = 1  # a\n" * 393) == ["401 code lines"]
     assert too_much("bpe.py", good + "x = 1\n" * 9) == ["less than 18% comments and docstrings"]
     assert too_much("bpe.py", '"""Words."""\nx = 1; y = 2\n') == ["a semicolon"]
     assert too_much("bpe.py", good + "#" * 121) == ["wider than 120"]
