@@ -192,7 +192,7 @@ def test_attention_as_an_operation(kv_heads, T, S, masked):
           + [lambda q, k, v: attention_by_loops(q, k, v, sees)], [q, k, v])
 
 
-@every_variant
+@some_variants
 def test_plain_model_equals_fast_model(changes, monkeypatch):
     gpt, x = make(**changes), tokens(T=9)
     names = [name for name, _ in gpt.named_parameters()]
@@ -638,7 +638,7 @@ def test_ragged_decoding(changes):
         lengths = [n + T for n in lengths]
 
 
-@every_variant
+@some_variants
 @torch.no_grad()
 def test_truncate_then_go_on(changes):
     """Rejected drafts leave nothing behind."""
@@ -657,7 +657,7 @@ def test_truncate_then_go_on(changes):
     close(gpt(x[:, state.lengths[0]:], state), gpt(x)[:, -6:] if state.start[0] else gpt(x))
 
 
-@every_variant
+@some_variants
 @torch.no_grad()
 def test_fork(changes):
     gpt, x = make(**changes), tokens(3, 12)
@@ -1323,7 +1323,7 @@ def test_a_parameter_without_a_role_is_refused(monkeypatch):
 
 # ---------------------------------------------------------------------------------------------------------- checkpoints
 
-@every_variant
+@some_variants
 def test_checkpoint_round_trip(changes, tmp_path):
     gpt, x = make(**changes), tokens()
     model.save_checkpoint(tmp_path / "a.pt", gpt, step=7, tokenizer={"kind": "char"})
@@ -1721,7 +1721,7 @@ def test_truncate_refuses():
 
 # -------------------------------------------------------------------------------------------- dtypes, compilation, command
 
-@every_variant
+@some_variants
 def test_bfloat16_autocast(changes, single):
     gpt, x = make(**changes), tokens(2, 16)
     with warnings.catch_warnings(), torch.no_grad():
