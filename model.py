@@ -909,14 +909,29 @@ PRESETS = {
 PEAK = dict(a100=312e12, h100=989e12, b200=2250e12, rtx4090=165e12)  # FLOPs a second in dense bf16 products
 
 
+def kept_of(weight: Tensor, role: str, optimizer: str) -> int:
+    """Numbers that train.py keeps of a weight: Muon and SGD one for each entry, AdamW two, Adagrad one for each row.
+
+    SOAP keeps AdamW's, and four square matrices.
+    """
+    size = weight.numel()
+    if role == "table":
+        return len(weight)
+    if optimizer == "sgd" or optimizer == "muon" and ROLES[role].muon:
+        return size
+    if optimizer == "soap" and ROLES[role].muon:
+        n, m = weight.shape[-2:]
+        return 2 * size + 2 * size * (n * n + m * m) // (n * m)
+    return 2 * size
+
+
 def account(config: Config, batch: int, optimizer: str = "muon") -> dict:
     """What a model costs: parameters by role, FLOPs of one sequence of block_size tokens, bytes of training in fp32.
 
     The model runs on fake tensors, which have shapes but no numbers. FLOPs are those of matrix products (2 a
     multiply-add), attention in full, not its causal half; a backward pass costs twice the forward pass. Activations are
-    the tensors kept for the backward pass of `batch` sequences, one (T, V) for the loss included. Muon keeps one number
-    for each entry of a hidden matrix, AdamW two for each parameter, the tables' Adagrad one for each row. (Their
-    gradients are counted in full; on one device they are sparse.)
+    the tensors kept for the backward pass of `batch` sequences, one (T, V) for the loss included. (Gradients of tables
+    are counted in full; on one device they are sparse.)
     """
     kept = {}
 
@@ -944,8 +959,7 @@ def account(config: Config, batch: int, optimizer: str = "muon") -> dict:
         weight = model.get_parameter(name)
         size = weight.numel()
         by_role[role] += size
-        one = optimizer == "muon" and ROLES[role].muon
-        moments += len(weight) if role == "table" else size if one else 2 * size
+        moments += kept_of(weight, role, optimizer)
     total = sum(by_role.values())
     experts = [ffn for ffn in model.modules() if type(ffn) is Experts]
     weights = [layer["weight"] for ffn in experts for layer in (ffn.up, ffn.down)]
@@ -1032,12 +1046,14 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
 
 
 def save_checkpoint(path: str | os.PathLike, model: GPT, **rest) -> None:
-    """Write config and weights of `model` and whatever else is given, whole or not at all. Raises OSError."""
-    rest |= dict(version=CHECKPOINT_VERSION, config=dataclasses.asdict(model.config))
-    rest["weights"] = model.state_dict()
+    """Write config and weights of `model` and whatever else is given, whole or not at all. Raises OSError.
+
+    `weights` among the rest stand for the model's own, such as a copy that no longer changes.
+    """
+    whole = dict(version=CHECKPOINT_VERSION, config=dataclasses.asdict(model.config), weights=model.state_dict()) | rest
     with replacing(path) as file:
         try:
-            torch.save(rest, file)
+            torch.save(whole, file)
         except RuntimeError as error:  # torch's writer turns a full disk into this
             raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
 

@@ -1,10 +1,13 @@
 """Train a language model: text or tokens in, a checkpoint out. With no options: on the Python standard library's text.
 
-Reads: text files, folders, jsonl; or a folder with train.npy and val.npy (and tokenizer.json).
+Reads: text files, folders, jsonl; or folders with train.npy and val.npy (tokenizer.json, and a *_mask.npy each).
 Writes: OUTPUT/ckpt.pt (last), best.pt, log.jsonl, tokenizer.json; train.npy and val.npy where the data was text.
 Usage: python train.py
-       python train.py --data=shakespeare.txt --tokenizer=char
+       python train.py --data=shakespeare.txt --tokenizer=char --minutes=2
        torchrun --nproc_per_node=2 train.py --data=tokens --output=run
+
+A budget, as --minutes, --flops or --tokens, chooses shape, batch, learning rate and steps. Minutes are those of the
+log's seconds: of training alone, without tokenising and evaluations.
 References: Loshchilov and Hutter 2019 (AdamW); Jordan et al. 2024 (Muon); Hu et al. 2024 (WSD schedule).
 """
 import argparse
@@ -23,9 +26,10 @@ import subprocess
 import sys
 import textwrap
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Callable
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
@@ -47,30 +51,42 @@ class Options(Config):
     ffn: str = "relu2"  # relu2, swiglu, relu, gelu
     tie_embeddings: bool = False  # one matrix for the token embedding and the head
     data: str = ""  # text files, folders, jsonl (a comma list), or a folder of token files; empty: standard library
+    mix: str = ""  # shares of several folders of token files, such as --data=a,b --mix=0.7,0.3
     tokenizer: str = "bpe"  # bpe, char, byte, word, or a tokenizer file
     pattern: str = ""  # how bpe cuts text before merging (empty: gpt2; code for the default data)
     separator: str = ""  # text between the documents of a file, such as <|endoftext|>
     output: str = "out"  # folder of the run
-    resume: bool = False  # go on from OUTPUT/ckpt.pt, with its options where none are given
+    resume: bool = False  # go on from a checkpoint, with its options where none are given
+    ckpt: str = ""  # what to resume (empty: OUTPUT/ckpt.pt); that of another run begins a branch
+    init_from: str = ""  # a checkpoint whose weights and shape a new run begins with
+    minutes: float = 0.0  # budget of time: the schedule follows the clock (0: max_iters)
+    flops: float = 0.0  # budget of compute
+    tokens: int = 0  # budget of training tokens
     max_iters: int = 0  # training steps (0: recipe)
     batch_size: int = 0  # sequences of a step, over all ranks and micro-batches (0: recipe)
     micro_batch: int = 0  # sequences that a rank runs at a time (0: as many as fit in memory)
-    optimizer: str = "muon"  # of hidden matrices: muon, adamw; all else has adamw
-    learning_rate: float = 0.01  # at its peak
-    weight_decay: float = 0.1  # of matrices; a step shrinks them by learning rate x weight decay
+    optimizer: str = "muon"  # of hidden matrices: muon, adamw, soap, with adamw for all else; sgd: of everything
+    learning_rate: float = 0.0  # at its peak (0: recipe)
+    weight_decay: float = -1.0  # of matrices; a step shrinks them by learning rate x weight decay (-1: recipe)
     beta1: float = 0.9  # AdamW's memory of the gradient
     beta2: float = 0.95  # AdamW's memory of the squared gradient
-    momentum: float = 0.95  # Muon's memory of the gradient
+    momentum: float = 0.95  # Muon's and SGD's memory of the gradient
     grad_clip: float = 1.0  # largest norm of the gradient (0: any)
-    schedule: str = "wsd"  # of the learning rate: wsd, cosine
+    z_loss: float = 0.0  # weight of the squared log of the softmax's denominator in the loss
+    schedule: str = "wsd"  # of the learning rate: wsd, cosine, linear, constant
     warmup_iters: int = 0  # steps in which the learning rate rises
     decay_share: float = 0.6  # share of the steps in which wsd falls
+    decay_from: int = 0  # step from which wsd falls (0: by decay_share)
     eval_interval: int = 0  # steps between evaluations, a checkpoint before each (0: recipe)
     eval_tokens: int = 2**20  # validation tokens that are used, at most
     seed: int = 0  # of weights, data order and dropout
     device: str = ""  # cpu, cuda, mps (empty: the best there is)
-    dtype: str = ""  # float32, bfloat16 (autocast), float64 (empty: bfloat16 on cuda, else float32)
+    dtype: str = ""  # float32, float64, or autocast to bfloat16, float16 (empty: bfloat16 on cuda, else float32)
     compile: bool = False  # use torch.compile where it works
+    noise_scale: bool = False  # measure the critical batch size; needs two micro-batches or ranks
+    sample_tokens: int = 0  # tokens that the model writes at each evaluation
+    profile: bool = False  # print where the time of a step goes, write OUTPUT/trace.json, then stop
+    leaderboard: bool = False  # the default data for 2 minutes (or --minutes): prints a row for a table of results
 
 
 # ---- data: what step s trains on is a pure function of (seed, s)
@@ -86,36 +102,120 @@ def open_tokens(path: Path) -> np.ndarray:
     return tokens
 
 
-def batch_starts(seed: int, step: int, batch: int, n_tokens: int, T: int) -> np.ndarray:
-    """Where the `batch` windows of T + 1 tokens of a step start: drawn at random, all places alike."""
-    return np.random.default_rng((seed, step)).integers(n_tokens - T, size=batch)
+class Source(NamedTuple):
+    """The tokens of one folder, and which of them a model shall learn to predict."""
+
+    tokens: np.ndarray  # (n,)
+    mask: np.ndarray  # (n,), 0 where it is no target
+
+    def head(self, count: int) -> "Source":
+        """The first tokens alone."""
+        return Source(self.tokens[:count], self.mask[:count])
 
 
-def read_windows(tokens: np.ndarray, starts: np.ndarray, T: int, vocab_size: int) -> Tensor:
-    """The T + 1 tokens from each start, (B, T + 1) int64; -1 beyond the end. Raises ValueError for an id too large."""
+def open_source(folder: Path, side: str) -> Source:
+    """Map folder/SIDE.npy, and SIDE_mask.npy where there is one. Raises OSError or ValueError."""
+    tokens, path = open_tokens(folder / f"{side}.npy"), folder / f"{side}_mask.npy"
+    mask = np.broadcast_to(np.True_, tokens.shape)  # of one byte
+    if path.exists():
+        mask = np.load(path, mmap_mode="r", allow_pickle=False)
+    require(mask.shape == tokens.shape, f"{path} and {side}.npy must have one length")
+    return Source(tokens, mask)
+
+
+def batch_starts(seed: int, step: int, batch: int, sizes: list, T: int, mix: list = ()) -> tuple:
+    """Which source, and where in it, the `batch` windows of T + 1 tokens of a step start: two arrays (batch,).
+
+    Sources of `sizes` tokens are drawn with the probabilities `mix` (none: by size), places in them all alike.
+    """
+    draw = np.random.default_rng((seed, step))
+    which = np.zeros(batch, int)
+    if len(sizes) > 1:
+        weights = np.array(mix or sizes)
+        which = draw.choice(len(sizes), batch, p=weights / weights.sum())
+    return which, draw.integers(np.array(sizes)[which] - T)
+
+
+def read_windows(sources: list, which: np.ndarray, starts: np.ndarray, T: int, vocab_size: int) -> tuple:
+    """T tokens from each start, and the tokens after each of them, -1 where that is no target: int64 (B, T) each.
+
+    Raises ValueError for an id too large.
+    """
     windows = np.full((len(starts), T + 1), -1)
-    for row, start in zip(windows, starts):
-        part = tokens[start:start + T + 1]
-        row[:len(part)] = part
-    require(windows.max() < vocab_size, f"the tokens hold id {windows.max()}, the vocabulary has {vocab_size}")
-    return torch.from_numpy(windows)
+    wanted = np.zeros_like(windows)
+    for row, keep, i, start in zip(windows, wanted, which, starts):
+        place = slice(start, start + T + 1)
+        tokens, mask = sources[i].tokens[place], sources[i].mask[place]
+        row[:len(tokens)] = tokens
+        keep[:len(mask)] = mask
+    most = windows.max()
+    require(most < vocab_size, f"the tokens hold id {most}, the vocabulary has {vocab_size}")
+    targets = np.where(wanted, windows, -1)[:, 1:]
+    inputs = windows[:, :-1].clip(0)
+    return torch.from_numpy(inputs), torch.from_numpy(targets)
 
 
 # ---- loss: model and loss are one module, so that compiling or sharding wraps both
 
+LOGITS = 2**24  # numbers: above this the output layer works on some rows at a time
+
+
+class InChunks(torch.autograd.Function):
+    """Sum of f(x[i:j], targets[i:j]) over chunks of rows, of which one alone is in memory.
+
+    The gradients for x and for the parameters of f are taken with each chunk's loss, and kept instead of its logits.
+    """
+
+    @staticmethod
+    def forward(ctx, f, rows, x, targets, *parameters):
+        total, parts, sums = 0.0, [], [torch.zeros_like(weight) for weight in parameters]
+        for part, target in zip(x.split(rows), targets.split(rows)):
+            part = part.detach().requires_grad_()
+            with torch.enable_grad():
+                loss = f(part, target)
+            grad, *grads = torch.autograd.grad(loss, (part, *parameters))
+            total += loss.detach()
+            parts.append(grad)
+            for one, new in zip(sums, grads):
+                one += new
+        ctx.save_for_backward(torch.cat(parts), *sums)
+        return total
+
+    @staticmethod
+    def backward(ctx, scale):
+        x, *sums = [scale * grad for grad in ctx.saved_tensors]
+        return None, None, x, None, *sums
+
+
 class Objective(nn.Module):
     """(tokens (B, T), targets (B, T)) -> (loss sum in nats, count); targets of -1 do not count.
 
-    In training the sum holds what the layers add, such as the balance of experts.
+    In training the sum holds what the layers add, such as the balance of experts, and `z_loss` times the square of
+    log sum exp(logits), which keeps logits from drifting (Chowdhery et al. 2022).
     """
 
-    def __init__(self, gpt: GPT):
+    def __init__(self, gpt: GPT, z_loss: float = 0.0):
         super().__init__()
-        self.gpt = gpt
+        self.gpt, self.z_loss = gpt, z_loss
+
+    def rows(self, x, targets):
+        """The loss of rows x (R, C) of the last layer."""
+        logits = self.gpt.head(x)  # (R, V)
+        loss = F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
+        if self.z_loss and self.training:
+            squares = logits.logsumexp(-1).square()
+            loss = loss + self.z_loss * squares[targets >= 0].sum()
+        return loss
 
     def forward(self, tokens, targets):
-        logits = self.gpt(tokens).flatten(0, 1)  # (B T, V)
-        loss = F.cross_entropy(logits, targets.flatten(), ignore_index=-1, reduction="sum")
+        x = self.gpt.hidden(tokens).flatten(0, 1)  # (B T, C)
+        targets = targets.flatten()
+        rows = LOGITS // self.gpt.config.vocab_size + 1
+        if len(x) > rows and self.training and not torch.compiler.is_compiling():
+            head = self.gpt.head.parameters()
+            loss = InChunks.apply(self.rows, rows, x, targets, *head)
+        else:
+            loss = sum(map(self.rows, x.split(rows), targets.split(rows)))
         count = (targets >= 0).sum()
         return loss + count * self.gpt.extra_loss(), count
 
@@ -185,22 +285,61 @@ def adagrad(weight: Tensor, state: list, rate: float, t: int, o: Options) -> Non
     weight.index_add_(0, rows, values / roots, alpha=-rate)
 
 
-OPTIMIZERS = {"muon": muon, "adamw": adamw}  # of hidden matrices
+@torch.no_grad()
+def soap(weight: Tensor, state: list, rate: float, t: int, o: Options) -> None:
+    """AdamW in the eigenbases of the running means A of G G^T and of G^T G (Vyas et al. 2024).
+
+    Every tenth step the bases Q move on by a round of subspace iteration, A Q = Q' R, instead of a decomposition.
+    """
+    grad = weight.grad
+    squares = [grad @ grad.mT, grad.mT @ grad]
+    if not state:
+        state += grad.new_zeros(2, *grad.shape)
+        state += squares
+        state += [torch.linalg.eigh(square).eigenvectors for square in squares]
+    m, v, *means, left, right = state
+    m.lerp_(grad, 1 - o.beta1)
+    v.lerp_((left.mT @ grad @ right).square(), 1 - o.beta2)
+    root = (v / (1 - o.beta2**t)).sqrt_().add_(1e-8)
+    step = left.mT @ m @ right / root
+    weight.sub_(left @ step @ right.mT, alpha=rate / (1 - o.beta1**t))
+    for square, mean, basis in zip(squares, means, (left, right)):
+        mean.lerp_(square, 1 - o.beta2)
+        if t % 10 == 0:
+            basis.copy_(torch.linalg.qr(mean @ basis).Q)
+
+
+@torch.no_grad()
+def sgd(weight: Tensor, state: list, rate: float, t: int, o: Options) -> None:
+    """Move by the sum of gradients that fade by `momentum` a step (Polyak 1964)."""
+    if not state:
+        state += [torch.zeros_like(weight)]
+    weight.sub_(state[0].mul_(o.momentum).add_(weight.grad), alpha=rate)
+
+
+OPTIMIZERS = {"muon": muon, "adamw": adamw, "soap": soap, "sgd": sgd}  # of hidden matrices
+REST = {"sgd": sgd}  # of all else, where that is not adamw
 
 
 # ---- schedules: the learning rate as a share of its peak, a pure function of the step
 
 def wsd(step: int, o: Options) -> float:
-    """Stable, then down in a line over the last decay_share of the steps (Hu et al. 2024)."""
-    return min(1.0, (o.max_iters - step) / max(1.0, o.decay_share * o.max_iters))
+    """Stable, then down in a line, from decay_from or over the last decay_share of the steps (Hu et al. 2024)."""
+    length = o.max_iters - o.decay_from if o.decay_from else o.decay_share * o.max_iters
+    return min(1.0, (o.max_iters - step) / max(1.0, length))
 
 
-def cosine(step: int, o: Options) -> float:
-    """Half a cosine from the end of the warm-up to the last step (Loshchilov and Hutter 2017)."""
-    return 0.5 + 0.5 * math.cos(math.pi * max(0, step - o.warmup_iters) / max(1, o.max_iters - o.warmup_iters))
+def passed(step: int, o: Options) -> float:
+    """How much of the way from the end of the warm-up to the last step lies behind a step."""
+    return max(0, step - o.warmup_iters) / max(1, o.max_iters - o.warmup_iters)
 
 
-SCHEDULES = {"wsd": wsd, "cosine": cosine}
+SCHEDULES = {
+    "wsd": wsd,
+    "cosine": lambda step, o: 0.5 + 0.5 * math.cos(math.pi * passed(step, o)),  # Loshchilov and Hutter 2017
+    "linear": lambda step, o: 1 - passed(step, o),
+    "constant": lambda step, o: 1.0,
+}
 
 
 def rate(step: int, o: Options) -> float:
@@ -224,27 +363,114 @@ def sum_over_ranks(tensors: list[Tensor]):
 
 # ---- before the first step: shape, device, memory
 
-def recipe(o: Options, n_tokens: int) -> Options:
-    """Fill what was left at 0, for a few minutes on two cores: a small text gets a small model."""
-    chosen = dict(block_size=128, n_layer=2, n_embd=64, batch_size=8, max_iters=1200, eval_interval=50)
+DTYPES = {
+    "": None,
+    "float32": None,
+    "float64": None,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+USE = 0.3  # share of the measured peak that a run of --minutes is expected to reach, before it is timed
+
+
+def precision(o: Options, device: torch.device) -> torch.dtype | None:
+    """What autocast computes in; None: all is in the default type."""
+    return torch.bfloat16 if device.type == "cuda" and not o.dtype else DTYPES.get(o.dtype)
+
+
+def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOPs a second that this device reaches in a large matrix product: the best of some."""
+    n, best = 4096 if device.type == "cuda" else 1024, math.inf
+    x = torch.ones(n, n, device=device, dtype=dtype)
+    for _ in range(6):
+        began = time.perf_counter()
+        (x @ x)[0, 0].item()  # waits for the device
+        best = min(best, time.perf_counter() - began)
+    return 2 * n**3 / best
+
+
+def shape_of(o: Options, vocab_size: int) -> Config:
+    """The model's own options."""
+    fields = {name: getattr(o, name) for name in Config.__annotations__}
+    return Config(**fields | dict(vocab_size=vocab_size))
+
+
+def run_flops(o: Options, vocab_size: int) -> int:
+    """FLOPs of a training step of a sequence: a backward pass costs two forward passes."""
+    cost = model.account(shape_of(o, vocab_size), 1, o.optimizer)
+    return 3 * cost["forward_flops"]
+
+
+def recipe(o: Options, n_tokens: int, vocab_size: int, peak: float) -> Options:
+    """Fill what was left at its default. Without a budget: a few minutes on two cores, a small model for a small text.
+
+    A budget of C FLOPs, or what reaches it, scales that by f = C / (its FLOPs). Parameters and tokens grow alike, as
+    f^0.5 (Hoffmann et al. 2022); depth grows with the width; the batch with tokens^0.38 (Bergsma et al. 2025), weight
+    decay falls with the width squared. A study of scaling.py, where there is one, chooses the shape.
+    """
+    chosen = dict(block_size=128, n_layer=2, n_embd=64, max_iters=1200, eval_interval=50)
     if n_tokens > 4_000_000:
-        chosen |= dict(block_size=256, n_embd=128, max_iters=800, eval_interval=160)
-    o = dataclasses.replace(o, **{name: getattr(o, name) or value for name, value in chosen.items()})
-    o.n_head = o.n_head or math.gcd(o.n_embd, o.n_embd // 64 or 1)
-    return o
+        chosen = dict(block_size=256, n_layer=2, n_embd=128, max_iters=800, eval_interval=160)
+    chosen |= dict(batch_size=8, learning_rate=0.01, weight_decay=0.1)
+
+    def filled():
+        left = [name for name in chosen if getattr(o, name) == getattr(Options, name)]
+        new = dataclasses.replace(o, **{name: chosen[name] for name in left})
+        new.n_head = o.n_head or math.gcd(new.n_embd, new.n_embd // 64 or 1)
+        return new
+
+    if not (o.minutes or o.flops or o.tokens):
+        return filled()
+    base = dataclasses.replace(o, **chosen, n_head=1)
+    rows = base.max_iters * base.batch_size
+    cost = rows * run_flops(base, vocab_size)
+    by_tokens = cost * (o.tokens / rows / base.block_size) ** 2
+    C = o.flops or 60 * o.minutes * peak * USE or by_tokens
+    f = C / cost
+    chosen["n_embd"] = max(32, 32 * round(base.n_embd * f ** (1 / 6) / 32))
+    chosen["n_layer"] = max(2, round(chosen["n_embd"] / 64))
+    chosen["batch_size"] = max(1, round(8 * f**0.19))
+    chosen["learning_rate"] = 0.01 * f**-0.1
+    chosen["weight_decay"] = 0.1 * (base.n_embd / chosen["n_embd"]) ** 2
+    study = Path("scaling/recipe.json")
+    if study.exists():
+        found = json.loads(study.read_text())
+        best = min(found, key=lambda row: abs(math.log(row["C"] / C)))["options"]
+        chosen |= {name: best[name] for name in ("n_embd", "n_layer", "block_size")}
+    new = filled()
+    rows = o.tokens / new.block_size if o.tokens else C / run_flops(new, vocab_size)
+    chosen["max_iters"] = max(1, round(rows / new.batch_size))
+    chosen["eval_interval"] = chosen["max_iters"] // 5 + 1
+    return filled()
 
 
-def refuse(o: Options, n_tokens: int):
+def refuse(o: Options, sources: list[Source]):
     """Raise ValueError where an option cannot be followed."""
-    tables = dict(optimizer=OPTIMIZERS, schedule=SCHEDULES, dtype=("", "float32", "bfloat16", "float64"))
+    tables = dict(optimizer=OPTIMIZERS, schedule=SCHEDULES, dtype=DTYPES)
     for name, table in tables.items():
         require(getattr(o, name) in table, f"--{name}={getattr(o, name)}: choose from {', '.join(table)}")
-    least = dict(batch_size=ranks()[1], max_iters=1, eval_interval=1, eval_tokens=2, seed=0, micro_batch=0,
-                 warmup_iters=0, learning_rate=0, weight_decay=0, grad_clip=0)
-    for name, value in least.items():
-        require(getattr(o, name) >= value, f"--{name}={getattr(o, name)} must be at least {value}")
+    least = dict(batch_size=ranks()[1], max_iters=1, eval_interval=1, eval_tokens=2)
+    for name in ("seed", "micro_batch", "warmup_iters", "learning_rate", "weight_decay", "grad_clip", "z_loss",
+                 "decay_from", "sample_tokens", *least):
+        value = getattr(o, name)
+        require(value >= least.get(name, 0), f"--{name}={value} must be at least {least.get(name, 0)}")
+    require((o.minutes > 0) + (o.flops > 0) + (o.tokens > 0) < 2, "--minutes, --flops, --tokens: give one of them")
     require(max(o.beta1, o.beta2, o.momentum) < 1, "--beta1, --beta2 and --momentum must be below 1")
-    require(n_tokens > o.block_size, f"{n_tokens} training tokens are too few for --block_size={o.block_size}")
+    require(o.decay_from < o.max_iters, f"--decay_from={o.decay_from} is not before --max_iters={o.max_iters}")
+    for tokens, _ in sources:
+        reason = f"{len(tokens)} training tokens are too few for --block_size={o.block_size}"
+        require(len(tokens) > o.block_size, reason)
+
+
+def shares(mix: str, n: int) -> list[float]:
+    """The numbers of --mix for n sources (empty: none). Raises ValueError where they do not fit."""
+    try:
+        weights = [float(word) for word in mix.split(",")] if mix else []
+    except ValueError:
+        weights = [-1.0]
+    good = not weights or len(weights) == n and min(weights) >= 0 and 0 < sum(weights) < math.inf
+    require(good, f"--mix={mix}: it takes {n} numbers from 0 on, one for each folder of --data")
+    return weights
 
 
 def pick_device(name: str) -> torch.device:
@@ -279,46 +505,77 @@ def fit_micro_batch(o: Options, cost: dict, rows: int, free: float) -> int:
     return micro
 
 
-def prepare_tokens(o: Options) -> Path:
-    """The folder of the token files; data.py makes them from text, on rank 0 while the others wait."""
-    if o.data and (Path(o.data) / "train.npy").exists():
-        return Path(o.data)
+def prepare_tokens(o: Options) -> list[Path]:
+    """The folders of the token files; data.py makes them from text, on rank 0 while the others wait."""
+    folders = [Path(word) for word in o.data.split(",")]
+    if o.data and all((folder / "train.npy").exists() for folder in folders):
+        return folders
+    require(not o.mix, "--mix needs a list of folders with token files in --data; data.py makes them")
     if ranks()[0] == 0:
         import data
         pattern = o.pattern or ("gpt2" if o.data else "code")
         data.prepare(o.data, o.tokenizer, o.output, o.vocab_size or 2048, pattern, o.separator)
     if dist.is_initialized():
         dist.barrier()
-    return Path(o.output)
+    return [Path(o.output)]
+
+
+def open_tokenizer(folders: list[Path]):
+    """The tokenizer of the token files, without a vocabulary where there is none. Raises ValueError if they differ."""
+    tokenizer = SimpleNamespace(vocab=[], special_tokens={}, to_dict=dict)
+    with contextlib.suppress(ImportError, FileNotFoundError):  # no bpe.py, no tokenizer.json
+        import bpe
+        tokenizer = bpe.load(folders[0] / "tokenizer.json")
+        for folder in folders[1:]:
+            same = bpe.load(folder / "tokenizer.json").to_dict() == tokenizer.to_dict()
+            require(same, f"{folder} and {folders[0]} hold tokens of different tokenizers")
+    return tokenizer
+
+
+def corpus_hash(sources: list[Source]) -> str:
+    """A hash of the type, the length and the beginning of each token file."""
+    digest = hashlib.sha256()
+    for tokens, _ in sources:
+        digest.update(f"{tokens.dtype} {len(tokens)} ".encode() + tokens[:2**20].tobytes())
+    return digest.hexdigest()
 
 
 # ---- the run
 
 class Run:
-    """A training run: all that a checkpoint holds, and what a step does to it."""
+    """A training run: all that a checkpoint holds, and what a step does to it.
+
+    `checkpoint` is that of the run to go on with, or of a model to begin with, or empty.
+    """
 
     def __init__(self, o, vocab_size, tokenizer, checkpoint):
         self.device, (rank, world) = pick_device(o.device), ranks()
-        fields = {name: getattr(o, name) for name in Config.__annotations__}
-        config = Config(**fields | dict(vocab_size=vocab_size))
+        config = shape_of(o, vocab_size)
         self.rows = np.arange(rank, o.batch_size, world)  # this rank's, of each batch
         cost = model.account(config, 1, o.optimizer)
-        micro = fit_micro_batch(o, cost, len(self.rows), free_memory(self.device))
+        most = -(-len(self.rows) // 2) if o.noise_scale else len(self.rows)
+        micro = fit_micro_batch(o, cost, most, free_memory(self.device))
         self.o = dataclasses.replace(o, micro_batch=micro)  # kept: a resumed run must cut, and round, alike
         torch.manual_seed(o.seed)
         self.gpt = GPT(config)
         if checkpoint:
-            same = checkpoint["config"] == vars(config) and checkpoint["train"]["optimizer"] == o.optimizer
+            shape = checkpoint["config"] | dict(block_size=config.block_size)
+            trained = checkpoint["train"]["optimizer"] if "progress" in checkpoint else o.optimizer
+            same = shape == vars(config) and trained == o.optimizer
             require(same, "the checkpoint has another shape, vocabulary or optimizer; resume with its own")
-            self.gpt = model.from_checkpoint(checkpoint)
+            self.gpt = model.from_checkpoint({**checkpoint, "config": vars(config)})
         self.gpt.to(self.device)
         self.flops = 3 * cost["forward_flops"] // o.block_size  # of a token
-        start = dict(step=0, seconds=0.0, loss=0.0, count=0)
-        start |= dict(grad_norm=0.0, best=math.inf)
-        self.progress = SimpleNamespace(**checkpoint.get("progress", start))
+        start = dict(step=0, tokens=0, seconds=0.0)
+        start |= dict(loss=0.0, count=0, best=math.inf, grad_norm=0.0)
+        start |= dict(pace=0.0, scale=1.0, noise=[0.0, 0.0])
+        self.progress = SimpleNamespace(**start | checkpoint.get("progress", {}))
+        if o.ckpt:  # a branch has a best of its own
+            self.progress.best = math.inf
         self.roles, self.rates = self.gpt.roles(), self.gpt.rates(o.optimizer)
         self.weights = dict(self.gpt.named_parameters())
         tables = [name for name, role in self.roles.items() if role == "table"]  # of which a step uses few rows
+        self.clipped = [weight for name, weight in self.weights.items() if name not in tables]
         for name in tables:
             self.gpt.get_submodule(name.rpartition(".")[0]).sparse = world == 1 and not o.compile
         self.state = {name: [] for name in self.weights}
@@ -327,9 +584,10 @@ class Run:
         self.tokenizer, self.vocab_size = tokenizer, vocab_size
         self.bytes_of = np.array([len(token) for token in tokenizer.vocab] or [0] * vocab_size)
         self.bytes_of[list(tokenizer.special_tokens.values())] = 0
-        half = o.dtype == "bfloat16" or self.device.type == "cuda" and not o.dtype
-        self.precision = torch.autocast(self.device.type, torch.bfloat16, enabled=half)
-        self.objective = Objective(self.gpt)
+        half = precision(o, self.device)
+        self.precision = torch.autocast(self.device.type, half or torch.bfloat16, enabled=half is not None)
+        self.objective = Objective(self.gpt, o.z_loss)
+        self.writer, self.writing, self.paused = ThreadPoolExecutor(1), None, 0.0
         if o.compile:
             self.compile()
 
@@ -337,122 +595,263 @@ class Run:
         """Put the objective under torch.compile; where that fails on a first window, say so and go on without."""
         usual, self.objective = self.objective, torch.compile(self.objective)
         try:
-            self.loss(np.zeros(2, np.uint16), [0])[0].backward()
+            loss, _ = self.loss([Source(np.zeros(2, np.uint16), np.ones(2))], [0], [0])
+            loss.backward()
         except Exception as error:  # no C++ compiler, a device it does not know: many kinds
             print(f"torch.compile does not work here ({type(error).__name__}); going on without")
             self.objective = usual
         self.gpt.zero_grad(set_to_none=True)
 
-    def loss(self, tokens, starts):
-        """Loss sum and count of the windows of `tokens` at `starts`, in which each token predicts the next."""
-        windows = read_windows(tokens, starts, self.o.block_size, self.vocab_size).to(self.device)
+    def loss(self, sources, which, starts):
+        """Loss sum and count of the windows at `starts` of the sources `which`: each token predicts the next."""
+        windows = read_windows(sources, which, starts, self.o.block_size, self.vocab_size)
+        if self.device.type == "cuda":
+            windows = [part.pin_memory() for part in windows]  # so that the copy does not hold up the CPU
         with self.precision:
-            return self.objective(windows[:, :-1].clamp(min=0), windows[:, 1:])
+            return self.objective(*[part.to(self.device, non_blocking=True) for part in windows])
 
-    def train_step(self, tokens, stop):
+    def train_step(self, sources, stop, mix=()):
         """One step: (mean loss, whether any rank was told to stop). Raises ValueError for a loss that is not finite.
 
         Micro-batches and ranks add up gradients of loss *sums*; dividing by the count of all of them gives the
         gradient of the mean over the whole batch, however it was cut.
         """
         o, p, began = self.o, self.progress, time.perf_counter()
-        starts = batch_starts(o.seed, p.step, o.batch_size, len(tokens), o.block_size)
-        totals = torch.zeros(3, device=self.device)  # loss sum, count, told to stop
+        sizes = [len(source.tokens) for source in sources]
+        which, starts = batch_starts(o.seed, p.step, o.batch_size, sizes, o.block_size, mix)
+        totals = torch.zeros(4, device=self.device)  # loss sum, count, told to stop, |gradient of a part|^2
         for rows in np.split(self.rows, range(o.micro_batch, len(self.rows), o.micro_batch)):
             keys = (o.seed % 2**20 << 40) + p.step * o.batch_size + rows
             self.gpt.noise["keys"] = torch.from_numpy(keys)
-            loss, count = self.loss(tokens, starts[rows])
-            loss.backward()
-            totals += torch.stack((loss.detach(), count, torch.full_like(count, stop)))
+            loss, count = self.loss(sources, which[rows], starts[rows])
+            (loss * p.scale).backward()
+            told = torch.full_like(count, stop)
+            totals[:3] += torch.stack((loss.detach(), count, told))
+            if o.noise_scale and not totals[3]:
+                size = nn.utils.get_total_norm([weight.grad for weight in self.clipped])
+                totals[3] = (size / (count * p.scale)).square()
         sum_over_ranks([weight.grad for weight in self.weights.values()] + [totals])
-        loss, count, stop = totals.tolist()
-        require(math.isfinite(loss), f"the loss is {loss} at step {p.step}; try a smaller --learning_rate")
+        loss, count, stop, part = totals.tolist()
+        count = max(1.0, count)  # a batch may have no target
+        require(math.isfinite(loss), f"the loss is not finite at step {p.step}; try a smaller --learning_rate")
         self.update(count)
-        p.step, p.loss, p.count = p.step + 1, p.loss + loss, p.count + count
-        p.seconds += time.perf_counter() - began
+        if o.noise_scale:
+            self.compare(part / ranks()[1], o.micro_batch * o.block_size, o.batch_size * o.block_size)
+        p.step += 1
+        p.loss += loss
+        p.count += count
+        p.tokens += o.batch_size * o.block_size
+        took = torch.tensor([time.perf_counter() - began], device=self.device)
+        sum_over_ranks([took])
+        self.follow_clock(took.item() / ranks()[1])
         return loss / count, stop > 0
+
+    def follow_clock(self, took):
+        """Count a step's seconds; with --minutes, max_iters is the step at which they will be over."""
+        o, p = self.o, self.progress
+        p.seconds += took
+        p.pace = 0.9 * p.pace + 0.1 * took if p.pace else took
+        if o.minutes:
+            left = max(0.0, 60 * o.minutes - p.seconds)
+            o.max_iters = p.step + round(left / p.pace)
+
+    def compare(self, part, few, many):
+        """Take in what |gradient|^2 of `few` tokens and of `many` say about the noise (McCandlish et al. 2018).
+
+        A mean over B tokens has E|g_B|^2 = |G|^2 + S / B; S / |G|^2 is the batch at which noise and signal are equal.
+        """
+        p = self.progress
+        whole = p.grad_norm**2
+        noise = (part - whole) / (1 / few - 1 / many)
+        signal = (many * whole - few * part) / (many - few)
+        p.noise = [0.98 * old + 0.02 * new for old, new in zip(p.noise, (noise, signal))]
 
     @torch.no_grad()
     def update(self, count):
-        """Change each weight once by its gradient over `count`: hidden matrices by --optimizer, all else by AdamW."""
+        """Change each weight once by its gradient over `count`: hidden matrices by --optimizer, all else by AdamW.
+
+        With float16 the loss is multiplied by a scale, so that gradients neither vanish nor overflow; a step with an
+        overflow is left out, and the scale halved (Micikevicius et al. 2018).
+        """
         o, p = self.o, self.progress
         speed = rate(p.step, o)
         for weight in self.weights.values():
-            weight.grad /= count
-        dense = [weight for weight in self.weights.values() if not weight.grad.is_sparse]
-        p.grad_norm = nn.utils.clip_grad_norm_(dense, o.grad_clip or math.inf).item()
-        for name, weight in self.weights.items():
+            weight.grad = weight.grad / (count * p.scale)  # not in place: those of summed tables share numbers
+        p.grad_norm = nn.utils.clip_grad_norm_(self.clipped, o.grad_clip or math.inf).item()
+        fine = math.isfinite(p.grad_norm)
+        require(fine or o.dtype == "float16" and p.scale > 2**-24,
+                f"the gradient is not finite at step {p.step}; try a smaller --learning_rate")
+        if o.dtype == "float16":
+            p.scale *= 2 ** (1 / 256) if fine else 0.5
+        for name, weight in self.weights.items() if fine else ():
             role = ROLES[self.roles[name]]
             if role.decay:
                 weight.mul_(1 - speed * o.weight_decay)
-            other = adagrad if self.roles[name] == "table" else adamw
+            other = adagrad if self.roles[name] == "table" else REST.get(o.optimizer, adamw)
             step = OPTIMIZERS[o.optimizer] if role.muon else other
             step(weight, self.state[name], speed * self.rates[name], p.step + 1, o)
-            weight.grad = None
+        self.gpt.zero_grad(set_to_none=True)
 
     @torch.no_grad()
-    def evaluate(self, val):
-        """A record of the log. The loss is over all of `val` but its first token, in windows that do not overlap."""
+    def evaluate(self, sources):
+        """A record of the log. The loss is over all targets of `sources`, in windows that do not overlap."""
         o, p = self.o, self.progress
         rank, world = ranks()
-        starts = np.arange(0, len(val) - 1, o.block_size)
-        total = torch.zeros(1, dtype=torch.float64)  # on the CPU, for not every device has float64
+        totals, n_bytes = torch.zeros(2, dtype=torch.float64), 0  # on the CPU, for not every device has float64
         self.gpt.eval()
-        for i in range(16 * rank, len(starts), 16 * world):
-            total += self.loss(val, starts[i:i + 16])[0].cpu()
+        for source in sources:
+            starts = np.arange(0, len(source.tokens) - 1, o.block_size)
+            for i in range(16 * rank, len(starts), 16 * world):
+                part = starts[i:i + 16]
+                totals += torch.stack(self.loss([source], 0 * part, part)).cpu()
+            n_bytes += int(self.bytes_of[source.tokens[1:]] @ (source.mask[1:] > 0))
         self.gpt.train()
-        sum_over_ranks([total])
-        nats, n_bytes = total.item(), int(self.bytes_of[val[1:]].sum())
-        tokens = p.step * o.batch_size * o.block_size
+        sum_over_ranks([totals])
+        nats, count = totals.tolist()
+        noise = dict(noise_scale=p.noise[0] / p.noise[1]) if o.noise_scale else {}
         return dict(
-            step=p.step, tokens=tokens, flops=tokens * self.flops, seconds=round(p.seconds, 3),
+            step=p.step,
+            tokens=p.tokens,
+            flops=p.tokens * self.flops,
+            seconds=round(p.seconds, 3),
             train_loss=p.loss / max(1, p.count),
-            val_loss=nats / (len(val) - 1),
+            val_loss=nats / max(1.0, count),
             bpb=nats / math.log(2) / n_bytes if n_bytes else None,
-            lr=rate(p.step - 1, o), grad_norm=p.grad_norm, tokens_per_s=round(tokens / p.seconds),
+            lr=rate(p.step - 1, o),
+            grad_norm=p.grad_norm,
+            tokens_per_s=round(p.tokens / p.seconds),
+            **noise,
         )
 
     def save(self, name):
-        """Write a checkpoint of this name, on rank 0."""
-        if ranks()[0] == 0:
-            model.save_checkpoint(
-                Path(self.o.output) / name, self.gpt, step=self.progress.step, progress=vars(self.progress),
-                train=vars(self.o), optimizer=self.state, tokenizer=self.tokenizer.to_dict(), source=source())
+        """Write a checkpoint of this name, on rank 0, in a thread: training waits for a copy in memory alone."""
+        if ranks()[0]:
+            return
+        began = time.perf_counter()
+        self.written()
+
+        def copied(tensor):
+            return tensor.to("cpu", copy=True)
+        rest = dict(
+            weights={name: copied(tensor) for name, tensor in self.gpt.state_dict().items()},
+            optimizer={name: list(map(copied, tensors)) for name, tensors in self.state.items()},
+            step=self.progress.step,
+            progress=dict(vars(self.progress)),
+            train=dict(vars(self.o)),
+            corpus=self.corpus,
+            tokenizer=self.tokenizer.to_dict(),
+            source=source_texts(),
+        )
+        path = Path(self.o.output) / name
+        self.writing = self.writer.submit(model.save_checkpoint, path, self.gpt, **rest)
+        self.paused += time.perf_counter() - began
+
+    def written(self):
+        """Wait until the last checkpoint is on disk. Raises OSError where it could not be written."""
+        if self.writing:
+            self.writing.result()
 
 
 # ---- the files of a run
 
-def source() -> dict[str, str]:
+def source_texts() -> dict[str, str]:
     """The text of the files that make a run; a checkpoint keeps it to be looked at, never executed."""
     return {name: (Path(__file__).parent / name).read_text() for name in ("train.py", "model.py")}
 
 
-def begin(o: Options, step: int, tokens: np.ndarray):
+def claim(folder: Path):
+    """Keep other runs out of a folder while this process lives. Raises ValueError where one is in it."""
+    lock = open(folder / ".lock", "w")
+    with contextlib.suppress(ImportError):  # not on Windows
+        import fcntl
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(f"another run is training in {folder}") from error
+    return lock
+
+
+def begin(o: Options, step: int, corpus: str):
     """Begin log.jsonl with a record about the run; a resumed run keeps the records before `step` and redoes the rest.
 
-    A run from step 0 first moves an earlier run's checkpoints and log to OUTPUT/previous; token files stay.
+    A run from step 0 first moves an earlier run's checkpoints and log to OUTPUT/previous; token files stay. A branch
+    begins with the records of the run that it leaves.
     """
     folder, log = Path(o.output), Path(o.output) / "log.jsonl"
-    if not step and log.exists():
+    if log.exists() and (not step or o.ckpt):
         (folder / "previous").mkdir(exist_ok=True)
         for path in filter(Path.exists, (folder / "ckpt.pt", folder / "best.pt", log)):
             os.replace(path, folder / "previous" / path.name)
         print(f"the earlier run in {folder} moved to {folder / 'previous'} (--resume would have gone on with it)")
-    about = dict(options=vars(o), command=sys.argv, versions=[sys.version, torch.__version__], source=source(),
-                 corpus=hashlib.sha256(tokens[:2**25]).hexdigest())  # of that many tokens
-    lines = log.read_text().splitlines() if log.exists() else [json.dumps(about)]
+    versions = [sys.version, torch.__version__]
+    about = dict(options=vars(o), command=sys.argv, versions=versions, source=source_texts(), corpus=corpus)
+    old = Path(o.ckpt).parent / "log.jsonl" if o.ckpt else log
+    lines = old.read_text().splitlines() if step and old.exists() else [json.dumps(about)]
     with replacing(log) as file:
         for line in filter(lambda line: line.endswith("}"), lines):  # the last one may have been cut short
             file.write(f"{line}\n".encode() if json.loads(line).get("step", -1) < step else b"")
 
 
-def train_loop(training: Run, tokens: np.ndarray, val: np.ndarray):
-    """Train up to max_iters; at each interval a checkpoint, then an evaluation and its record.
+# ---- what can be seen of a run
 
-    Ctrl-C lets the step end, writes a checkpoint and raises KeyboardInterrupt.
+def profile(module: nn.Module, action: Callable[[], None], path: str | os.PathLike) -> str:
+    """Run action() under torch.profiler; a table of the time in the layers of `module` by kind. The trace goes to path.
+
+    A layer's kind is the last part of its name. Its time is that of the CPU, and of the GPU where there is one.
+    """
+    marks, hooks = [], []
+
+    def enter(label):
+        return lambda *_: marks.append(torch.profiler.record_function(label).__enter__())
+
+    def leave(*_):
+        marks.pop().__exit__(None, None, None)
+
+    for name, part in module.named_modules():
+        kind = re.search(r"^[^.]*\.?\d*\.?(embedding|ngrams|mixer|ffn|norm|head)\d*$", name)
+        if kind:
+            hooks += [part.register_forward_pre_hook(enter(f"forward {kind[1]}")), part.register_forward_hook(leave)]
+        if kind and kind[1] not in ("embedding", "ngrams"):  # whose input, ids, has no gradient
+            hooks += [part.register_full_backward_pre_hook(enter(f"backward {kind[1]}"))]
+            hooks += [part.register_full_backward_hook(leave)]
+    with torch.profiler.profile() as profiler, torch.profiler.record_function("all"):
+        action()
+    for hook in hooks:
+        hook.remove()
+    profiler.export_chrome_trace(str(path))
+    lines = [f"every operation: {path}, for chrome://tracing or ui.perfetto.dev"]
+    for row in sorted(profiler.key_averages(), key=lambda row: row.cpu_time_total):
+        if re.match("(forward|backward|all)( |$)", row.key):
+            cpu, gpu = row.cpu_time_total / 1e3, row.device_time_total / 1e3
+            lines.append(f"{row.key:18} {row.count:3} times, CPU {cpu:9.1f} ms, GPU {gpu:9.1f} ms")
+    return "\n".join(lines[::-1])
+
+
+def show_sample(ckpt: Path, tokens: int):
+    """Print what the model of a checkpoint writes, by sample.py where it is."""
+    sampler = Path(__file__).parent / "sample.py"
+    if tokens and sampler.exists() and ranks()[0] == 0:
+        sys.stdout.flush()
+        subprocess.run([sys.executable, sampler, f"--ckpt={ckpt}", f"--max_new_tokens={tokens}"])
+
+
+def table_row(record: dict, words: list[str]) -> str:
+    """A run as a row of a table of results."""
+    text = "".join(source_texts().values())
+    code = hashlib.sha256(text.encode()).hexdigest()[:12]
+    minutes, date = record["seconds"] / 60, time.strftime("%Y-%m-%d")
+    return f"| {record['bpb']:.4f} | {minutes:.1f} | {record['flops']:.3g} | {code} | {date} | `{' '.join(words)}` |"
+
+
+def train_loop(training: Run, sources: list, val: list, mix: list, peak: float) -> dict:
+    """Train up to max_iters; at each interval a checkpoint, then an evaluation and its record. Returns the last one.
+
+    Ctrl-C and SIGTERM let the step end, write a checkpoint and raise KeyboardInterrupt.
     """
     o, p, wishes = training.o, training.progress, []
-    signal.signal(signal.SIGINT, lambda *_: wishes.append(True))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: wishes.append(True))
+    ckpt = Path(o.output) / "ckpt.pt"
     while True:
         last = p.step >= o.max_iters
         if p.step and p.step % o.eval_interval == 0 or last:
@@ -460,7 +859,8 @@ def train_loop(training: Run, tokens: np.ndarray, val: np.ndarray):
             record = training.evaluate(val)
             bits = f", {record['bpb']:.4f} bits a byte" if record["bpb"] else ""
             nats = f"train {record['train_loss']:.4f}, validation {record['val_loss']:.4f} nats"
-            print(f"step {p.step:5d}: {nats}{bits}, {record['seconds']:.0f} s")
+            noise = f", noise scale {record['noise_scale']:,.0f} tokens" if o.noise_scale else ""
+            print(f"step {p.step:5d}: {nats}{bits}, {record['seconds']:.0f} s{noise}")
             if record["val_loss"] < p.best:
                 p.best = record["val_loss"]
                 training.save("best.pt")
@@ -471,15 +871,21 @@ def train_loop(training: Run, tokens: np.ndarray, val: np.ndarray):
                     record |= data.xz_bits_per_byte(o.output)
                 with open(Path(o.output) / "log.jsonl", "a") as file:
                     file.write(json.dumps(record) + "\n")
+            if o.sample_tokens and training.tokenizer.vocab:
+                training.written()
+                show_sample(ckpt, o.sample_tokens)
         if last:
-            return
-        loss, stop = training.train_step(tokens, bool(wishes))
+            training.written()
+            return record
+        loss, stop = training.train_step(sources, bool(wishes), mix)
         if sys.stdout.isatty():
-            print(f"step {p.step} of {o.max_iters}: loss {loss:.4f}, "
-                  f"{o.batch_size * o.block_size * p.step / p.seconds:,.0f} tokens/s, "
-                  f"{p.seconds / p.step * (o.max_iters - p.step):.0f} s left   ", end="\r", flush=True)
+            speed = o.batch_size * o.block_size / p.pace  # tokens a second
+            print(f"step {p.step} of {o.max_iters}: loss {loss:.4f}, {speed:,.0f} tokens/s, "
+                  f"MFU {speed * training.flops / peak:.0%}, {p.pace * (o.max_iters - p.step):.0f} s left   ",
+                  end="\r", flush=True)
         if stop:
             training.save("ckpt.pt")
+            training.written()
             print(f"\nstopped after step {p.step}; {o.output}/ckpt.pt is saved, --resume goes on from it")
             raise KeyboardInterrupt
 
@@ -524,8 +930,36 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
 
 
+def take_up(o: Options, words: list[str]) -> tuple[Options, dict]:
+    """The checkpoint of --resume or --init_from, and the options with its own where `words` give none."""
+    if o.init_from:
+        require(not o.resume, "--init_from begins a new run, --resume goes on with one: give one of them")
+        checkpoint = model.load_checkpoint(o.init_from)
+        stored = {name: value for name, value in checkpoint["config"].items() if name != "vocab_size"}
+        for name in ("progress", "optimizer", "corpus"):
+            checkpoint.pop(name, None)
+        if checkpoint.get("tokenizer"):  # for text, which data.py is to encode with it
+            stored["tokenizer"] = f"{o.output}/init-tokenizer.json"
+            with replacing(stored["tokenizer"]) as file:
+                file.write(json.dumps(checkpoint["tokenizer"]).encode())
+    else:
+        ckpt = Path(o.ckpt or f"{o.output}/ckpt.pt")
+        if not ckpt.exists() and not o.ckpt:
+            print(f"nothing to resume in {o.output}: starting at step 0")
+            return o, {}
+        checkpoint = model.load_checkpoint(ckpt)
+        require("progress" in checkpoint, f"{ckpt} is a checkpoint of weights alone; there is no run to resume")
+        stored = checkpoint["train"]
+        for name in ("output", "ckpt"):  # the folder may have moved
+            stored.pop(name, None)
+        if o.ckpt and (ckpt.parent / "train.npy").exists():
+            stored["data"] = str(ckpt.parent)
+    return options(Options, [f"--{key}={stored[key]}" for key in stored] + words), checkpoint
+
+
 def main():
-    o, checkpoint = options(Options, sys.argv[1:]), {}
+    words = sys.argv[1:]
+    o, checkpoint = options(Options, words), {}
     if "LOCAL_RANK" in os.environ:  # torchrun
         torch.cuda.is_available() and torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if pick_device(o.device).type == "cuda" else "gloo")
@@ -535,34 +969,52 @@ def main():
         ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the arithmetic on them
     ckpt = Path(o.output) / "ckpt.pt"
     ckpt.parent.mkdir(parents=True, exist_ok=True)
-    if o.resume and ckpt.exists():
-        checkpoint = model.load_checkpoint(ckpt)
-        require("progress" in checkpoint, f"{ckpt} is a checkpoint of weights alone; there is no run to resume")
-        stored = checkpoint["train"]
-        del stored["output"]  # the folder may have moved
-        o = options(Options, [f"--{key}={stored[key]}" for key in stored] + sys.argv[1:])
-    elif o.resume:
-        print(f"nothing to resume in {o.output}: starting at step 0")
+    lock = claim(ckpt.parent) if ranks()[0] == 0 else None
+    if o.resume or o.init_from:
+        o, checkpoint = take_up(o, words)
+    if o.leaderboard:
+        o.minutes = o.minutes or 2.0
     torch.set_default_dtype(torch.float64 if o.dtype == "float64" else torch.float32)
-    folder = prepare_tokens(o)
-    tokens, val = open_tokens(folder / "train.npy"), open_tokens(folder / "val.npy")
-    tokenizer = SimpleNamespace(vocab=[], special_tokens={}, to_dict=dict)
-    with contextlib.suppress(ImportError, FileNotFoundError):  # no bpe.py, no tokenizer.json
-        import bpe
-        tokenizer = bpe.load(folder / "tokenizer.json")
-    vocab_size = len(tokenizer.vocab) or o.vocab_size or 1 + int(max(tokens.max(), val.max()))
-    o = recipe(o, len(tokens))
-    refuse(o, len(tokens))
+    folders = prepare_tokens(o)
+    sources, val = [[open_source(folder, side) for folder in folders] for side in ("train", "val")]
+    tokenizer = open_tokenizer(folders)
+    highest = max(int(source.tokens.max()) for source in sources + val)
+    own = len(tokenizer.vocab) or o.vocab_size or 1 + highest
+    theirs = checkpoint.get("tokenizer") or tokenizer.to_dict()
+    require(tokenizer.to_dict() in ({}, theirs), "the checkpoint has another tokenizer than the tokens")
+    vocab_size = checkpoint["config"]["vocab_size"] if o.init_from else own
+    device = pick_device(o.device)
+    dtype = precision(o, device) or torch.get_default_dtype()
+    peak = torch.tensor([measured_peak(device, dtype)], device=device)
+    sum_over_ranks([peak])
+    n_tokens = sum(len(source.tokens) for source in sources)
+    mix = shares(o.mix, len(sources))
+    o = recipe(o, n_tokens, vocab_size, peak.item())
+    refuse(o, sources)
     training = Run(o, vocab_size, tokenizer, checkpoint)
-    print(f"{folder}: {len(tokens):,} training tokens, {len(val):,} for validation, of {vocab_size:,} kinds")
+    training.corpus = corpus_hash(sources)
+    same = o.ckpt or checkpoint.get("corpus", training.corpus) == training.corpus
+    require(same, "the token files are not those that the run began with; --ckpt=... begins a branch on others")
+    held = sum(len(source.tokens) for source in val)
+    names = ", ".join(map(str, folders))
+    print(f"{names}: {n_tokens:,} training tokens, {held:,} for validation, of {vocab_size:,} kinds")
     print(model.report(training.gpt.config, training.o.micro_batch, o.optimizer))
+    reads = o.max_iters * o.batch_size * o.block_size
+    print(f"{o.max_iters:,} steps of {o.batch_size} x {o.block_size} tokens: {reads:,}, {reads / n_tokens:.2f} epochs")
+    if o.profile:
+        steps = [training.train_step(sources, False, mix) for _ in range(2)]
+        print(profile(training.gpt, lambda: training.train_step(sources, False, mix), ckpt.parent / "trace.json"))
+        return
     if ranks()[0] == 0:
-        begin(training.o, training.progress.step, tokens)
-    train_loop(training, tokens, val[:o.eval_tokens])
-    sampler = Path(__file__).parent / "sample.py"
-    if tokenizer.vocab and sampler.exists() and ranks()[0] == 0:
-        subprocess.run([sys.executable, sampler, f"--ckpt={ckpt}", "--max_new_tokens=200"])
-        print(f"next: python sample.py --ckpt={ckpt} --prompt='def '")
+        begin(training.o, training.progress.step, training.corpus)
+    limit = o.eval_tokens // len(val)
+    record = train_loop(training, sources, [source.head(limit) for source in val], mix, peak.item())
+    print(f"checkpoints held training up for {training.paused / training.progress.seconds:.2%} of its time")
+    if o.leaderboard:
+        print(table_row(record, words))
+    if tokenizer.vocab:
+        show_sample(ckpt, 200)
+        print(f"next: python sample.py --ckpt={ckpt} --prompt='{'The' if o.data else 'def'}'")
     if dist.is_initialized():
         dist.barrier()  # else a thread of gloo may free its last tensor while Python ends, which aborts the process
         dist.destroy_process_group()

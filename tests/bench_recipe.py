@@ -1,0 +1,109 @@
+"""Studies of train.py: sets of options, each with some seeds, beside each other in one table.
+
+Usage: python tests/bench_recipe.py STUDY [--data=FOLDER] [--seeds=3] [--threads=2] [--only=LABEL] [-- more words]
+
+optimizers  each optimizer of hidden matrices at equal tokens, over a sweep of its learning rate
+tokens      tokens that our default and a GPT-2 shape with AdamW (its rate swept) of as many parameters need to one loss
+ablations   the default without each of its ingredients, in the same minutes
+dial        budgets of 1, 2, 5, 10 minutes, and the same in FLOPs
+knee        steps to one loss by batch size, and the noise scale that train.py measures
+
+A run is `python train.py` in a process of its own; a row gives median, lowest and highest of the seeds' last records.
+Without --data the token files of the default corpus are made once, in a temporary folder. Runs are taken in turns over
+the seeds, so that a slow minute of the machine does not meet one row alone. Losses do not depend on the machine's speed
+where the budget is in tokens; where it is in minutes, leave the machine alone.
+"""
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+GPT2 = "--norm=layernorm --position=learned --ffn=gelu --qk_norm=False --bias=True --tie_embeddings=True --init=gpt2 " \
+       "--optimizer=adamw --schedule=cosine --warmup_iters=40"
+RATES = {"muon": (0.005, 0.01, 0.02), "soap": (0.0025, 0.005, 0.01), "adamw": (0.0025, 0.005, 0.01)}
+STUDIES = {
+    "optimizers": {f"{name} {rate}": f"--optimizer={name} --learning_rate={rate}"
+                   for name, rates in RATES.items() for rate in rates},
+    "tokens": {"default": "", **{f"gpt2 adamw {rate}": f"{GPT2} --learning_rate={rate}" for rate in (0.001, 0.002, 0.004)}},
+    "ablations": {
+        "default": "",
+        "adamw": "--optimizer=adamw",
+        "without tables": "--ngram=0",
+        "swiglu": "--ffn=swiglu",
+        "without QK-norm": "--qk_norm=False",
+        "tied": "--tie_embeddings=True",
+        "gpt2's start": "--init=gpt2",
+        "cosine": "--schedule=cosine",
+        "without decay": "--weight_decay=0",
+        "without clipping": "--grad_clip=0",
+        "learned positions": "--position=learned",
+        "value embeddings": "--mixer=attention,valued",
+        "scaled residuals": "--residual=scaled",
+        "soft-cap": "--softcap=15",
+    },
+    "dial": {f"{minutes} min": f"--minutes={minutes}" for minutes in (1, 2, 5, 10)},
+    "knee": {f"batch {rows}": f"--batch_size={rows} --noise_scale" for rows in (2, 4, 8, 16, 32, 64)},
+}
+
+
+def records(folder):
+    """Those of a run's log, without the first, which is about the run."""
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()][1:]
+
+
+def spread(values):
+    """Median, and the range where there are several."""
+    text = f"{statistics.median(values):.4f}"
+    return text if len(values) == 1 else f"{text} ({min(values):.4f} to {max(values):.4f})"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", choices=STUDIES)
+    parser.add_argument("--data", default="")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", default="", help="rows whose label begins with one of these (a comma list)")
+    parser.add_argument("more", nargs="*", help="words for every run, after --")
+    o = parser.parse_args()
+    wanted = tuple(o.only.split(","))
+    rows = {label: words for label, words in STUDIES[o.study].items() if label.startswith(wanted)}
+    found = {label: [] for label in rows}
+    with tempfile.TemporaryDirectory() as folder:
+        data = o.data or f"{folder}/data"
+        if not o.data:
+            subprocess.run([sys.executable, ROOT / "data.py", f"--output={data}", "--vocab_size=2048", "--pattern=code"], check=True)
+        for seed in range(o.seeds):
+            for label, words in rows.items():
+                run = Path(folder) / f"{label} {seed}"
+                command = [sys.executable, ROOT / "train.py", f"--data={data}", f"--output={run}", f"--seed={seed}", *words.split(), *o.more]
+                code = f"import os; os.environ['OMP_NUM_THREADS'] = '{o.threads}'"
+                done = subprocess.run(command, capture_output=True, text=True, env={**__import__("os").environ, "OMP_NUM_THREADS": str(o.threads)})
+                if done.returncode:
+                    print(f"{label}, seed {seed}: {done.stderr.strip()}", flush=True)
+                    continue
+                found[label].append(records(run))
+                last = found[label][-1][-1]
+                print(f"{label:20} seed {seed}: {last['step']:6} steps, {last['tokens']:11,} tokens, {last['flops']:.3g} FLOPs, {last['seconds']:6.1f} s, "
+                      f"loss {last['val_loss']:.4f}, {last['bpb']:.4f} bits a byte", flush=True)
+    print(f"\n| {o.study} | bits a byte: median and range of {o.seeds} seeds | seconds | tokens | FLOPs |\n|---|---|---|---|---|")
+    for label, runs in found.items():
+        if runs:
+            last = [run[-1] for run in runs]
+            noise = f", noise scale {statistics.median(one['noise_scale'] for one in last):,.0f}" if "noise_scale" in last[0] else ""
+            print(f"| {label}{noise} | {spread([one['bpb'] for one in last])} | {statistics.median(one['seconds'] for one in last):.0f} "
+                  f"| {statistics.median(one['tokens'] for one in last):,.0f} | {statistics.median(one['flops'] for one in last):.3g} |")
+    if o.study in ("tokens", "knee"):  # when does each run reach the loss that the last row ends with?
+        goal = max(statistics.median(run[-1]["val_loss"] for run in runs) for runs in found.values() if runs)
+        for label, runs in found.items():
+            reached = [next((one["tokens"] for one in run if one["val_loss"] <= goal), float("inf")) for run in runs]
+            if reached:
+                print(f"{label}: {statistics.median(reached):,.0f} tokens to {goal:.4f} nats")
+
+
+if __name__ == "__main__":
+    main()
