@@ -1296,7 +1296,7 @@ def run(main: Callable[[], None]) -> None:
 def main() -> None:
     words = sys.argv[1:]
     preset = options(Options, words).preset
-    require(preset in PRESETS, f"--preset={preset}: choose from {', '.join(PRESETS)}")
+    require(preset in PRESETS, f"--preset={preset}: choose from {', '.join(filter(None, PRESETS))}")
     o = options(Options, PRESETS[preset].split() + words)
     if o.coord_check:
         return print(coord_check())

@@ -336,6 +336,13 @@ def test_the_pattern_that_cuts_nothing():
     assert bpe.split("a b\nc", PATTERNS["bytes"]) == ["a b\nc"]
 
 
+def test_groups_in_a_pattern_keep_their_numbers():
+    r"""A pattern of one's own may refer to its groups, by number or name: \\1 is its first one."""
+    assert bpe.split("aabbcdd", r"(.)\1|.") == ["aa", "bb", "c", "dd"]
+    assert bpe.split("xyxy zz", r"(?<a>x)(y)|\s?(?<b>\w)(?P=b)?|.") == ["xy", "xy", " zz"]
+    assert bpe.piece_ends("aabé", r"(.)\1|.").tolist() == [2, 3, 5]
+
+
 def test_a_pattern_that_backtracks_without_end_is_named(monkeypatch):
     find, given = regex.match, []
     monkeypatch.setattr(bpe.regex, "match", lambda *what, timeout: (given.append(timeout), find(*what, timeout=0.1))[1])

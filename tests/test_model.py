@@ -1241,6 +1241,12 @@ def test_activation_memory_with_dropout(single):
     assert counted > model.account(Config(n_layer=2), 2)["memory"]["activations"]
 
 
+def test_an_unknown_preset_is_told_the_known_ones(run_script, tmp_path):
+    done = run_script("model.py", "--preset=nope", cwd=tmp_path)
+    assert done.returncode == 1 and done.stderr == \
+        "model.py: --preset=nope: choose from gpt2, gpt2-xl, llama-3-8b, mistral-7b, qwen3-0.6b\n"
+
+
 @pytest.mark.parametrize("preset,count", [("gpt2", 124_439_808), ("gpt2-xl", 1_557_611_200), ("llama-3-8b", 8_030_261_248),
                                           ("mistral-7b", 7_241_732_096), ("qwen3-0.6b", 596_049_920)])
 def test_presets_have_the_published_counts(preset, count, single):
