@@ -419,7 +419,9 @@ def recipe(o: Options, n_tokens: int, vocab_size: int, peak: float) -> Options:
         new.n_head = o.n_head or math.gcd(new.n_embd, new.n_embd // 64 or 1)
         return new
 
-    if not (o.minutes or o.flops or o.tokens):
+    budgets = [budget for budget in (o.minutes, o.flops, o.tokens) if budget]
+    require(len(budgets) < 2 and min([1, *budgets]) > 0, "--minutes, --flops, --tokens: give one of them, above 0")
+    if not budgets:
         return filled()
     base = dataclasses.replace(o, **chosen, n_head=1)
     rows = base.max_iters * base.batch_size
@@ -454,7 +456,6 @@ def refuse(o: Options, sources: list[Source]):
                  "decay_from", "sample_tokens", *least):
         value = getattr(o, name)
         require(value >= least.get(name, 0), f"--{name}={value} must be at least {least.get(name, 0)}")
-    require((o.minutes > 0) + (o.flops > 0) + (o.tokens > 0) < 2, "--minutes, --flops, --tokens: give one of them")
     require(max(o.beta1, o.beta2, o.momentum) < 1, "--beta1, --beta2 and --momentum must be below 1")
     require(o.decay_from < o.max_iters, f"--decay_from={o.decay_from} is not before --max_iters={o.max_iters}")
     for tokens, _ in sources:

@@ -896,7 +896,8 @@ def test_the_dial_reads_a_study(tmp_path, monkeypatch):
 
 
 def test_one_budget(launch):
-    refused(launch("--minutes=1", "--flops=1e9"), "--minutes, --flops, --tokens")
+    for words in (["--minutes=1", "--flops=1e9"], ["--minutes=-1"], ["--flops=-1e9"], ["--tokens=-5"]):
+        refused(launch(*words), "--minutes, --flops, --tokens")
 
 
 def test_the_noise_scale_of_known_noise(monkeypatch, double):
