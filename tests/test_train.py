@@ -1089,6 +1089,30 @@ def test_signals_from_outside(folder, tmp_path, launch):
     assert_same_run(tmp_path / "whole", out)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are of Unix")
+def test_twenty_kills(folder, tmp_path, launch):
+    """kill -9 at 20 random moments, also while a checkpoint is written: the run is that of one that nobody touched."""
+    out, steps = tmp_path / "out", []
+    words = [f"--data={folder}", f"--output={out}", *WORDS, "--max_iters=100000", "--eval_interval=2",
+             "--eval_tokens=100", "--dropout=0.1", "--schedule=constant"]
+    while len(steps) < 20:
+        process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *words, "--resume"], stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        before = (out / "ckpt.pt").stat().st_mtime_ns if (out / "ckpt.pt").exists() else 0
+        while process.poll() is None and ((out / "ckpt.pt").stat().st_mtime_ns if (out / "ckpt.pt").exists() else 0) == before:
+            time.sleep(0.002)
+        time.sleep(random.random() / 2)
+        process.kill()
+        assert process.wait(60) == -signal.SIGKILL, process.stderr.read()
+        steps.append(model.load_checkpoint(out / "ckpt.pt")["step"])
+    assert steps == sorted(steps) and len(set(steps)) > 15
+    end = f"--max_iters={steps[-1] + 5}"
+    assert launch("--resume", end, shape=[]).code == 0
+    assert launch(*words[2:], end, output=tmp_path / "whole", shape=[]).code == 0
+    assert_same_run(tmp_path / "whole", out)
+
+
 # ------------------------------------------------------------------------------------------------------------------ ranks
 
 def free_port():
