@@ -301,7 +301,7 @@ class Ledger:
             require(done.returncode == 0, done.stderr.strip())
         tokens = np.load(data / "train.npy", mmap_mode="r")
         self.vocab_size = 1 + int(tokens.max())
-        self.fixed = dict(data=str(data), batch_size=o.batch_size, learning_rate=o.learning_rate)
+        self.fixed = dict(data=str(data), batch_size=o.batch_size, learning_rate=o.learning_rate, ngram=0)
 
     @functools.cache
     def price(self, width: int) -> tuple[dict, int, int]:

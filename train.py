@@ -49,6 +49,8 @@ class Options(Config):
     n_head: int = 0  # number of query heads (0: one for each 64 channels)
     n_embd: int = 0  # width of the residual stream (0: recipe)
     ffn: str = "relu2"  # relu2, swiglu, relu, gelu
+    ngram: int = -1  # longest n-gram that has an embedding of its own (0: none, -1: recipe)
+    ngram_rows: int = 131072  # rows of the table of each n
     tie_embeddings: bool = False  # one matrix for the token embedding and the head
     data: str = ""  # text files, folders, jsonl (a comma list), or a folder of token files; empty: standard library
     mix: str = ""  # shares of several folders of token files, such as --data=a,b --mix=0.7,0.3
@@ -402,36 +404,39 @@ def run_flops(o: Options, vocab_size: int) -> int:
 
 
 def recipe(o: Options, n_tokens: int, vocab_size: int, peak: float) -> Options:
-    """Fill what was left at its default. Without a budget: a few minutes on two cores, a small model for a small text.
+    """Fill what was left at its default. Without a budget: a few minutes on two cores, fewer steps for a small text.
 
     A budget of C FLOPs, or what reaches it, scales that by f = C / (its FLOPs). Parameters and tokens grow alike, as
-    f^0.5 (Hoffmann et al. 2022); depth grows with the width; the batch with tokens^0.38 (Bergsma et al. 2025), weight
+    f^0.5 (Hoffmann et al. 2022); depth grows with the width, the batch with tokens^0.38 (Bergsma et al. 2025), weight
     decay falls with the width squared. A study of scaling.py, where there is one, chooses the shape.
     """
-    chosen = dict(block_size=128, n_layer=2, n_embd=64, max_iters=1200, eval_interval=50)
-    if n_tokens > 4_000_000:
-        chosen = dict(block_size=256, n_layer=2, n_embd=128, max_iters=800, eval_interval=160)
-    chosen |= dict(batch_size=8, learning_rate=0.01, weight_decay=0.1)
+    chosen = dict(block_size=128, n_layer=1, n_embd=64, learning_rate=0.01, weight_decay=0.1)
+    chosen |= dict(batch_size=8, max_iters=1600, eval_interval=50, ngram=5)
+    if n_tokens > 4_000_000:  # of words, most likely, of which three say much
+        chosen |= dict(batch_size=16, eval_interval=320, ngram=3)
 
     def filled():
         left = [name for name in chosen if getattr(o, name) == getattr(Options, name)]
         new = dataclasses.replace(o, **{name: chosen[name] for name in left})
         new.n_head = o.n_head or math.gcd(new.n_embd, new.n_embd // 64 or 1)
+        if new.n_embd > 128 and o.ngram < 0:  # tables as wide would be larger than the model
+            new.ngram = 0
         return new
 
     budgets = [budget for budget in (o.minutes, o.flops, o.tokens) if budget]
     require(len(budgets) < 2 and min([1, *budgets]) > 0, "--minutes, --flops, --tokens: give one of them, above 0")
     if not budgets:
         return filled()
-    base = dataclasses.replace(o, **chosen, n_head=1)
+    base = dataclasses.replace(o, **chosen | dict(ngram=0), n_head=1)
     rows = base.max_iters * base.batch_size
     cost = rows * run_flops(base, vocab_size)
     by_tokens = cost * (o.tokens / rows / base.block_size) ** 2
     C = o.flops or 60 * o.minutes * peak * USE or by_tokens
     f = C / cost
-    chosen["n_embd"] = max(32, 32 * round(base.n_embd * f ** (1 / 6) / 32))
-    chosen["n_layer"] = max(2, round(chosen["n_embd"] / 64))
-    chosen["batch_size"] = max(1, round(8 * f**0.19))
+    chosen["n_layer"] = max(1, round(base.n_layer * f ** (1 / 6)))
+    area = base.n_embd**2 * base.n_layer * f**0.5 / chosen["n_layer"]  # of a matrix, so that parameters grow smoothly
+    chosen["n_embd"] = max(32, 16 * round(area**0.5 / 16))
+    chosen["batch_size"] = max(1, round(base.batch_size * f**0.19))
     chosen["learning_rate"] = 0.01 * f**-0.1
     chosen["weight_decay"] = 0.1 * (base.n_embd / chosen["n_embd"]) ** 2
     study = Path("scaling/recipe.json")
@@ -578,7 +583,8 @@ class Run:
         tables = [name for name, role in self.roles.items() if role == "table"]  # of which a step uses few rows
         self.clipped = [weight for name, weight in self.weights.items() if name not in tables]
         for name in tables:
-            self.gpt.get_submodule(name.rpartition(".")[0]).sparse = world == 1 and not o.compile
+            sparse = self.device.type == "cpu" or self.device.type == "cuda" and world == 1  # NCCL adds up dense ones
+            self.gpt.get_submodule(name.rpartition(".")[0]).sparse = sparse and not o.compile
         self.state = {name: [] for name in self.weights}
         for name, tensors in checkpoint.get("optimizer", {}).items():
             self.state[name] = [tensor.to(self.device) for tensor in tensors]

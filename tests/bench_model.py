@@ -110,7 +110,7 @@ VARIANTS = {
 
 def variants(data, iters, part):
     """Train each variant on the same tokens for the same steps and print a row of a table."""
-    shape = [f"--data={data}", "--n_layer=2", "--n_head=2", "--n_embd=64", "--block_size=128", "--batch_size=8",
+    shape = [f"--data={data}", "--ngram=0", "--n_layer=2", "--n_head=2", "--n_embd=64", "--block_size=128", "--batch_size=8",
              f"--max_iters={iters}", f"--eval_interval={iters}", "--eval_tokens=65536", "--device=cpu"]
     print("| variant | options | parameters | bits per byte | tokens/s | cache, bytes a token |\n|---|---|---|---|---|---|")
     number, parts = map(int, part.split("/"))
