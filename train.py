@@ -411,9 +411,9 @@ def recipe(o: Options, n_tokens: int, vocab_size: int, peak: float) -> Options:
     decay falls with the width squared. A study of scaling.py, where there is one, chooses the shape.
     """
     chosen = dict(block_size=128, n_layer=1, n_embd=64, learning_rate=0.01, weight_decay=0.1)
-    chosen |= dict(batch_size=8, max_iters=1600, eval_interval=50, ngram=5)
+    chosen |= dict(batch_size=8, max_iters=1200, eval_interval=50, ngram=5)
     if n_tokens > 4_000_000:  # of words, most likely, of which three say much
-        chosen |= dict(batch_size=16, eval_interval=320, ngram=3)
+        chosen |= dict(batch_size=16, max_iters=1600, eval_interval=320, ngram=3)
 
     def filled():
         left = [name for name in chosen if getattr(o, name) == getattr(Options, name)]
