@@ -947,13 +947,16 @@ def take_up(o: Options, words: list[str]) -> tuple[Options, dict]:
             checkpoint.pop(name, None)
         if checkpoint.get("tokenizer"):  # for text, which data.py is to encode with it
             stored["tokenizer"] = f"{o.output}/init-tokenizer.json"
-            with replacing(stored["tokenizer"]) as file:
-                file.write(json.dumps(checkpoint["tokenizer"]).encode())
+            if ranks()[0] == 0:
+                with replacing(stored["tokenizer"]) as file:
+                    file.write(json.dumps(checkpoint["tokenizer"]).encode())
     else:
         ckpt = Path(o.ckpt or f"{o.output}/ckpt.pt")
         if not ckpt.exists() and not o.ckpt:
             print(f"nothing to resume in {o.output}: starting at step 0")
             return o, {}
+        away = not o.ckpt or ckpt.resolve().parent != Path(o.output).resolve()
+        require(away, "--ckpt begins a branch, which needs an --output of its own; without it --resume goes on")
         checkpoint = model.load_checkpoint(ckpt)
         require("progress" in checkpoint, f"{ckpt} is a checkpoint of weights alone; there is no run to resume")
         stored = checkpoint["train"]
@@ -979,14 +982,14 @@ def main():
     lock = claim(ckpt.parent) if ranks()[0] == 0 else None
     if o.resume or o.init_from:
         o, checkpoint = take_up(o, words)
-    if o.leaderboard:
-        o.minutes = o.minutes or 2.0
+    if o.leaderboard and not o.minutes:
+        o.minutes = 2.0
     torch.set_default_dtype(torch.float64 if o.dtype == "float64" else torch.float32)
     folders = prepare_tokens(o)
     sources, val = [[open_source(folder, side) for folder in folders] for side in ("train", "val")]
     tokenizer = open_tokenizer(folders)
-    highest = max(int(source.tokens.max()) for source in sources + val)
-    own = len(tokenizer.vocab) or o.vocab_size or 1 + highest
+    own = len(tokenizer.vocab) or o.vocab_size or 1 + max(int(source.tokens.max()) for source in sources + val)
+    require(tokenizer.vocab or not o.leaderboard, "--leaderboard needs a tokenizer, for it counts bits a byte")
     theirs = checkpoint.get("tokenizer") or tokenizer.to_dict()
     require(tokenizer.to_dict() in ({}, theirs), "the checkpoint has another tokenizer than the tokens")
     vocab_size = checkpoint["config"]["vocab_size"] if o.init_from else own
@@ -1009,7 +1012,7 @@ def main():
     reads = o.max_iters * o.batch_size * o.block_size
     print(f"{o.max_iters:,} steps of {o.batch_size} x {o.block_size} tokens: {reads:,}, {reads / n_tokens:.2f} epochs")
     if o.profile:
-        steps = [training.train_step(sources, False, mix) for _ in range(2)]
+        training.train_step(sources, False, mix)  # the first is not like the others
         print(profile(training.gpt, lambda: training.train_step(sources, False, mix), ckpt.parent / "trace.json"))
         return
     if ranks()[0] == 0:

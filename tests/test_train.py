@@ -755,6 +755,8 @@ def test_a_branch_decays_from_a_stable_checkpoint(launch, tmp_path):
     assert (tmp_path / "a/ckpt.pt").read_bytes() == kept and not (tmp_path / "b/previous").exists()
     refused(launch("--resume", f"--ckpt={tmp_path / 'none.pt'}", output=tmp_path / "c"), "none.pt")
     refused(launch("--decay_from=12", "--max_iters=12", output=tmp_path / "c"), "--decay_from=12", "--max_iters=12")
+    refused(launch("--resume", f"--ckpt={tmp_path / 'a/best.pt'}", output=tmp_path / "a"), "an --output of its own")
+    assert (tmp_path / "a/ckpt.pt").read_bytes() == kept
 
 
 def test_a_stage_with_a_longer_context_and_another_mixture(launch, folder, tmp_path):
@@ -957,6 +959,7 @@ def test_profile(launch, tmp_path):
 
 def test_leaderboard_row(launch, corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(train.subprocess, "run", lambda *_, **__: None)
+    refused(launch("--leaderboard", "--minutes=0.01"), "--leaderboard", "tokenizer")
     done = launch("--leaderboard", "--minutes=0.01", "--tokenizer=char", data=corpus)
     assert done.code == 0, done.message
     row, last = done.out.splitlines()[-2], read_log(tmp_path / "out")[-1]
