@@ -32,7 +32,8 @@ OURS = {"bpe.py": ("", ""), "data.py": ("bpe", ""), "model.py": ("", "kernels"),
 PACKAGES = {"torch", "numpy", "regex"}                  # at the top
 ON_DEMAND = PACKAGES | {"triton", "matplotlib"}         # inside a function (kernels.py: triton at the top as well)
 MAY_DIFFER = {"main", "load", "Options", "Config"}      # one name, another meaning in each room
-TINY_MODEL = ["--n_layer=1", "--n_head=2", "--n_embd=32", "--block_size=32", "--batch_size=4", "--max_iters=3", "--device=cpu"]
+TINY_MODEL = ["--n_layer=1", "--n_head=2", "--n_embd=32", "--block_size=32", "--batch_size=4", "--max_iters=3", "--device=cpu",
+              "--ngram_rows=64"]
 
 
 def parsed(name, root=ROOT):
