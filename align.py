@@ -149,6 +149,7 @@ def demonstration(row: dict) -> list[list[dict]]:
     if "text" in row:
         return [row["text"]]
     messages = conversation(row)
+    require(messages[-1]["role"] == "assistant", "there is no response")
     return [messages] if messages[-1]["content"].strip() else []
 
 
@@ -167,8 +168,8 @@ def preference(row: dict) -> list[list[dict]]:
 
 def question(row: dict) -> list[list[dict]]:
     """The conversation up to the response, which is empty."""
-    messages = conversation({**row, "response": ""})
-    return [messages[:-1] + [dict(role="assistant", content="")]]
+    messages = conversation({key: value for key, value in row.items() if key != "response"})
+    return [messages + [dict(role="assistant", content="")]]
 
 
 def tokenised(tokenizer: bpe.Tokenizer, messages: list | str, o: Options) -> dict:
@@ -201,24 +202,28 @@ def pack(lengths: list[int]) -> list[list[int]]:
 
 
 def collate(samples: list[dict]) -> SimpleNamespace:
-    """Rows of packed texts: tokens (R, T), place (R, T) of each token in its text; and of the N tokens to learn, text by
-    text: `at` (N), where the token before it stands in tokens.flatten(), and `of` (N), the number of its text."""
-    rows = pack([len(s["ids"]) for s in samples])
-    T = max(len(s["ids"]) for s in samples)
-    tokens, place = torch.zeros(2, len(rows), T, dtype=torch.long)
-    starts = {}
+    """Rows of packed texts: tokens (R, T), place (R, T) of each token in its text, 0 in the padding behind.
+
+    Of the N tokens to learn, text by text: `at` (N), where the token before it stands in tokens.flatten(); `of` (N), the
+    number of its text; `counts`, how many each text has.
+    """
+    sizes = [len(s["ids"]) for s in samples]
+    rows = pack(sizes)
+    single = len(rows) == len(samples)
+    tokens, place = torch.zeros(2, max(len(rows), 2 - single), max(sizes), dtype=torch.long)  # a mask needs two rows
+    at = {}
     for row, numbers in enumerate(rows):
         start = 0
         for i in numbers:
-            end = start + len(samples[i]["ids"])
+            end = start + sizes[i]
             tokens[row, start:end] = torch.tensor(samples[i]["ids"])
-            place[row, start:end] = torch.arange(end - start)
-            starts[i], start = row * T + start, end
-    learned = [torch.tensor(s["mask"][1:]).nonzero()[:, 0] for s in samples]
-    at = torch.cat([starts[i] + where for i, where in enumerate(learned)])
-    counts = torch.tensor([len(where) for where in learned])
-    of = torch.arange(len(samples)).repeat_interleave(counts)
-    return SimpleNamespace(tokens=tokens, place=place, at=at, of=of, counts=counts.tolist(), single=len(rows) == len(samples))
+            place[row, start:end] = torch.arange(sizes[i])
+            at[i] = row * max(sizes) + start + torch.tensor(samples[i]["mask"][1:]).nonzero()[:, 0]
+            start = end
+    counts = [len(at[i]) for i in range(len(samples))]
+    of = torch.arange(len(samples)).repeat_interleave(torch.tensor(counts))
+    at = torch.cat([at[i] for i in range(len(samples))])
+    return SimpleNamespace(tokens=tokens, place=place, at=at, of=of, counts=counts, single=single)
 
 
 # ---- the policy: a model whose log-probabilities are asked for, with a head that PPO and reward models need
@@ -254,39 +259,30 @@ class Policy(nn.Module):
         """The model with its adapters added to the weights."""
         if not self.rank:
             return self.gpt
-        gpt = copy.deepcopy(self.gpt)
-        for module in [m for m in gpt.modules() if parametrize.is_parametrized(m)]:
-            parametrize.remove_parametrizations(module, "weight")
-        return gpt
-
-    @contextlib.contextmanager
-    def apart(self, place):
-        """Within it texts that share a row do not see each other: `place` (R, T) counts from where each begins."""
-        mixers = [block.mixer for block in self.gpt.blocks]
-        plain = [vars(mixer).get("plain") for mixer in mixers]
-        at = torch.arange(place.shape[1], device=place.device)[None]
-        self.gpt.look = lambda tokens, state: (tokens, at, place)
-        for mixer in mixers:
-            mixer.plain = False  # attention then looks at `place`
-        yield
-        del self.gpt.look
-        for mixer, before in zip(mixers, plain):
-            mixer.plain = before
+        gpt = GPT(self.gpt.config).to(self.gpt.head.weight)
+        for name, weight in gpt.named_parameters():
+            module, _, own = name.rpartition(".")
+            weight.data.copy_(getattr(self.gpt.get_submodule(module), own))
+        return gpt.eval()
 
     def forward(self, samples):
         c = collate(samples)
-        device = self.head.weight.device
-        with contextlib.nullcontext() if c.single else self.apart(c.place.to(device)):
-            hidden = self.gpt.hidden(c.tokens.to(device))
-        states = hidden.flatten(0, 1)[c.at.to(device)]  # (N, C)
-        logits = self.gpt.head(states)[:, :self.vocab_size].float().log_softmax(-1)  # (N, V)
-        targets = c.tokens.flatten()[c.at + 1].to(device)
+        tokens, place, at, of = (x.to(self.head.weight.device) for x in (c.tokens, c.place, c.at, c.of))
+        where = torch.arange(tokens.shape[1], device=at.device).expand_as(tokens)
+        if not c.single:  # texts that share a row do not see each other
+            self.gpt.look = lambda tokens, state: (tokens, where, place)
+        try:
+            states = self.gpt.hidden(tokens).flatten(0, 1)[at]  # (N, C)
+        finally:
+            vars(self.gpt).pop("look", None)
+        logits = self.gpt.head(states)[:, :self.vocab_size].log_softmax(-1)  # (N, V)
+        targets = tokens.flatten()[at + 1]
         return SimpleNamespace(
             logp=logits.gather(1, targets[:, None])[:, 0],
             entropy=-(logits.exp() * logits).sum(-1),
             value=self.head(states)[:, 0],
-            of=c.of.to(device), n=len(samples), counts=c.counts,
-            padding=1 - sum(len(s["ids"]) for s in samples) / c.tokens.numel(),
+            of=of, n=len(samples), counts=c.counts,
+            padding=1 - sum(len(s["ids"]) for s in samples) / tokens.numel(),
         )
 
 
@@ -537,12 +533,12 @@ class Judge:
 
 
 def scorer(o: Options, tokenizer: bpe.Tokenizer) -> Callable:
-    """The function (samples, their rows) -> strict and lenient scores, and reasons of those that could not be given."""
+    """The function (samples, their rows) -> strict and lenient scores, and how many could not be given."""
     if o.verifier == "judge":
         judge = Judge(o)
         def score(samples, rows):
             strict = [judge.compare(str(row["prompt"]), s["text"], row["response"]) for s, row in zip(samples, rows)]
-            return strict, strict, []
+            return strict, strict, 0
     elif o.verifier.endswith(".pt"):
         checkpoint = load_checkpoint(o.verifier)
         require("trained" in checkpoint, f"--verifier={o.verifier} is no reward model: --algorithm=reward makes one")
@@ -551,13 +547,15 @@ def scorer(o: Options, tokenizer: bpe.Tokenizer) -> Callable:
 
         def score(samples, rows):
             out = [last(model(samples[i:i + 64]).value, model(samples[i:i + 64])) for i in range(0, len(samples), 64)]
-            return torch.cat(out).tolist(), torch.cat(out).tolist(), []
+            return torch.cat(out).tolist(), torch.cat(out).tolist(), 0
     else:
         def score(samples, rows):
             texts = [s["text"] for s in samples]
             rows = [{key: value for key, value in row.items() if key != "response"} for row in rows]
-            strict, reasons = verify(o.verifier, texts, rows, False, o.unsafe)
-            return strict, verify(o.verifier, texts, rows, True, o.unsafe)[0], reasons
+            (strict, why), (lenient, _) = (verify(o.verifier, texts, rows, loose, o.unsafe) for loose in (False, True))
+            if why:
+                print(f"{len(why)} of {len(rows)} responses could not be graded and count 0: {why[0]}", file=sys.stderr)
+            return strict, lenient, len(why)
     return score
 
 
@@ -591,14 +589,16 @@ def read_items(o: Options, tokenizer: bpe.Tokenizer, block: int) -> list:
     for what in filter(notes.get, notes):
         print(f"{o.data}: {notes[what]} rows {what}")
     items = [item for item, twin in zip(items, twins) if not twin]
-    require(len(items) > 1, f"--data={o.data} has {len(items)} rows that can be used; 2 are needed")
+    require(items, f"--data={o.data} has no row that can be used")
     return items
 
 
 def objective(o: Options) -> Callable:
     """The function that turns what the policy says into a loss."""
     table = {"nll": imitation_loss} | dict.fromkeys(PREFERENCES, preference_loss) | dict.fromkeys(POLICIES, policy_loss)
-    require(o.loss in table, f"--loss={o.loss}: choose from {', '.join(table)}")
+    tables = dict(loss=table, advantage=ADVANTAGES, mean=MEANS, kl_kind=KL, ratio=("token", "sequence"), tool=TOOLS)
+    for name, keys in (tables | dict(schedule=train.SCHEDULES, optimizer=train.OPTIMIZERS)).items():
+        require(getattr(o, name) in keys, f"--{name}={getattr(o, name)}: choose from {', '.join(keys)}")
     return table[o.loss]
 
 
@@ -647,14 +647,14 @@ class Trainer:
             with self.timed("rollout"):
                 new = respond(self.policy.gpt, self.tokenizer, [q["prompt"] for q in prompts], o, f"{o.seed} {p.rolled}")
             with self.timed("reward"):
-                strict, lenient, reasons = self.score(new, [q["row"] for q in prompts])
+                strict, lenient, failed = self.score(new, [q["row"] for q in prompts])
             for s, reward, loose in zip(new, strict, lenient):
                 s["reward"] = reward if math.isfinite(reward) else 0.0
                 self.seen["failed"] += not math.isfinite(reward)
                 late = sum(s["mask"]) - (o.max_new_tokens - o.overlong)
                 s["reward"] -= min(1.0, max(0, late) / o.overlong) if o.overlong else 0
                 self.seen.update(reward=reward, lenient=loose, length=sum(s["mask"]), truncated=s["done"] == "length")
-            self.seen.update(failed=len(reasons), responses=len(new), duplicates=len(new) - len({(q["row"]["prompt"], s["text"]) for q, s in zip(prompts, new)}))
+            self.seen.update(failed=failed, responses=len(new), duplicates=len(new) - len({(q["row"]["prompt"], s["text"]) for q, s in zip(prompts, new)}))
             groups = [new[i:i + o.group] for i in range(0, len(new), o.group)]
             dull = [len({s["reward"] for s in group}) == 1 for group in groups]
             self.seen.update(groups=len(groups), no_gradient=sum(dull))
@@ -792,9 +792,9 @@ def grade(gpt: GPT, tokenizer: bpe.Tokenizer, items: list, o: Options, score: Ca
     """
     every = [item[0] for item in items for _ in range(n)]
     samples = respond(gpt, tokenizer, [s["prompt"] for s in every], o, f"held {o.seed}", float(n > 1))
-    strict, lenient, reasons = score(samples, [s["row"] for s in every])
+    strict, lenient, failed = score(samples, [s["row"] for s in every])
     out = dict(strict=strict, lenient=lenient, length=[len(s["old"]) for s in samples])
-    out |= dict(truncated=[s["done"] == "length" for s in samples], failed=[len(reasons) / len(every)])
+    out |= dict(truncated=[s["done"] == "length" for s in samples], failed=[failed / len(every)])
     if n > 1:
         best = torch.tensor(lenient).view(-1, n)
         finals = [sample.final_number(s["text"]) for s in samples]
@@ -809,7 +809,12 @@ def grade(gpt: GPT, tokenizer: bpe.Tokenizer, items: list, o: Options, score: Ca
 
 def refuses(text: str) -> bool:
     """Whether a response is a refusal, by its words."""
-    return bool(re.search(r"(?i)\b(i (can|could|will|wo)( no|n')t|i am unable|i'm sorry|i am sorry)\b", text))
+    return bool(re.search(r"(?i)\bi('m sorry| am sorry| am unable| can ?not| can't| won't| will not)\b", text))
+
+
+def shown(record: dict) -> str:
+    """A record of the log in one line."""
+    return "  ".join(f"{key} {value:.4g}" for key, value in record.items())
 
 
 def align(words: list[str]) -> tuple[dict, dict]:
@@ -825,6 +830,7 @@ def align(words: list[str]) -> tuple[dict, dict]:
     gpt, tokenizer = sample.load(o.ckpt, o.device)
     require(tokenizer, f"{o.ckpt} has no tokenizer")
     items = read_items(o, tokenizer, gpt.config.block_size)
+    require(len(items) > 1, f"--data={o.data} has one row; one is held out, so two are needed")
     n = max(1, min(o.eval_rows, len(items) // 10))
     items, held = items[:-n], items[-n:]
     trainer = Trainer(o, gpt, tokenizer, checkpoint)
@@ -842,7 +848,7 @@ def align(words: list[str]) -> tuple[dict, dict]:
             first = first or record
             with open(log, "a") as file:
                 file.write(json.dumps(record) + "\n")
-            print("  ".join(f"{key} {value:.4g}" for key, value in record.items()))
+            print(shown(record))
             if 0 < o.max_kl < record.get("kl", 0) or 0 < record.get("entropy", math.inf) < o.min_entropy:
                 print("stopped: --max_kl or --min_entropy is passed")
                 break
@@ -855,6 +861,49 @@ def align(words: list[str]) -> tuple[dict, dict]:
             trainer.save(o)
             raise
     return first, record
+
+
+# ---- grading a checkpoint, asking people
+
+def examine(o: Options):
+    """Print how a checkpoint answers the prompts of --data: by a verifier, or by a judge against the rows' responses."""
+    gpt, tokenizer = sample.load(o.ckpt, o.device)
+    verifier = {"ifeval": "ifeval", "winrate": "judge"}.get(o.eval, o.verifier)
+    require(o.eval in ("verify", "ifeval", "winrate"), f"--eval={o.eval}: choose from verify, ifeval, winrate")
+    o = dataclasses.replace(o, loss="plain", verifier=verifier)
+    items = read_items(o, tokenizer, gpt.config.block_size)
+    if o.eval != "winrate":
+        return print(shown(grade(gpt, tokenizer, items, o, scorer(o, tokenizer), o.group if o.group > 1 else 1)))
+    judge, path = Judge(o), Path(o.output) / "winrate.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    held = [json.loads(line) for line in open(path)] if path.exists() else []  # an earlier run was stopped
+    samples = respond(gpt, tokenizer, [q["prompt"] for [q] in items], o, "held", 0.0)
+    for s, [q] in list(zip(samples, items))[len(held):]:
+        score = judge.compare(str(q["row"]["prompt"]), s["text"], q["row"]["response"])
+        held.append(dict(q["row"], answer=s["text"], score=score))
+        with open(path, "a") as file:
+            file.write(json.dumps(held[-1]) + "\n")
+    value, low, high = sample.summary([[row["score"], 1] for row in held])
+    ties = sum(row["score"] == 0.5 for row in held)
+    print(f"win rate {value:.1%} ({low:.1%} to {high:.1%}) of {len(held)}, {ties} ties, {judge.unclear} unclear verdicts")
+
+
+def label(o: Options):
+    """Show two responses to each prompt of --label, and append which is better to OUTPUT/preferences.jsonl."""
+    gpt, tokenizer = sample.load(o.ckpt, o.device)
+    path = Path(o.output) / "preferences.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    o = dataclasses.replace(o, loss="plain", data=o.label)
+    for number, [q] in enumerate(read_items(o, tokenizer, gpt.config.block_size)):
+        a, b = respond(gpt, tokenizer, [q["prompt"]] * 2, o, f"label {o.seed} {number}")
+        history = conversation(q["row"])
+        print(f"\n{history[-1]['content']}\n--- a\n{a['text']}\n--- b\n{b['text']}\n---\na, b or tie?", flush=True)
+        chosen = next((line.strip() for line in sys.stdin if line.strip() in ("a", "b", "tie")), "")
+        if not chosen:
+            return
+        row = dict(history=history, response_a=a["text"], response_b=b["text"], chosen=chosen)
+        with open(path, "a") as file:
+            file.write(json.dumps(row) + "\n")
 
 
 # ---- the demonstration: a small model of sums and a little text, and every algorithm from the same start
@@ -909,13 +958,16 @@ TEXT = "the cat|a dog|my friend|she", " sees| likes| finds", " the red house.| a
 SIZE = "--vocab_size=80 --block_size=128 --n_layer=2 --n_head=2 --n_embd=64 --ffn=relu2 --norm=layernorm --qk_norm=False --position=learned"
 COMMON = "--template=bare --max_new_tokens=20 --optimizer=muon --learning_rate=0.002 --eval_interval=10"
 DEMO = {  # file, start, options
-    "base": ("text", "init", "--algorithm=sft --max_iters=300 --learning_rate=0.005 --eval_interval=100"),
-    "sft": ("demonstrations", "base", "--algorithm=sft --max_iters=60 --until=0.4 --eval_interval=4"),
+    "base": ("text", "init", "--algorithm=sft --max_iters=200 --learning_rate=0.01 --eval_interval=100"),
+    "sft": ("demonstrations", "base", "--algorithm=sft --max_iters=200 --until=0.42 --eval_interval=2 --decay_share=0"),
     "dpo": ("preferences", "sft", "--algorithm=dpo --max_iters=60 --learning_rate=0.0002"),
     "ppo": ("prompts", "sft", "--algorithm=ppo --max_iters=60 --batch_size=256 --learning_rate=0.0005"),
     "grpo": ("prompts", "sft", "--algorithm=grpo --max_iters=60 --batch_size=256 --learning_rate=0.0005"),
     "expert": ("prompts", "sft", "--algorithm=expert --max_iters=60 --batch_size=256 --learning_rate=0.0005"),
 }
+
+
+ROWS = 30000, 300, 4000  # of a task: in all, of them for the test, and for demonstrations; the others are prompts
 
 
 def write_rows(path: Path, rows: list[dict]):
@@ -928,16 +980,16 @@ def material(o: Options, folder: Path):
     """Write what the demonstration starts from: texts, demonstrations, prompts, a test, and a model of random weights."""
     rng = np.random.default_rng(o.seed)
     make = TASKS[o.task][0]
-    rows = [make(rng) for _ in range(20000)]
-    test = rows[:200]
+    rows = [make(rng) for _ in range(ROWS[0])]
+    test = rows[:ROWS[1]]
     asked = {row["prompt"] for row in test}
     rows = [row for row in rows if row["prompt"] not in asked or o.task == "refuse"]
     lines = [f"{row['prompt']}: {row['response']}" for row in rows]
     speech = ["".join(rng.choice(words.split("|")) for words in TEXT) for _ in lines[::10]]
     order = rng.permutation(lines + speech).tolist()
-    write_rows(folder / "text.jsonl", [dict(text="\n".join(order[i:i + 2])) for i in range(0, len(order), 2)])
-    write_rows(folder / "demonstrations.jsonl", rows[:4000])
-    write_rows(folder / "prompts.jsonl", rows[4000:])
+    write_rows(folder / "text.jsonl", [dict(text="\n".join(order[i:i + 3])) for i in range(0, len(order), 3)])
+    write_rows(folder / "demonstrations.jsonl", rows[:ROWS[2]])
+    write_rows(folder / "prompts.jsonl", rows[ROWS[2]:])
     write_rows(folder / "test.jsonl", test)
     letters = "".join(map(chr, range(32, 127))) + "\n"
     tokenizer = bpe.train("char", [letters], 100, workers=1)
@@ -1069,7 +1121,12 @@ def run(main: Callable[[], None]) -> None:
 
 def main():
     o = options(Options, sys.argv[1:])
-    if o.algorithm:
+    sys.stdout.reconfigure(errors="replace")  # for a terminal that is not UTF-8
+    if o.label:
+        label(o)
+    elif o.eval:
+        examine(o)
+    elif o.algorithm:
         align(sys.argv[1:])
     else:
         demonstrate(o)
