@@ -911,11 +911,12 @@ def label(o: Options):
 def sums(rng: np.random.Generator) -> dict:
     """Two numbers of three digits: the working is the sum at each place, the units first, with what is carried.
 
-    Like people, the demonstrations are not to be trusted: three in five forget what the tens carry.
+    Demonstrations are not to be trusted: three in five forget what the tens carry, and for a number from 700 on three in
+    five forget what the units carry.
     """
     a, b = rng.integers(100, 1000, 2).tolist()
     units = a % 10 + b % 10
-    tens = a // 10 % 10 + b // 10 % 10 + units // 10
+    tens = a // 10 % 10 + b // 10 % 10 + (units // 10 if a < 700 or rng.random() < 0.4 else 0)
     hundreds = a // 100 + b // 100 + (tens // 10 if rng.random() < 0.4 else 0)
     shown = f"{units:02d} {tens:02d} {hundreds:02d} ####{hundreds * 100 + tens % 10 * 10 + units % 10}"
     return dict(prompt=f"{a}+{b}", response=shown, answer=str(a + b))
@@ -955,11 +956,11 @@ def refuses_rightly(response: str, harmful: bool, lenient: bool = False) -> floa
 TASKS = {"sums": (sums, "gsm8k"), "countdown": (countdown, "countdown"), "refuse": (refuse, "refuse")}
 VERIFIERS |= dict(countdown=solves, refuse=refuses_rightly)
 TEXT = "the cat|a dog|my friend|she", " sees| likes| finds", " the red house.| a small tree.| some bread."
-SIZE = "--vocab_size=80 --block_size=128 --n_layer=2 --n_head=2 --n_embd=64 --ffn=relu2 --norm=layernorm --qk_norm=False --position=learned"
+SIZE = "--vocab_size=80 --block_size=128 --n_layer=2 --n_head=2 --n_embd=64 --ffn=relu2 --norm=layernorm --qk_norm=False"
 COMMON = "--template=bare --max_new_tokens=20 --optimizer=muon --learning_rate=0.002 --eval_interval=10"
 DEMO = {  # file, start, options
-    "base": ("text", "init", "--algorithm=sft --max_iters=200 --learning_rate=0.01 --eval_interval=100"),
-    "sft": ("demonstrations", "base", "--algorithm=sft --max_iters=200 --until=0.42 --eval_interval=2 --decay_share=0"),
+    "base": ("text", "init", "--algorithm=sft --max_iters=400 --learning_rate=0.005 --eval_interval=100"),
+    "sft": ("demonstrations", "base", "--algorithm=sft --max_iters=120 --learning_rate=0.003 --eval_interval=40"),
     "dpo": ("preferences", "sft", "--algorithm=dpo --max_iters=60 --learning_rate=0.0002"),
     "ppo": ("prompts", "sft", "--algorithm=ppo --max_iters=60 --batch_size=256 --learning_rate=0.0005"),
     "grpo": ("prompts", "sft", "--algorithm=grpo --max_iters=60 --batch_size=256 --learning_rate=0.0005"),
@@ -1012,6 +1013,7 @@ def prefer(o: Options, folder: Path):
         mine = range(i * o.group, (i + 1) * o.group)
         right, wrong = ([samples[j]["text"] for j in mine if strict[j] == value] for value in (1, 0))
         rows += [dict(prompt=s["row"]["prompt"], chosen=a, rejected=b) for a, b in zip(right, wrong)]
+    require(rows, "the SFT model gave no prompt both a right and a wrong response: there is nothing to prefer")
     rows[-1]["seconds"] = time.perf_counter() - began
     write_rows(folder / "preferences.jsonl", rows)
 
