@@ -58,7 +58,7 @@ def number(text: str) -> tuple[Fraction, str] | None:
     found = regex.fullmatch(NUMBER + " ?([a-z%][a-z%/^0-9 ]*)?", tidy(text[:200]))
     if not found:
         return None
-    sign, whole, top, power, bottom, unit = found.groups("")
+    sign, whole, top, bottom, power, unit = found.groups("")
     value = int(whole or 0) + Fraction(top.replace(",", "") + power) / int(bottom or 1)
     return value * int(sign + "1"), unit.removesuffix("s") or unit
 
