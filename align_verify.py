@@ -46,7 +46,7 @@ def tidy(text: str) -> str:
     """
     for pattern, plain_text in LATEX:
         text = regex.sub(pattern, plain_text, text)
-    return text.strip(" .").lower()
+    return text.strip().rstrip(".").lower()
 
 
 def number(text: str) -> tuple[Fraction, str] | None:
@@ -55,7 +55,8 @@ def number(text: str) -> tuple[Fraction, str] | None:
     >>> number("1,250.5 dollars"), number("-1 1/2"), number("12,50")
     ((Fraction(2501, 2), 'dollar'), (Fraction(-3, 2), ''), None)
     """
-    found = regex.fullmatch(NUMBER + " ?([a-z%][a-z%/^0-9 ]*)?", tidy(text[:200]))
+    # a unit is one word, as in 5 km/h or 5 cm^2: "5 or 6" is no number
+    found = len(text) < 200 and regex.fullmatch(NUMBER + r" ?(%|[a-z]+(?:/[a-z]+|\^\d)?|)", tidy(text))
     if not found:
         return None
     sign, whole, top, bottom, power, unit = found.groups("")
@@ -132,7 +133,8 @@ IFEVAL = {
     "detectable_format:constrained_response": (r"My answer is (?:yes|no|maybe)\.", 1, "at least"),
     "detectable_format:title": (r"<<[^\n]*?[^\s<>][^\n]*?>>", 1, "at least"),
     "detectable_format:json_format": is_json,
-    "combination:two_responses": (r"(?s)\A\s*(.+?)\s*\*{{6}}(?!\s*\1\s*\Z)(?:(?!\*{{6}}).)*\S\s*\Z", 1, "at least"),
+    "combination:two_responses": (
+        r"(?s)\A\s*((?:(?!\*{{6}}).)+?)\s*\*{{6}}(?!\s*\1\s*\Z)(?:(?!\*{{6}}).)*\S\s*\Z", 1, "at least"),
     "combination:repeat_prompt": (r"(?i)\A\s*{prompt_to_repeat}", 1, "at least"),
     "startend:end_checker": (r'(?i){end_phrase}["\s]*\Z', 1, "at least"),
     "startend:quotation": (r'(?s)\A\s*".*"\s*\Z', 1, "at least"),

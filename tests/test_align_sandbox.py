@@ -179,7 +179,7 @@ def host(tmp_path):
             if not same or now.st_mode != before.st_mode or now.st_nlink != 1:
                 return "the victim's content"
             with open(f"/proc/{sleeper.pid}/stat") as file:
-                return "" if file.read().split()[2] == "S" else "the process"
+                return "the process" if file.read().split()[2] in "TZX" else ""
         yield text, harm
         sleeper.kill()
         sleeper.wait()
@@ -270,7 +270,8 @@ def test_inside_there_is_nothing_but_python():
 
 @needs_sandbox
 def test_values_keep_their_types():
-    cases = ["(1, [2])", "{1, 2, 3}", "{'a': None, (1, 2): True}", "'naïve 😀'", "10**30", "-0.5", "[]", "()", "{}", "[()]"]
+    cases = ["(1, [2])", "{1, 2, 3}", "{'a': None, (1, 2): True}", "'naïve 😀'", str(10**30), "-0.5", "[]", "()",
+             "{}", "[()]"]
     for text in cases:
         assert align.code("", [f"assert {text} == {text}"]) == 1
         assert align.code("", [f"assert [{text}] == {text}"]) == 0
@@ -361,3 +362,192 @@ def test_many_are_scored_in_order():
     assert scores == [float(n % 3 > 0) for n in range(12)] and reasons == []
     scores, reasons = align.verify("code", ["", ""], [dict(test_list=["assert 1"]), dict()])
     assert scores == [0.0, 0.0] and len(reasons) == 2
+
+
+# ---------------------------------------------------------------------------------------------------------- answers
+
+EQUAL = [  # in both directions
+    ("42", "42"), ("42", " 42. "), ("42", "42.0"), ("42", "+42"), ("1,234", "1234"), ("1,234,567.50", "1234567.5"),
+    ("$1,200", "1200"), ("$5", "5 dollars"), ("\\$5", "$5.00"), ("1{,}000", "1000"), ("0.5", ".5"), ("0.5", "1/2"),
+    ("1/2", "2/4"), ("\\frac{1}{2}", "0.5"), ("\\dfrac{3}{4}", "3/4"), ("\\tfrac34", "0.75"), ("\\frac12", "1/2"),
+    ("-\\frac{1}{2}", "-0.5"), ("1\\frac{1}{2}", "1.5"), ("1 1/2", "3/2"), ("-1 1/2", "-1.5"), ("50%", "0.5"),
+    ("50%", "50"), ("50\\%", "50 %"), ("12.5%", "1/8"), ("\\boxed{7}", "7"), ("$\\boxed{\\frac{1}{3}}$", "1/3"),
+    ("\\text{Paris}", "paris"), ("5\\text{ cm}", "5 cm"), ("5 cm", "5"), ("5 apples", "5 apple"), ("$42$", "42"),
+    ("\\(42\\)", "42"), ("\\[42\\]", "42"), ("**42**", "42"), ("x = 5", "5"), ("90^\\circ", "90 degrees"),
+    ("90°", "90^{\\circ}"), ("3 \\times 10^2", "300"), ("1.5\\cdot10^{-2}", "0.015"), ("2e3", "2000"), ("−7", "-7"),
+    ("- 7", "-7"), ("( 1, 2 )", "(1,2)"), ("\\left(1,2\\right)", "(1, 2)"), ("x^2 + 1", "x^2+1"), ("Yes", "yes."),
+    ("0", "-0"), ("007", "7"), ("10/5", "2"), ("\\mathrm{B}", "B"), ("12 km/h", "12 km/h"), ("", " "), ("€", "€"),
+]
+DIFFERENT = [
+    ("42", "43"), ("42", "-42"), ("1,23", "123"), ("1,2345", "12345"), ("1.234", "1234"), ("1/2", "1/3"), ("1/2", "12"),
+    ("50%", "0.05"), ("50%", "5000"), ("0.5%", "0.5 cm"), ("5%", "0.5"), ("5 cm", "5 m"), ("5 apples", "5 pears"),
+    ("$5", "5 cents"), ("1 1/2", "11/2"), ("1 1/2", "1"), ("\\frac{1}{2}", "\\frac{2}{1}"), ("1e3", "13"),
+    ("3 \\times 10^2", "3"), ("3", "three"), ("", "0"), ("4 5", "45"), ("1/0", "0"), ("now here", "nowhere"),
+    ("(1,2)", "(2,1)"), ("(1,2)", "12"), ("x^2", "x2"), ("nan", "0"), ("inf", "0"), ("0x10", "16"), ("1_000", "1000"),
+    ("1 or 2", "1"), ("42", "42 43"), ("Paris", "London"), ("1e999999999", "1"), ("9" * 300, "9" * 301), ("0.1", "0.10001"),
+]
+
+
+@pytest.mark.parametrize("a,b", EQUAL)
+def test_equal(a, b):
+    assert align.same(a, b) and align.same(b, a)
+
+
+@pytest.mark.parametrize("a,b", DIFFERENT)
+def test_different(a, b):
+    assert not align.same(a, b) and not align.same(b, a)
+
+
+def test_tolerance_is_relative():
+    assert align.same("101", "100", 0.01) and not align.same("101.1", "100", 0.01)
+    assert align.exact("3.1416", "3.14159", 1e-5) == 1 and align.exact("3.15", "3.14159", 1e-5) == 0
+
+
+def test_final_answers_strict_and_lenient():
+    cases = [  # response, strict, lenient; the right answer is 12
+        ("12", 1, 1), ("So 5 + 7 = 12\n#### 12", 1, 1), ("The answer is 12.", 1, 1), ("Final answer: **12**", 1, 1),
+        ("The answer is: $12$\nHope it helps with your 3 cats", 1, 1), ("We get \\boxed{12}. Not 13.", 1, 1),
+        ("\\boxed{13}, no: \\boxed{12}", 1, 1), ("\\boxed{\\text{12 cm}}", 1, 1), ("#### 12\n\n", 1, 1),
+        ("5 and 7 make 12", 0, 1), ("5 + 7 = 12, I think.", 0, 1), ("12 is what 5 and 7 make", 0, 0),
+        ("#### 13\n12", 0, 1), ("\\boxed{13}", 0, 0), ("12\n#### 13", 0, 0), ("", 0, 0), ("####", 0, 0),
+        ("The answer is 12 or 13", 0, 0), ("\\boxed{12", 0, 1), ("twelve", 0, 0), ("#### 12 #### 13", 0, 0),
+    ]
+    for response, strict, lenient in cases:
+        assert align.exact(response, "12") == strict, response
+        assert align.exact(response, "12", lenient=True) == lenient, response
+
+
+def test_gsm8k_strict_and_lenient():
+    right = "He has 3*6=18\n#### 1,018"
+    for response, strict, lenient in [("so\n#### 1018", 1, 1), ("#### 1,018", 1, 1), ("#### $1,018", 1, 1), ("1018", 0, 1),
+                                      ("#### 1018 #### 1019", 0, 0), ("#### 1018\n1019", 1, 1), ("#### 1019", 0, 0),
+                                      ("", 0, 0), ("####", 0, 0), ("#### 10181", 0, 0), ("#### -1018", 0, 0)]:
+        assert align.word_problem(response, right) == strict, response
+        assert align.word_problem(response, right, lenient=True) == lenient, response
+
+
+def test_all_gsm8k_references_are_right_and_perturbed_ones_wrong(test_data):
+    rows = [json.loads(line) for path in sorted(test_data.rglob("*gsm8k*.jsonl")) for line in path.open()]
+    assert len(rows) > 100
+    for lenient in (False, True):
+        scores, reasons = align.verify("gsm8k", [row["answer"] for row in rows], rows, lenient)
+        assert set(scores) == {1.0} and reasons == []
+    drawn = random.Random(0)
+    chosen, wrong = [drawn.choice(rows) for _ in range(1000)], []
+    for row in chosen:
+        head, gold = row["answer"].split("#### ")
+        value = int(gold.replace(",", ""))
+        other = drawn.choice([value + 1, value - 1, value * 10, value * 10 + drawn.randrange(1, 9), -value or 1,
+                              value + drawn.randrange(2, 99), f"{value}.5", f"{value}/7" if value else 3,
+                              f"1{value}" if value >= 0 else 1])
+        other = other if str(other) not in ("0", "-0") or value else 5
+        wrong.append(f"{head}#### {other}")
+    for lenient in (False, True):
+        scores, reasons = align.verify("gsm8k", wrong, chosen, lenient)
+        assert set(scores) == {0.0} and reasons == [], [w for w, s in zip(wrong, scores) if s][:3]
+
+
+def test_format():
+    for response, strict, lenient in [("3 + 4 = 7\n#### 7", 1, 1), ("a\nb\n#### 7\n", 1, 1), ("#### 7", 0, 0),
+                                      ("a #### 7\nmore", 0, 1), ("a\n####", 0, 0), ("a\n####\n7", 0, 0), ("", 0, 0),
+                                      ("a #### 7 #### 8", 0, 1), ("7", 0, 0)]:
+        assert align.formatted(response) == strict, response
+        assert align.formatted(response, lenient=True) == lenient, response
+    assert align.formatted("think\n=> 7", mark="=>") == 1 and align.formatted("think\n#### 7", mark="=>") == 0
+    assert align.formatted("a.b 7", mark=".") == 1 and align.formatted("axb 7", mark=".") == 0
+
+
+def test_regex_and_its_time():
+    assert align.matched("abc", "a.c") == 1 and align.matched("xabc", "a.c") == 0
+    assert align.matched("xabc", "a.c", lenient=True) == 1 and align.matched("", "a") == 0
+    scores, reasons = align.verify("regex", ["a" * 40 + "b", "aa", "x"],
+                                   [dict(pattern="(a|aa)+$"), dict(pattern="a+"), dict(pattern="(")])
+    assert scores == [0.0, 1.0, 0.0] and len(reasons) == 2
+    assert any("TimeoutError" in reason for reason in reasons) and any("missing )" in reason for reason in reasons)
+
+
+# ------------------------------------------------------------------------------------------------------ instructions
+
+LEAST, LESS = "at least", "less than"
+IFEVAL = [  # kind, kwargs, texts that follow, texts that do not
+    ("keywords:existence", dict(keywords=["cat", "dog"]), ["A Cat and dogs", "dogcat"], ["a cat", "", "c.a.t dog"]),
+    ("keywords:frequency", dict(keyword="ab", frequency=2, relation=LEAST), ["ab AB", "abab c"], ["ab", "a b a b"]),
+    ("keywords:frequency", dict(keyword="a.", frequency=2, relation=LESS), ["ab ac a.", "x"], ["a. a."]),
+    ("keywords:forbidden_words", dict(forbidden_words=["bad", "evil"]), ["badly medieval", "x"], ["Bad", "an EVIL x"]),
+    ("keywords:letter_frequency", dict(letter="e", let_frequency=3, let_relation=LEAST), ["eEe", "tree e"], ["ee"]),
+    ("keywords:letter_frequency", dict(letter="!", let_frequency=2, let_relation=LESS), ["a!"], ["!!"]),
+    ("length_constraints:number_words", dict(num_words=3, relation=LEAST), ["a b c", "a, b-c"], ["a b", "..."]),
+    ("length_constraints:number_words", dict(num_words=3, relation=LESS), ["a b"], ["a b c"]),
+    ("length_constraints:number_sentences", dict(num_sentences=2, relation=LEAST), ["One. Two", "A? B!", "a... b"],
+     ["One", "3.14 is a number", "Wait..."]),
+    ("length_constraints:number_sentences", dict(num_sentences=2, relation=LESS), ["One.", "v1.2 works"], ["A. B."]),
+    ("length_constraints:number_paragraphs", dict(num_paragraphs=2), ["a\n***\nb", "a *** b\n***"],
+     ["a", "a\n\nb", "a***b***c"]),
+    ("detectable_content:number_placeholders", dict(num_placeholders=2), ["[a] [b]", "[a][b][c]"], ["[a]", "(a) (b)"]),
+    ("detectable_content:postscript", dict(postscript_marker="P.S."), ["x\nP.S. y", "p.s. y"], ["x", "PS y", "pxsx y"]),
+    ("detectable_format:number_bullet_lists", dict(num_bullets=2), ["* a\n* b", "- a\n  - b\ntext"],
+     ["* a", "* a\n* b\n* c", "a * b\nc - d", "** a\n** b"]),
+    ("detectable_format:number_highlighted_sections", dict(num_highlights=2), ["*a* and *b c*", "**a** *b*"],
+     ["*a*", "**a**", "* a\n* b", "a * * b"]),
+    ("detectable_format:multiple_sections", dict(section_spliter="Section", num_sections=2),
+     ["Section 1\na\nSection 2\nb", "Section1 Section 2"], ["Section 1", "Section A Section B", "section 1 section 2"]),
+    ("detectable_format:constrained_response", {}, ["My answer is yes.", "Well: My answer is maybe."],
+     ["yes", "My answer is perhaps."]),
+    ("detectable_format:title", {}, ["<<A title>>\ntext"], ["<A title>", "<<>>", "<< >>", "<<a\nb>>"]),
+    ("detectable_format:json_format", {}, ['{"a": 1}', '```json\n[1]\n```', "```\n{}```", "3"], ["{a: 1}", "x", "[" * 9999]),
+    ("combination:two_responses", {}, ["a\n******\nb"], ["a", "a******a", "a******", "******b", "a******b******c"]),
+    ("combination:repeat_prompt", dict(prompt_to_repeat="Say (it)?"), ["Say (it)? Yes", " say (IT)?\nno"],
+     ["Yes. Say (it)?", "Say it Yes"]),
+    ("startend:end_checker", dict(end_phrase="The end."), ["x The end.", 'x the END."\n'], ["The end. x", "the end"]),
+    ("startend:quotation", {}, ['"a"', ' "a\nb" '], ['"a', 'a"', "'a'", '"']),
+    ("change_case:capital_word_frequency", dict(capital_frequency=2, capital_relation=LEAST), ["GPT and I", "A-B c"],
+     ["Gpt I", "McD AB", "12 34"]),
+    ("change_case:capital_word_frequency", dict(capital_frequency=2, capital_relation=LESS), ["One TWO"], ["ONE TWO"]),
+    ("change_case:english_capital", {}, ["ALL 9!", "ÄB"], ["All", "9!", "ALL ä"]),
+    ("change_case:english_lowercase", {}, ["all 9!"], ["All", "9!", "all Ä"]),
+    ("punctuation:no_comma", {}, ["a b"], ["a, b", ","]),
+]
+
+
+@pytest.mark.parametrize("kind,kwargs,good,bad", IFEVAL, ids=[f"{row[0]} {n}" for n, row in enumerate(IFEVAL)])
+def test_instruction(kind, kwargs, good, bad):
+    full = dict(dict.fromkeys(["num_words", "keywords", "relation", "letter"]), **kwargs)  # public files fill with null
+    for arguments in (kwargs, full):
+        for text in good:
+            assert align.ifeval(text, [kind], [arguments]) == 1, text
+        for text in bad:
+            assert align.ifeval(text, [kind], [arguments]) == 0, text
+
+
+def test_every_kind_is_tested():
+    assert {row[0] for row in IFEVAL} == set(align.IFEVAL) and len(align.IFEVAL) >= 15
+
+
+def test_loose_forgives_an_introduction_a_closing_line_and_asterisks():
+    cases = [  # response, kind, kwargs, strict, loose
+        ("Sure, here it is:\nno comma", "punctuation:no_comma", {}, 0, 1),
+        ("no comma\nSo, that is it", "punctuation:no_comma", {}, 0, 1),
+        ("Sure, here:\nno comma\nSo, done", "punctuation:no_comma", {}, 0, 1),
+        ("a, b\nc, d\ne, f\ng, h", "punctuation:no_comma", {}, 0, 0),
+        ("**The end.**", "startend:end_checker", dict(end_phrase="The end."), 0, 1),
+        ('Here:\n"quoted"', "startend:quotation", {}, 0, 1),
+        ("a, b", "punctuation:no_comma", {}, 0, 0),  # what is left after the first line is empty, and does not count
+        ("", "punctuation:no_comma", {}, 0, 0), (" \n ", "punctuation:no_comma", {}, 0, 0),
+    ]
+    for response, kind, kwargs, strict, loose in cases:
+        assert align.ifeval(response, [kind], [kwargs]) == strict, response
+        assert align.ifeval(response, [kind], [kwargs], lenient=True) == loose, response
+
+
+def test_share_of_instructions():
+    kinds = ["punctuation:no_comma", "change_case:english_lowercase"]
+    assert align.ifeval("a, b", kinds, [{}, {}]) == 0.5
+    scores, reasons = align.verify("ifeval", ["x"] * 3, [
+        dict(prompt="p", key=1, instruction_id_list=["language:response_language"], kwargs=[dict(language="de")]),
+        dict(instruction_id_list=kinds, kwargs=[{}, {}]), dict(instruction_id_list=kinds, kwargs=[{}])])
+    assert scores == [0.0, 1.0, 0.0] and len(reasons) == 2 and "none of keywords:existence" in reasons[0]
+
+
+def test_a_verifier_that_raises_scores_0_and_is_reported():
+    scores, reasons = align.verify("exact", ["1", "1", "2"], [dict(answer="1"), {}, dict(answer=7)])
+    assert scores == [1.0, 0.0, 0.0] and len(reasons) == 2 and "'answer'" in reasons[0]
