@@ -175,8 +175,9 @@ def host(tmp_path):
             if sorted(folder.iterdir()) != [victim]:
                 return "files"
             now = victim.stat()
-            same = victim.read_text() == " ".join(SECRETS) and now.st_mtime_ns == before.st_mtime_ns
-            if not same or now.st_mode != before.st_mode or now.st_nlink != 1:
+            if now.st_mode != before.st_mode or now.st_nlink != 1 or now.st_mtime_ns != before.st_mtime_ns:
+                return "the victim"
+            if victim.read_text() != " ".join(SECRETS):
                 return "the victim's content"
             with open(f"/proc/{sleeper.pid}/stat") as file:
                 return "the process" if file.read().split()[2] in "TZX" else ""
