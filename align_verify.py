@@ -204,10 +204,10 @@ def confine(own: list[str], root: bool) -> None:
     for path in filter(os.path.isdir, own):
         os.makedirs("/proc" + path, exist_ok=True)
         call("mount", path.encode(), b"/proc" + path.encode(), None, 0x5000, None)  # MS_BIND | MS_REC
-    os.makedirs("/proc/tmp", exist_ok=True)
+    os.makedirs("/proc/sandbox", exist_ok=True)
     # mount_setattr (Linux 5.12), AT_RECURSIVE: MOUNT_ATTR_RDONLY | NOSUID | NODEV for all that is mounted below /proc
     call("syscall", 442, -100, b"/proc", 0x8000, (ctypes.c_uint64 * 4)(7), 32)
-    call("mount", b"none", b"/proc/tmp", b"tmpfs", 6, b"size=16m,nr_inodes=1k,mode=1777")
+    call("mount", b"none", b"/proc/sandbox", b"tmpfs", 6, b"size=16m,nr_inodes=1k,mode=1777")
     child = os.fork()
     if child:  # this is process 1 of the namespace: all others die with it, daemons too
         os.waitpid(child, 0)
@@ -218,7 +218,7 @@ def confine(own: list[str], root: bool) -> None:
         os.setresuid(65534, 65534, 65534)
     call("unshare", 0x10000000)  # CLONE_NEWUSER: puts process 1 and the mounts out of reach
     os.chroot("/proc")  # from a chroot no other user namespace can be made, which would bring rights back
-    os.chdir("/tmp")
+    os.chdir("/sandbox")
     call("prctl", 38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
     call("capset", (ctypes.c_uint32 * 2)(0x20080522), (ctypes.c_uint32 * 6)())  # no capability is left
 
