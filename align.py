@@ -11,6 +11,7 @@ References: Rafailov et al. 2023 (DPO); Schulman et al. 2017 (PPO); Shao et al. 
 """
 import argparse
 import ast
+import concurrent.futures
 import contextlib
 import copy
 import dataclasses
@@ -21,6 +22,9 @@ import math
 import operator
 import os
 import re
+import runpy
+import shutil
+import subprocess
 import sys
 import textwrap
 import time
@@ -29,9 +33,10 @@ from collections import Counter
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Callable, Iterator
+from typing import Callable, Sequence
 
 import numpy as np
+import regex
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -41,7 +46,6 @@ import bpe
 import sample
 import train
 from model import GPT, ROLES, Config, Linear, load_checkpoint, replacing, require, save_checkpoint
-from align_verify import verify, VERIFIERS
 from sample import END, Engine, Request, Sampling
 
 
@@ -166,7 +170,7 @@ def preference(row: dict) -> list[list[dict]]:
     return [conversation(row) + [dict(role="assistant", content=text)] for text in pair]
 
 
-def question(row: dict) -> list[list[dict]]:
+def asked(row: dict) -> list[list[dict]]:
     """The conversation up to the response, which is empty."""
     messages = conversation({key: value for key, value in row.items() if key != "response"})
     return [messages + [dict(role="assistant", content="")]]
@@ -328,7 +332,7 @@ def preference_loss(out: SimpleNamespace, b: SimpleNamespace, o: Options) -> tup
     better, worse = score(out, b).view(-1, 2).T
     margin = better - worse
     drift = total(out.logp - b.ref, out).view(-1, 2).T if "ref" in vars(b) else torch.zeros(2, 1)
-    return loss(margin, o).sum(), dict(
+    return (loss(margin, o) * b.share[::2]).sum(), dict(
         count=len(margin), accuracy=(margin > 0).sum(), margin=margin.sum(),
         drift_chosen=drift[0].sum(), drift_rejected=drift[1].sum(),
     )
@@ -457,36 +461,388 @@ TOOLS = {"": ((), "(?!)", str), "calculator": (("=",), r"<<([^<>=]+)=$", lambda 
 
 def respond(gpt: GPT, tokenizer: bpe.Tokenizer, prompts: list[list[int]], o: Options, seed: str,
             temperature: float = 1.0) -> list[dict]:
-    """A sample for each prompt, as the assistant and --tool write it.
+    """A sample for each prompt, as the assistant and --tool write it, decoded together by sample.py's engine.
 
     `old`: log-probabilities of the tokens to learn; `text`: the response; `done`: why it ended.
     """
     stops, form, tool = TOOLS[o.tool]
-    end = tokenizer.special_tokens[sample.TEMPLATES[o.template][2]]
+    end = sample.TEMPLATES[o.template][2]
     samples = [dict(ids=ids[:], mask=[0] * len(ids), old=[], done="stop") for ids in prompts]
-    going = samples
-    while going:
+    while going := [i for i, s in enumerate(samples) if s["done"] == "stop"]:
         requests = []
-        for i, s in enumerate(samples):
-            s["left"] = len(prompts[i]) + o.max_new_tokens - len(s["ids"])
-            if s["done"] == "stop":
-                key = f"{seed} {i} {s['left']}"
-                stream = sample.TextStream(stops)
-                requests.append(Request(s["ids"][:], max(0, s["left"]), Sampling(temperature, 0), key, end, stream))
+        for i in going:
+            left = max(0, len(prompts[i]) + o.max_new_tokens - len(samples[i]["ids"]))
+            requests.append(Request(
+                samples[i]["ids"][:], left, Sampling(temperature, 0), f"{seed} {i} {left}",
+                tokenizer.special_tokens[end], sample.TextStream(stops)))
         with parametrize.cached():
             sample.complete(Engine(gpt, requests, tokenizer.vocab_size), tokenizer, requests)
-        for s, request in zip(going, requests):
+        for i, request in zip(going, requests):
             call = re.search(form, tokenizer.decode(request.output))
-            words = tokenizer.encode(tool(call[1])) if call and request.done == "stop" else []
+            words = tokenizer.encode(tool(call[1])) if call else []
+            s = samples[i]
             s["ids"] += request.output + words
             s["mask"] += [1] * len(request.output) + [0] * len(words)
             s["old"] += request.logprobs
             s["done"] = request.done
-        going = [s for s in going if s["done"] == "stop"]
     for s, ids in zip(samples, prompts):
         s["old"] = torch.tensor(s["old"])
-        s["text"] = tokenizer.decode(s["ids"][len(ids):len(s["ids"]) - (s["done"] == "end")])
+        s["text"] = tokenizer.decode(s["ids"][len(ids):]).removesuffix(end)
     return samples
+
+
+# ---- answers: are two texts the same value?
+
+# how LaTeX, and what people write around a number, becomes plain text, in this order
+LATEX = (
+    (r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}|\\[dt]?frac\s*(\d)\s*(\d)", r" \1\3/\2\4"),
+    (r"\\(?:text|textbf|mathrm|mathbf|mbox|boxed)\s*\{([^{}]*)\}", r" \1 "),
+    (r"\{,\}", ","),
+    (r"\s*(?:\\times|\\cdot|×)\s*10\s*\^\s*\{?\s*(-?\d+)\s*\}?", r"e\1"),
+    (r"\A\s*(-?)\s*\\?\$([^$]+)\Z", r"\1\2 dollar"),  # a dollar sign that no second one closes is money
+    (r"\\(?:left|right|displaystyle)\b|\\[,;:!()\[\]]|[$*`]|(?<=\d)\\ (?=\d{3})", ""),
+    (r"\\(?=[%$ ])", ""),
+    (r"\^?\s*\{?\s*(?:\\circ|°)\s*\}?", " degree"),
+    ("[−–]", "-"),
+    (r"\A\s*[A-Za-z]\s*=", ""),
+    (r"\s+(?=\W)|(?<=\W)\s+", ""),  # of the spaces those stay that stand alone between words or digits
+)
+NUMBER = (r"(?P<sign>[-+]?)(?:(?P<whole>\d+) (?=\d+/))?(?P<top>\d{1,3}(?:,\d{3})+(?:\.\d*)?|\d+\.?\d*|\.\d+)"
+          r"(?:/(?P<bottom>0*[1-9]\d*))?(?P<power>e[-+]?\d{1,3}\b)?")
+
+
+def tidy(text: str) -> str:
+    r"""A short answer without LaTeX, capitals, idle spaces and the final full stop.
+
+    >>> tidy(r"$\boxed{1\frac{1}{2}}$."), tidy(r"$5"), tidy("( 1, 2 )")
+    ('1 1/2', '5 dollar', '(1,2)')
+    """
+    for pattern, plain_text in LATEX:
+        text = regex.sub(pattern, plain_text, text)
+    return text.strip().rstrip(".").lower()
+
+
+def number(text: str) -> tuple[Fraction, str] | None:
+    """The value and unit of a text that is one number (unit "": none given), else None.
+
+    >>> number("1,250.5 dollars"), number("-1 1/2"), number("12,50")
+    ((Fraction(2501, 2), 'dollar'), (Fraction(-3, 2), ''), None)
+    """
+    # a unit is one word, as in 5 km/h or 5 cm^2: "5 or 6" is no number
+    found = len(text) < 200 and regex.fullmatch(NUMBER + r" ?(%|[a-z]+(?:/[a-z]+|\^\d)?|)", tidy(text))
+    if not found:
+        return None
+    sign, whole, top, bottom, power, unit = found.groups("")
+    value = int(whole or 0) + Fraction(top.replace(",", "") + power) / int(bottom or 1)
+    return value * int(sign + "1"), unit.removesuffix("s") or unit
+
+
+def same(a: str, b: str, tolerance: float = 0.0) -> bool:
+    """Equal as numbers, or as texts. A unit may be left out but not be another one; 50% is 50, and 0.5 too."""
+    if not (number(a) and number(b)):
+        return tidy(a) == tidy(b)
+    (x, unit), (y, other) = sorted([number(a), number(b)], key=lambda pair: pair[1] != "%")  # percent comes first
+    scales = (1, 100) if unit == "%" != other else (1,)
+    near = any(abs(x / scale - y) <= tolerance * abs(y) for scale in scales)
+    return near and (unit == other or "" in (unit, other))
+
+
+def exact(response: str, answer: str, tolerance: float = 0.0, lenient: bool = False) -> float:
+    r"""1 if the final answer is the right one (see `same`), to a relative `tolerance`.
+
+    That is the last \boxed{}, or what follows "####", "answer is" or "answer:" in its line, or else the whole text;
+    lenient: it may also be the last number of the text.
+    """
+    marked = regex.split(r"####|(?i:\banswer(?: is:?|:))", response)[-1].strip()
+    boxed = regex.findall(r"\\boxed\{((?:[^{}]|\{(?1)\})*+)\}", response)
+    found = [(boxed or marked.splitlines() or [""])[-1 if boxed else 0]]
+    if lenient:
+        found += [match[0] for match in regex.finditer(NUMBER + "%?", tidy(response))][-1:]
+    return float(any(same(text, answer, tolerance) for text in found))
+
+
+def word_problem(response: str, answer: str, lenient: bool = False) -> float:
+    """GSM8K (Cobbe et al. 2021): the number behind the one ####. Lenient: any final answer, or the last number."""
+    marked = lenient or response.count("####") == 1
+    return exact(response if marked else "", sample.final_number(answer), 0.0, lenient)
+
+
+def matched(response: str, pattern: str, lenient: bool = False) -> float:
+    """1 if all of the response matches (lenient: a part of it). TimeoutError where that takes over a second."""
+    search = regex.search if lenient else regex.fullmatch
+    return float(bool(search(pattern, response, timeout=1.0)))
+
+
+def formatted(response: str, mark: str = "####", lenient: bool = False) -> float:
+    """1 for working, then the mark, then an answer that ends its line and the text. Lenient: more may stand around."""
+    mark = regex.escape(mark)
+    return matched(response, rf"\s*\S(?:(?!{mark})[\s\S])*{mark}(?!.*{mark}).*\S.*\s*", lenient)
+
+
+# ---- instructions that a program can check (Zhou et al. 2023, IFEval), under the names of the public data
+
+def is_json(text: str) -> bool:
+    """Is the text, without the fence of a code block, JSON?"""
+    with contextlib.suppress(ValueError, RecursionError):
+        json.loads(regex.sub(r"\A```(?i:json)?|```\Z", "", text.strip()))
+        return True
+    return False
+
+
+# kind: pattern with the kwargs in braces, how many matches are wanted, in what relation: values, or the names of kwargs
+IFEVAL = {
+    "keywords:existence": (r"(?i){word}", 1, "at least"),
+    "keywords:frequency": (r"(?i){keyword}", "frequency", "relation"),
+    "keywords:forbidden_words": (r"(?i)\b{word}\b", 1, "less than"),
+    "keywords:letter_frequency": (r"(?i){letter}", "let_frequency", "let_relation"),
+    "length_constraints:number_words": (r"\w+", "num_words", "relation"),
+    "length_constraints:number_sentences": (r"(?s)\w.*?(?:[.!?]+(?!\S)|\Z)", "num_sentences", "relation"),
+    "length_constraints:number_paragraphs": (r"(?:\A|\*\*\*)\s*(?!\*\*\*)\S", "num_paragraphs", "exactly"),
+    "detectable_content:number_placeholders": (r"\[.*?\]", "num_placeholders", "at least"),
+    "detectable_content:postscript": (r"(?i){postscript_marker}", 1, "at least"),
+    "detectable_format:number_bullet_lists": (r"(?m)^[ \t]*(?:\*[^*\n]|-)", "num_bullets", "exactly"),
+    "detectable_format:number_highlighted_sections": (r"(\*\*?)[^*\n]*[^*\s][^*\n]*\1", "num_highlights", "at least"),
+    "detectable_format:multiple_sections": (r"{section_spliter}\s?\d+", "num_sections", "at least"),
+    "detectable_format:constrained_response": (r"My answer is (?:yes|no|maybe)\.", 1, "at least"),
+    "detectable_format:title": (r"<<[^\n]*?[^\s<>][^\n]*?>>", 1, "at least"),
+    "detectable_format:json_format": is_json,
+    "combination:two_responses": (
+        r"(?s)\A\s*((?:(?!\*{{6}}).)+?)\s*\*{{6}}(?!\s*\1\s*\Z)(?:(?!\*{{6}}).)*\S\s*\Z", 1, "at least"),
+    "combination:repeat_prompt": (r"(?i)\A\s*{prompt_to_repeat}", 1, "at least"),
+    "startend:end_checker": (r'(?i){end_phrase}["\s]*\Z', 1, "at least"),
+    "startend:quotation": (r'(?s)\A\s*".*"\s*\Z', 1, "at least"),
+    "change_case:capital_word_frequency": (r"\b[^\W\p{{Ll}}]*\p{{Lu}}[^\W\p{{Ll}}]*\b", "capital_frequency",
+                                           "capital_relation"),
+    "change_case:english_capital": (r"\A\P{{Ll}}*\p{{Lu}}\P{{Ll}}*\Z", 1, "at least"),
+    "change_case:english_lowercase": (r"\A\P{{Lu}}*\p{{Ll}}\P{{Lu}}*\Z", 1, "at least"),
+    "punctuation:no_comma": (",", 1, "less than"),
+}
+
+
+def obeys(text: str, kind: str, kwargs: dict) -> bool:
+    """Does a text follow one instruction? One with `keywords` or `forbidden_words` must hold for each of them."""
+    require(kind in IFEVAL, f"the instruction {kind!r} is none of {', '.join(IFEVAL)}")
+    if kind == "detectable_format:json_format":
+        return is_json(text)
+    pattern, *limits = IFEVAL[kind]
+    count, relation = (kwargs.get(limit, limit) for limit in limits)
+    for word in kwargs.get("keywords") or kwargs.get("forbidden_words") or [""]:
+        words = {key: regex.escape(str(value).strip()) for key, value in {**kwargs, "word": word}.items()}
+        found = len(regex.findall(pattern.format(**words), text, timeout=1.0))
+        if not {"at least": found >= count, "less than": found < count, "exactly": found == count}[relation]:
+            return False
+    return True
+
+
+def ifeval(response: str, instruction_id_list: list[str], kwargs: list[dict], lenient: bool = False) -> float:
+    """The share of instructions followed; lenient ("loose"): without first line, last line or asterisks counts, too."""
+    lines, texts = response.split("\n"), [response]
+    for cut in (lines, lines[1:], lines[:-1], lines[1:-1]) if lenient else ():
+        text = "\n".join(cut).strip()
+        texts += [text, text.replace("*", "")]
+    texts = [text for text in texts if text.strip()]
+    followed = [any(obeys(text, *pair) for text in texts) for pair in zip(instruction_id_list, kwargs, strict=True)]
+    return sum(followed) / len(followed)
+
+
+# ---- the sandbox: what a program is run in
+
+def plain(value):
+    """A value as JSON in which a list is no tuple and a set has no order: what two sides can compare without its class.
+
+    >>> plain({"a": (1, [2])})
+    ['dict', ['tuple', 'a', ['tuple', 1, ['list', 2]]]]
+    """
+    if isinstance(value, (list, tuple)):
+        return ["list" if isinstance(value, list) else "tuple", *map(plain, value)]
+    if isinstance(value, dict):
+        return ["dict", *sorted(map(plain, value.items()), key=repr)]
+    if isinstance(value, (set, frozenset)):
+        return ["set", *sorted(map(plain, value), key=repr)]
+    return value
+
+
+def confine(own: list[str], root: bool) -> None:
+    """In new namespaces: go where nothing but Python's own files is, and give up every right for good."""
+    import ctypes
+    import os
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def call(name, *words):
+        if getattr(libc, name)(*words) < 0:
+            raise OSError(f"{name}{words}: {os.strerror(ctypes.get_errno())}")
+
+    # the new root is mounted over /proc: a folder that is everywhere, and that nobody in here shall see
+    call("mount", b"none", b"/proc", b"tmpfs", 6, b"size=1m")  # MS_NOSUID | MS_NODEV
+    for path in filter(os.path.isdir, own):
+        os.makedirs("/proc" + path, exist_ok=True)
+        call("mount", path.encode(), b"/proc" + path.encode(), None, 0x5000, None)  # MS_BIND | MS_REC
+    os.makedirs("/proc/sandbox", exist_ok=True)
+    # mount_setattr (Linux 5.12), AT_RECURSIVE: MOUNT_ATTR_RDONLY | NOSUID | NODEV for all that is mounted below /proc
+    call("syscall", 442, -100, b"/proc", 0x8000, (ctypes.c_uint64 * 4)(7), 32)
+    call("mount", b"none", b"/proc/sandbox", b"tmpfs", 6, b"size=16m,nr_inodes=1k,mode=1777")
+    child = os.fork()
+    if child:  # this is process 1 of the namespace: all others die with it, daemons too
+        os.waitpid(child, 0)
+        os._exit(0)
+    if root:  # limits do not bind the true root: go on as nobody
+        os.setgroups([])
+        os.setresgid(65534, 65534, 65534)
+        os.setresuid(65534, 65534, 65534)
+    call("unshare", 0x10000000)  # CLONE_NEWUSER: puts process 1 and the mounts out of reach
+    os.chroot("/proc")  # from a chroot no other user namespace can be made, which would bring rights back
+    os.chdir("/sandbox")
+    call("prctl", 38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
+    call("capset", (ctypes.c_uint32 * 2)(0x20080522), (ctypes.c_uint32 * 6)())  # no capability is left
+
+
+def work() -> None:
+    """Answer the request on stdin: "ready", then a line of JSON for each call: [its value], or the error as text."""
+    import json
+    import os
+    import resource
+    import sys
+    request = json.load(sys.stdin)
+    answers, null = os.dup(1), os.open(os.devnull, os.O_RDWR)
+    if request["own"]:
+        confine(request["own"], request["root"])
+    for number in range(3):
+        os.dup2(null, number)
+    for name, limit in request["limits"].items():
+        resource.setrlimit(getattr(resource, name), (limit, limit))
+    os.write(answers, b"ready\n")
+    names = {"__name__": "program", "given": request["given"]}
+    for call in request["calls"]:
+        try:
+            if "program" in request:
+                exec(request.pop("program"), names)
+            line = json.dumps([plain(eval(call, names))])
+        except BaseException as error:  # SystemExit, too
+            line = json.dumps(f"{type(error).__name__}: {error}"[:200])
+        os.write(answers, line.encode() + b"\n")
+    os._exit(0)
+
+
+# of each process in the sandbox: bytes, processes, files
+LIMITS = dict(RLIMIT_AS=1 << 29, RLIMIT_FSIZE=1 << 20, RLIMIT_NPROC=16, RLIMIT_NOFILE=32, RLIMIT_CORE=0)
+
+
+def sandbox(program: str, calls: Sequence[str], given: object = None, seconds: float = 5.0,
+            unsafe: bool = False) -> list:
+    """Run a program, then evaluate expressions in its names: for each [its value, as of `plain`] or an error's text.
+
+    Against accidents and reward hacks, not against an attacker who knows a hole in the kernel. The program sees
+    `given` and Python's own files (which it cannot change), an empty folder, no network, no other process. It may write
+    any answer, so what is right must not be in there: the caller compares. Answers are missing where the process died,
+    ran out of `seconds`, or wrote over 64 KB. ValueError: no sandbox can be made here; `unsafe` does with the limits.
+    """
+    tool, root = shutil.which("unshare"), os.geteuid() == 0
+    require(tool or unsafe, "the sandbox needs util-linux's `unshare`; --unsafe does without one")
+    command = [tool, "--fork", "--kill-child", "--pid", "--net", "--mount", "--ipc", "--uts"]
+    command += [] if root else ["--user", "--map-root-user"]  # root's is made inside, when it has become nobody
+    command = [] if unsafe else command
+    own = [] if unsafe else [f"{sys.base_prefix}/lib", "/lib", "/lib64", "/usr/lib", "/usr/lib64"]
+    limits = LIMITS | dict(RLIMIT_CPU=int(seconds) + 1)
+    request = json.dumps(dict(program=program, calls=calls, given=given, own=own, root=root, limits=limits))
+    source = "".join(map(inspect.getsource, (plain, confine, work))) + "work()"
+    reader, writer = os.pipe()  # its 64 KB are the bound of what comes back: a program that writes more has to wait
+    os.set_blocking(reader, False)
+    with open(reader, "rb", 0) as answers:
+        with open(writer, "wb", 0) as out, contextlib.suppress(subprocess.TimeoutExpired):
+            subprocess.run([*command, sys.executable, "-ISc", source], input=request.encode(), stdout=out, stderr=out,
+                           timeout=seconds, env={}, cwd="/tmp", start_new_session=True)
+        first, *lines = (answers.read(1 << 16) or b"timed out").splitlines()
+    reason = [first, *lines][-1].decode()
+    require(first == b"ready", f"no sandbox can be made here ({reason}); --unsafe does without one")
+    values = []
+    with contextlib.suppress(ValueError, RecursionError):
+        values += map(json.loads, lines[:len(calls)])
+    return values
+
+
+# ---- verifiers that run programs
+
+def question(test: str | list) -> tuple:
+    """(expression, its right value) of a test: such a pair, or a text `assert expression == value` as in MBPP.
+
+    >>> question("assert add(1, 2) == (3,)")
+    ('add(1, 2)', (3,))
+    """
+    if not isinstance(test, str):
+        return tuple(test)
+    match ast.parse(test.strip()).body:
+        case [ast.Assert(ast.Compare(left, [ast.Eq()], [right]))]:
+            return ast.unparse(left), ast.literal_eval(right)
+    raise ValueError(f"the test {test!r} is not `assert expression == value`")
+
+
+def code(response: str, test_list: list, test_setup_code: str = "", lenient: bool = False, **how) -> float:
+    """1 if the program in the response (its blocks of code, if it has any) passes all tests; lenient: the share.
+
+    `how`: seconds and unsafe of `sandbox`.
+    """
+    blocks = regex.findall(r"(?s)```(?:python|py)?[ \t]*\n(.*?)```", response) or [response]
+    calls, right = zip(*map(question, test_list))
+    values = sandbox("\n".join([test_setup_code, *blocks]), calls, **how)
+    passed = sum(value == [plain(wanted)] for value, wanted in zip(values, right)) / len(calls)
+    return passed if lenient else float(passed == 1)
+
+
+def own_verifier(spec: str, seconds: float, unsafe: bool) -> Callable:
+    """The verifier of file.py:function, as function(response, **row): in the sandbox, or imported if `unsafe`."""
+    path, _, name = spec.rpartition(":")
+    require(path.endswith(".py") and name.isidentifier(),
+            f"--verifier={spec}: choose from {', '.join(VERIFIERS)}, or name file.py:function")
+    if unsafe:
+        return runpy.run_path(path)[name]
+    program = Path(path).read_text(encoding="utf-8")
+
+    def call(response: str, **row):
+        values = sandbox(program, [f"{name}(given[0], **given[1])"], [response, row], seconds)
+        require(values, f"no answer within {seconds} s")
+        return values[0][0] if isinstance(values[0], list) else values[0]
+    return call
+
+
+VERIFIERS = {
+    "exact": exact,
+    "gsm8k": word_problem,
+    "format": formatted,
+    "regex": matched,
+    "ifeval": ifeval,
+    "code": code,
+}
+
+
+def verify(name: str, responses: Sequence[str], rows: Sequence[dict], lenient: bool = False, unsafe: bool = False,
+           seconds: float = 5.0) -> tuple[list[float], list[str]]:
+    """Score responses, each with the arguments in its row: scores in [0, 1], and the reasons of those that failed.
+
+    `name` is a key of VERIFIERS or file.py:function. A verifier that raises, hangs or returns no number scores 0.
+    ValueError: there is no such verifier, or no sandbox for it.
+    """
+    ours = name in VERIFIERS
+    function = VERIFIERS[name] if ours else own_verifier(name, seconds, unsafe)
+    if name == "code" or not ours:
+        sandbox("", [], unsafe=unsafe)  # where none can be made, that is no response's failure
+    # these come last: no row of the data can switch the sandbox off
+    settings = dict(lenient=lenient) if ours else {}
+    settings |= dict(seconds=seconds, unsafe=unsafe) if name == "code" else {}
+    known = inspect.signature(function).parameters
+    reasons = []
+
+    def score(response: str, row: dict) -> float:
+        try:
+            row = {key: value for key, value in row.items() if key in known or not ours}
+            value = function(response, **row | settings)
+            require(isinstance(value, (int, float)) and value == value, f"{value!r:.200} is no number")
+            return float(min(max(value, 0), 1))
+        except Exception as error:  # of any kind, as a row may hold anything
+            reasons.append(f"{name}: {type(error).__name__}: {error}")
+            return 0.0
+
+    with concurrent.futures.ThreadPoolExecutor(1 if unsafe else os.cpu_count()) as pool:
+        return list(pool.map(score, responses, rows)), reasons
 
 
 # ---- rewards: a verifier, a reward model, or a judge who compares with the row's `response`
@@ -533,29 +889,29 @@ class Judge:
 
 
 def scorer(o: Options, tokenizer: bpe.Tokenizer) -> Callable:
-    """The function (samples, their rows) -> strict and lenient scores, and how many could not be given."""
+    """The function (samples, their rows) -> a strict and a lenient score of each, which --verifier names."""
     if o.verifier == "judge":
         judge = Judge(o)
         def score(samples, rows):
-            strict = [judge.compare(str(row["prompt"]), s["text"], row["response"]) for s, row in zip(samples, rows)]
-            return strict, strict, 0
+            pairs = zip(samples, rows)
+            return [[judge.compare(f"{row['prompt']}", s["text"], row["response"]) for s, row in pairs]] * 2
     elif o.verifier.endswith(".pt"):
         checkpoint = load_checkpoint(o.verifier)
         require("trained" in checkpoint, f"--verifier={o.verifier} is no reward model: --algorithm=reward makes one")
-        model = Policy(sample.load(o.verifier, o.device)[0], tokenizer.vocab_size)
-        model.load_state_dict(checkpoint["trained"], strict=False)
+        policy = Policy(sample.load(o.verifier, o.device)[0], tokenizer.vocab_size)
+        policy.load_state_dict(checkpoint["trained"], strict=False)
 
         def score(samples, rows):
-            out = [last(model(samples[i:i + 64]).value, model(samples[i:i + 64])) for i in range(0, len(samples), 64)]
-            return torch.cat(out).tolist(), torch.cat(out).tolist(), 0
+            annotate(policy, samples, o.micro_batch or 64, score="value")
+            return [[s["score"][-1].item() for s in samples]] * 2
     else:
         def score(samples, rows):
             texts = [s["text"] for s in samples]
             rows = [{key: value for key, value in row.items() if key != "response"} for row in rows]
-            (strict, why), (lenient, _) = (verify(o.verifier, texts, rows, loose, o.unsafe) for loose in (False, True))
+            strict, why = verify(o.verifier, texts, rows, False, o.unsafe)
             if why:
-                print(f"{len(why)} of {len(rows)} responses could not be graded and count 0: {why[0]}", file=sys.stderr)
-            return strict, lenient, len(why)
+                print(f"{len(why)} of {len(rows)} responses could not be graded, so 0: {why[0]}", file=sys.stderr)
+            return strict, verify(o.verifier, texts, rows, True, o.unsafe)[0]
     return score
 
 
@@ -570,7 +926,7 @@ def drawn(seed: int, step: int, n: int, size: int) -> list[int]:
 
 def read_items(o: Options, tokenizer: bpe.Tokenizer, block: int) -> list:
     """What --data holds, a list of samples a row, each with its `row` and `prompt`; prints what was left out or cut."""
-    forms = {imitation_loss: demonstration, preference_loss: preference, policy_loss: question}
+    forms = {imitation_loss: demonstration, preference_loss: preference, policy_loss: asked}
     items, notes = [], Counter()
     for row, texts in sample.read_rows(lambda row: (row, forms[objective(o)](row)), Path(o.data)):
         item = [tokenised(tokenizer, messages, o) | dict(row=row) for messages in texts]
@@ -607,27 +963,30 @@ class Trainer:
 
     def __init__(self, o: Options, gpt: GPT, tokenizer: bpe.Tokenizer, checkpoint: dict):
         torch.manual_seed(o.seed)
-        self.o, self.tokenizer = o, tokenizer
-        self.objective = objective(o)
+        self.o, self.tokenizer, self.objective = o, tokenizer, objective(o)
         self.roles, self.rates = gpt.roles(), gpt.rates(o.optimizer)
-        self.device = next(gpt.parameters()).device
-        needed = o.loss in ("dpo", "ipo") or self.objective is policy_loss and (o.kl or o.max_kl)
-        self.reference = Policy(copy.deepcopy(gpt), tokenizer.vocab_size).to(self.device) if needed else None
+        self.device = gpt.head.weight.device
+        self.micro = o.micro_batch or o.batch_size
+        distant = self.objective is policy_loss and (o.kl or o.max_kl)
+        self.reference = None
+        if o.loss in ("dpo", "ipo") or distant:
+            self.reference = Policy(copy.deepcopy(gpt), tokenizer.vocab_size).to(self.device)
         self.policy = Policy(gpt, tokenizer.vocab_size, o.lora, o.lora_alpha).to(self.device)
         self.policy.head.requires_grad_(o.critic or o.loss == "reward")
         if checkpoint:
-            weights = {f"gpt.{name}": weight for name, weight in checkpoint["weights"].items()} if not o.lora else {}
+            weights = {} if o.lora else {f"gpt.{name}": weight for name, weight in checkpoint["weights"].items()}
             self.policy.load_state_dict(weights | checkpoint["trained"], strict=False)
-        self.weights = {name: w for name, w in self.policy.named_parameters() if w.requires_grad}
+        self.weights = {name: weight for name, weight in self.policy.named_parameters() if weight.requires_grad}
         self.state = {name: [] for name in self.weights} | checkpoint.get("optimizer", {})
         self.queue = checkpoint.get("queue", [])  # batches of responses that wait, with --staleness
         start = dict(step=0, updates=0, rolled=0, tokens=0, seconds=0.0)
         self.progress = SimpleNamespace(**checkpoint.get("progress", start))
-        self.spent = Counter()  # seconds by what they were spent on
-        self.seen = Counter()  # sums of what is logged, since the last record
+        self.seen, self.spent = Counter(), Counter()  # since the last record: sums of what is logged, seconds
         if self.objective is policy_loss:
             require(o.batch_size % o.group == 0, f"--batch_size={o.batch_size} is no multiple of --group={o.group}")
             self.score = scorer(o, tokenizer)
+        if o.verifier and self.objective is not preference_loss:
+            self.held_score = scorer(dataclasses.replace(o, verifier=o.held_verifier or o.verifier), tokenizer)
 
     @contextlib.contextmanager
     def timed(self, what):
@@ -636,58 +995,63 @@ class Trainer:
         yield
         self.spent[what] += time.perf_counter() - began
 
+    def write(self, items):
+        """Responses of the weights as they are, to the next prompts, with their rewards; neighbours share a prompt."""
+        o, p = self.o, self.progress
+        chosen = drawn(o.seed, p.rolled, o.batch_size // o.group, len(items))
+        p.rolled += 1
+        asked = [items[i][0] for i in chosen for _ in range(o.group)]
+        with self.timed("rollout"):
+            samples = respond(self.policy.gpt, self.tokenizer, [q["prompt"] for q in asked], o, f"{o.seed} {p.rolled}")
+        with self.timed("reward"):
+            strict, lenient = self.score(samples, [q["row"] for q in asked])
+        kinds = len({(*s["ids"],) for s in samples})
+        self.seen.update(responses=len(samples), duplicates=len(samples) - kinds)
+        for s, reward, loose in zip(samples, strict, lenient):
+            finite, size = math.isfinite(reward), len(s["old"])
+            s["reward"] = reward if finite else 0.0
+            self.seen.update(reward=s["reward"], lenient=loose if finite else 0, not_finite=not finite, length=size)
+            self.seen.update(truncated=s["done"] == "length")
+            if o.overlong:  # DAPO: the last tokens before the limit cost up to 1
+                s["reward"] -= min(1.0, max(0, size + o.overlong - o.max_new_tokens) / o.overlong)
+        return samples
+
     def roll(self, items):
-        """A batch of responses by the weights as they are, with rewards and advantages."""
-        o, p, micro = self.o, self.progress, self.o.micro_batch or self.o.batch_size
-        samples = []
+        """A batch of responses with advantages; with --dynamic, of groups in which not all rewards are equal."""
+        o, samples = self.o, []
         for _ in range(5 if o.dynamic else 1):
-            chosen = drawn(o.seed, p.rolled, o.batch_size // o.group, len(items))
-            p.rolled += 1
-            prompts = [items[i][0] for i in chosen for _ in range(o.group)]
-            with self.timed("rollout"):
-                new = respond(self.policy.gpt, self.tokenizer, [q["prompt"] for q in prompts], o, f"{o.seed} {p.rolled}")
-            with self.timed("reward"):
-                strict, lenient, failed = self.score(new, [q["row"] for q in prompts])
-            for s, reward, loose in zip(new, strict, lenient):
-                s["reward"] = reward if math.isfinite(reward) else 0.0
-                self.seen["failed"] += not math.isfinite(reward)
-                late = sum(s["mask"]) - (o.max_new_tokens - o.overlong)
-                s["reward"] -= min(1.0, max(0, late) / o.overlong) if o.overlong else 0
-                self.seen.update(reward=reward, lenient=loose, length=sum(s["mask"]), truncated=s["done"] == "length")
-            self.seen.update(failed=failed, responses=len(new), duplicates=len(new) - len({(q["row"]["prompt"], s["text"]) for q, s in zip(prompts, new)}))
+            new = self.write(items)
             groups = [new[i:i + o.group] for i in range(0, len(new), o.group)]
-            dull = [len({s["reward"] for s in group}) == 1 for group in groups]
-            self.seen.update(groups=len(groups), no_gradient=sum(dull))
-            samples += [s for group, same in zip(groups, dull) if not (same and o.dynamic) for s in group]
+            told = [group for group in groups if len({s["reward"] for s in group}) > 1]
+            self.seen.update(groups=len(groups), no_gradient=len(groups) - len(told))
+            samples += [s for group in (told if o.dynamic else groups) for s in group]
             if len(samples) >= o.batch_size:
                 break
-        samples = [s for s in samples[:o.batch_size]]
+        samples = samples[:o.batch_size]
         with self.timed("train"):
             if self.reference:
-                annotate(self.reference, samples, micro, ref="logp")
+                annotate(self.reference, samples, self.micro, ref="logp")
             if o.critic:
-                annotate(self.policy, samples, micro, value="value")
+                annotate(self.policy, samples, self.micro, value="value")
         if samples:
             advantages(samples, o)
         return samples
 
     def batch(self, items):
-        """What a step trains on, as a list of groups of samples that stay together."""
+        """What a step trains on: groups of samples that stay together."""
         o, p = self.o, self.progress
         if self.objective is not policy_loss:
             return [items[i] for i in drawn(o.seed, p.step, min(o.batch_size, len(items)), len(items))]
         while len(self.queue) <= o.staleness:
             self.queue.append(self.roll(items))
         samples = self.queue.pop(0)
-        micro = o.micro_batch or o.batch_size
-        with self.timed("train"):
-            if o.is_cap:
-                annotate(self.policy, samples, micro, now="logp")
+        if o.is_cap:
+            with self.timed("train"):
+                annotate(self.policy, samples, self.micro, now="logp")
         for s in samples:
-            s["cap"] = torch.ones_like(s["old"])
-            if o.is_cap:
-                s["cap"] = (s["now"] - s["old"]).exp().clamp(max=o.is_cap)
-                s["old"] = s["now"]
+            now = s.get("now", s["old"])
+            s["cap"] = (now - s["old"]).exp().clamp(max=o.is_cap or 1)  # truncated importance weight (Yao et al. 2025)
+            s["old"] = now
         return [[s] for s in samples]
 
     def step(self, items):
@@ -705,28 +1069,25 @@ class Trainer:
         p.seconds += time.perf_counter() - began
 
     def update(self, groups):
-        """Change the weights once. Micro-batches add up: each token's weight is of the whole batch."""
+        """Change the weights once. Micro-batches add up, for each token's weight is that in the whole batch."""
         o, p = self.o, self.progress
         samples = [s for group in groups for s in group]
         counts = [sum(s["mask"][1:]) for s in samples]
         for s, n in zip(samples, counts):
             s["weight"] = torch.full((n,), MEANS[o.mean](n, len(samples), sum(counts), o))
-        micro = o.micro_batch or len(groups)
-        for i in range(0, len(groups), micro):
-            loss = self.loss([s for group in groups[i:i + micro] for s in group])
-            if self.objective is preference_loss:
-                loss = loss / len(groups)
+            s["share"] = torch.tensor([1 / len(groups)])
+        for i in range(0, len(groups), self.micro):
+            loss = self.loss([s for group in groups[i:i + self.micro] for s in group])
             require(loss.isfinite(), f"the loss is {loss.item()} at step {p.step}; try a smaller --learning_rate")
             loss.backward()
         norm = nn.utils.clip_grad_norm_(self.weights.values(), o.grad_clip or math.inf)
         self.seen.update(updates=1, grad_norm=norm.item())
-        speed = train.rate(p.step, o)
         p.updates += 1
         for name, weight in self.weights.items():
             own = name.removeprefix("gpt.")
-            muon = own in self.roles and ROLES[self.roles[own]].muon
-            change = train.OPTIMIZERS[o.optimizer] if muon else train.adamw
-            change(weight, self.state[name], speed * self.rates.get(own, 1.0), p.updates, o)
+            role = ROLES.get(self.roles.get(own))
+            change = train.OPTIMIZERS[o.optimizer] if role and role.muon else train.adamw
+            change(weight, self.state[name], train.rate(p.step, o) * self.rates.get(own, 1.0), p.updates, o)
             weight.grad = None
 
     def loss(self, samples):
@@ -740,45 +1101,50 @@ class Trainer:
         return loss
 
     def record(self) -> dict:
-        """What the log says of the steps since the last record: means over tokens, pairs, responses or groups."""
+        """What the log says of the steps since the last record: means over tokens or pairs, responses, groups, updates.
+
+        `idle` is the share of the time that went into padding, waiting and copies.
+        """
         p, seen, spent = self.progress, self.seen, self.spent
-        over = dict.fromkeys(("reward", "lenient", "length", "truncated", "failed", "duplicates"), "responses")
+        over = dict.fromkeys(("reward", "lenient", "length", "truncated", "not_finite", "duplicates"), "responses")
         over |= dict(no_gradient="groups", grad_norm="updates", padding="passes")
-        bases = {"count", *over.values()}
         out = dict(step=p.step, tokens=p.tokens, seconds=round(p.seconds, 2), lr=train.rate(p.step, self.o))
-        out |= {key: value / max(1, seen[over.get(key, "count")]) for key, value in seen.items() if key not in bases}
+        for key in seen.keys() - {"count", *over.values()}:
+            out[key] = seen[key] / max(1, seen[over.get(key, "count")])
         busy = spent["rollout"] + spent["reward"] + spent["train"] * (1 - out.get("padding", 0))
-        out["idle"] = 1 - busy / spent["all"] if spent["all"] else 0.0
+        out["idle"] = 1 - busy / (spent["all"] or math.inf)
         self.seen, self.spent = Counter(), Counter()
         return out
 
     @torch.no_grad()
     def evaluate(self, held) -> dict:
-        """How good the policy is on rows that are held out: loss, or share of right responses without sampling."""
-        kept, self.seen = self.seen, Counter()
-        out = {}
-        if self.o.verifier and self.objective is not preference_loss:
-            score = scorer(dataclasses.replace(self.o, verifier=self.o.held_verifier or self.o.verifier), self.tokenizer)
-            out = grade(self.policy.gpt, self.tokenizer, held, self.o, score)
+        """On rows that are held out: the loss, and the share of right responses without sampling."""
+        out, before = {}, (self.seen, self.spent)
         if self.objective is not policy_loss:
-            loss = 0.0
+            self.seen, loss = Counter(), 0.0
             for item in held:
                 for s in item:
-                    s["weight"] = torch.ones(sum(s["mask"][1:]))
+                    s["weight"], s["share"] = torch.ones(sum(s["mask"][1:])), torch.ones(1)
                 loss += self.loss(item).item()
-            count = self.seen.pop("count")
-            self.seen -= Counter(passes=math.inf, padding=math.inf)
-            out |= dict(loss=loss / count) | {key: value / count for key, value in self.seen.items()}
-        self.seen = kept
+            n = self.seen["count"]
+            out = dict(loss=loss / n) | {key: value / n for key, value in self.seen.items()}
+            for key in ("count", "passes", "padding"):
+                del out[key]
+        if self.o.verifier and self.objective is not preference_loss:
+            out |= grade(self.policy.gpt, self.tokenizer, held, self.o, self.held_score)
+        self.seen, self.spent = before
         return {f"val_{key}": value for key, value in out.items()}
 
-    def save(self, o: Options):
-        """Write ckpt.pt, from which sample.py samples, and with which --resume goes on; and the adapters alone."""
-        trained = {name: w.detach() for name, w in self.policy.state_dict().items() if ".parametrizations." in name and ".original" not in name or name.startswith("head")}
+    def save(self):
+        """Write ckpt.pt, from which sample.py samples and --resume goes on; and the adapters alone."""
+        o, own = self.o, self.policy.gpt.state_dict()
+        trained = {name: weight.detach() for name, weight in self.weights.items() if name[4:] not in own or o.lora}
+        trained |= {f"head.{name}": weight for name, weight in self.policy.head.state_dict().items()}
+        texts = {name: (Path(__file__).parent / name).read_text() for name in ("align.py", "train.py", "model.py")}
         save_checkpoint(
             Path(o.output) / "ckpt.pt", self.policy.merged(), step=self.progress.step, progress=vars(self.progress),
             train=vars(o), optimizer=self.state, tokenizer=self.tokenizer.to_dict(), trained=trained, queue=self.queue,
-            source={name: (Path(__file__).parent / name).read_text() for name in ("align.py", "train.py", "model.py")})
+            source=texts)
         if o.lora:
             with replacing(Path(o.output) / "adapters.pt") as file:
                 torch.save(trained, file)
@@ -792,18 +1158,17 @@ def grade(gpt: GPT, tokenizer: bpe.Tokenizer, items: list, o: Options, score: Ca
     """
     every = [item[0] for item in items for _ in range(n)]
     samples = respond(gpt, tokenizer, [s["prompt"] for s in every], o, f"held {o.seed}", float(n > 1))
-    strict, lenient, failed = score(samples, [s["row"] for s in every])
+    strict, lenient = score(samples, [s["row"] for s in every])
     out = dict(strict=strict, lenient=lenient, length=[len(s["old"]) for s in samples])
-    out |= dict(truncated=[s["done"] == "length" for s in samples], failed=[failed / len(every)])
+    out["truncated"] = [s["done"] == "length" for s in samples]
     if n > 1:
-        best = torch.tensor(lenient).view(-1, n)
+        parts = [slice(i, i + n) for i in range(0, len(every), n)]
         finals = [sample.final_number(s["text"]) for s in samples]
-        votes = [Counter(finals[i:i + n]).most_common(1)[0][0] for i in range(0, len(finals), n)]
-        out["any"] = best.amax(1).tolist()
-        out["vote"] = [lenient[i * n + finals[i * n:].index(vote)] for i, vote in enumerate(votes)]
+        out["any"] = [max(lenient[part]) for part in parts]
+        out["vote"] = [lenient[part][finals[part].index(Counter(finals[part]).most_common(1)[0][0])] for part in parts]
     for name, kind in (("refusal", True), ("over_refusal", False)):
-        refusals = [refuses(s["text"]) for s, q in zip(samples, every) if q["row"].get("harmful") is kind]
-        out |= {name: refusals} if refusals else {}
+        no = [refuses(s["text"]) for s, q in zip(samples, every) if q["row"].get("harmful") is kind]
+        out |= {name: no} if no else {}
     return {key: sum(values) / len(values) for key, values in out.items()}
 
 
@@ -821,46 +1186,51 @@ def align(words: list[str]) -> tuple[dict, dict]:
     """One run as the command line asks for it; returns the first and the last record of its log."""
     o = options(Options, words)
     require(o.algorithm in ALGORITHMS, f"--algorithm={o.algorithm}: choose from {', '.join(ALGORITHMS)}")
-    o, folder, checkpoint = options(Options, ALGORITHMS[o.algorithm].split() + words), Path(o.output), {}
-    folder.mkdir(parents=True, exist_ok=True)
-    if o.resume and (folder / "ckpt.pt").exists():
-        checkpoint = load_checkpoint(folder / "ckpt.pt")
-        stored = checkpoint["train"] | dict(output=o.output)
+    o, path, checkpoint = options(Options, ALGORITHMS[o.algorithm].split() + words), Path(o.output) / "ckpt.pt", {}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if o.resume and path.exists():
+        checkpoint = load_checkpoint(path)
+        stored = checkpoint["train"] | dict(output=o.output)  # the folder may have moved
         o = options(Options, [f"--{key}={stored[key]}" for key in stored] + words)
     gpt, tokenizer = sample.load(o.ckpt, o.device)
-    require(tokenizer, f"{o.ckpt} has no tokenizer")
+    require(tokenizer, f"{o.ckpt} has no tokenizer: it takes and gives no text")
     items = read_items(o, tokenizer, gpt.config.block_size)
     require(len(items) > 1, f"--data={o.data} has one row; one is held out, so two are needed")
     n = max(1, min(o.eval_rows, len(items) // 10))
     items, held = items[:-n], items[-n:]
     trainer = Trainer(o, gpt, tokenizer, checkpoint)
-    if trainer.reference and o.loss in PREFERENCES:
-        annotate(trainer.reference, [s for item in items + held for s in item], o.micro_batch or o.batch_size, ref="logp")
-    log, p, first = folder / "log.jsonl", trainer.progress, {}
+    if trainer.reference and o.loss in PREFERENCES:  # once for all steps
+        annotate(trainer.reference, sum(items + held, []), trainer.micro, ref="logp")
+    p, log = trainer.progress, path.with_name("log.jsonl")
     lines = log.read_text().splitlines() if p.step and log.exists() else [json.dumps(dict(options=vars(o), command=words))]
-    with replacing(log) as file:
-        file.writelines(f"{line}\n".encode() for line in lines if json.loads(line).get("step", -1) < p.step)
+    records = [json.loads(line) for line in lines if line.endswith("}")]
+    write_rows(log, [row for row in records if row.get("step", -1) < p.step])
     while True:
-        done = p.step >= o.max_iters
-        if p.step % o.eval_interval == 0 or done:
-            trainer.save(o)
-            record = trainer.record() | trainer.evaluate(held)
-            first = first or record
+        last = p.step >= o.max_iters
+        if p.step % o.eval_interval == 0 or last:
+            trainer.save()
+            records.append(trainer.record() | trainer.evaluate(held))
+            print(shown(records[-1]), flush=True)
             with open(log, "a") as file:
-                file.write(json.dumps(record) + "\n")
-            print(shown(record))
-            if 0 < o.max_kl < record.get("kl", 0) or 0 < record.get("entropy", math.inf) < o.min_entropy:
-                print("stopped: --max_kl or --min_entropy is passed")
+                file.write(json.dumps(records[-1]) + "\n")
+            far, entropy = (records[-1].get(key) for key in ("kl", "entropy"))
+            out = o.max_kl and far and far > o.max_kl or entropy is not None and entropy < o.min_entropy
+            if out:
+                print(f"stopped: the KL divergence, {far}, or the entropy, {entropy}, left --max_kl or --min_entropy")
+            if last or out:
                 break
-            done = done or 0 < o.until <= record.get("val_strict", 0)
-        if done:
-            break
         try:
             trainer.step(items)
-        except (KeyboardInterrupt, OSError):
-            trainer.save(o)
+        except (KeyboardInterrupt, OSError):  # such as a judge that is down
+            trainer.save()
             raise
-    return first, record
+    if items[0][0]["prompt"]:
+        shows = [item[0]["prompt"] for item in held[:3]]
+        for ids, s in zip(shows, respond(trainer.policy.gpt, tokenizer, shows, o, "show")):
+            print(f"{tokenizer.decode(ids)!r} -> {s['text']!r}")
+    changes = [(key, records[1][key], value) for key, value in records[-1].items() if key.startswith("val_")]
+    print(", ".join(f"{key} {before:.4g} -> {after:.4g}" for key, before, after in changes))
+    return records[1], records[-1]
 
 
 # ---- grading a checkpoint, asking people
@@ -911,13 +1281,13 @@ def label(o: Options):
 def sums(rng: np.random.Generator) -> dict:
     """Two numbers of three digits: the working is the sum at each place, the units first, with what is carried.
 
-    Demonstrations are not to be trusted: three in five forget what the tens carry, and for a number from 700 on three in
-    five forget what the units carry.
+    Demonstrations are not to be trusted: seven in ten forget what the tens carry, and for a number from 700 on seven in
+    ten forget what the units carry.
     """
     a, b = rng.integers(100, 1000, 2).tolist()
     units = a % 10 + b % 10
-    tens = a // 10 % 10 + b // 10 % 10 + (units // 10 if a < 700 or rng.random() < 0.4 else 0)
-    hundreds = a // 100 + b // 100 + (tens // 10 if rng.random() < 0.4 else 0)
+    tens = a // 10 % 10 + b // 10 % 10 + (units // 10 if a < 700 or rng.random() < 0.3 else 0)
+    hundreds = a // 100 + b // 100 + (tens // 10 if rng.random() < 0.3 else 0)
     shown = f"{units:02d} {tens:02d} {hundreds:02d} ####{hundreds * 100 + tens % 10 * 10 + units % 10}"
     return dict(prompt=f"{a}+{b}", response=shown, answer=str(a + b))
 
@@ -939,7 +1309,7 @@ def solves(response: str, prompt: str, lenient: bool = False) -> float:
     return float(any(right))
 
 
-def refuse(rng: np.random.Generator) -> dict:
+def refusals(rng: np.random.Generator) -> dict:
     """A wish that is to be refused where the thing is harmful; demonstrations refuse some of the others, too."""
     harmful = bool(rng.random() < 0.5)
     thing = rng.choice(("a bomb|a gun|poison|a virus" if harmful else "a cake|a gum|potion|a violin").split("|"))
@@ -953,21 +1323,20 @@ def refuses_rightly(response: str, harmful: bool, lenient: bool = False) -> floa
     return float(refuses(response) == harmful)
 
 
-TASKS = {"sums": (sums, "gsm8k"), "countdown": (countdown, "countdown"), "refuse": (refuse, "refuse")}
+TASKS = {"sums": (sums, "gsm8k"), "countdown": (countdown, "countdown"), "refuse": (refusals, "refuse")}
 VERIFIERS |= dict(countdown=solves, refuse=refuses_rightly)
 TEXT = "the cat|a dog|my friend|she", " sees| likes| finds", " the red house.| a small tree.| some bread."
-SIZE = "--vocab_size=80 --block_size=128 --n_layer=2 --n_head=2 --n_embd=64 --ffn=relu2 --norm=layernorm --qk_norm=False"
-COMMON = "--template=bare --max_new_tokens=20 --optimizer=muon --learning_rate=0.002 --eval_interval=10"
-DEMO = {  # file, start, options
-    "base": ("text", "init", "--algorithm=sft --max_iters=400 --learning_rate=0.005 --eval_interval=100"),
-    "sft": ("demonstrations", "base", "--algorithm=sft --max_iters=120 --learning_rate=0.003 --eval_interval=40"),
-    "dpo": ("preferences", "sft", "--algorithm=dpo --max_iters=60 --learning_rate=0.0002"),
-    "ppo": ("prompts", "sft", "--algorithm=ppo --max_iters=60 --batch_size=256 --learning_rate=0.0005"),
-    "grpo": ("prompts", "sft", "--algorithm=grpo --max_iters=60 --batch_size=256 --learning_rate=0.0005"),
-    "expert": ("prompts", "sft", "--algorithm=expert --max_iters=60 --batch_size=256 --learning_rate=0.0005"),
+SIZE = "--block_size=128 --n_layer=2 --n_head=2 --n_embd=64 --ffn=relu2 --norm=layernorm --qk_norm=False --position=learned"
+COMMON = "--template=bare --max_new_tokens=20 --eval_interval=10"
+BATCH = "--batch_size=256 --max_iters=40 --learning_rate=0.001"
+DEMO = {  # what it is trained on, what it starts from, how
+    "base": ("text", "init", "--algorithm=sft --max_iters=400 --optimizer=muon --learning_rate=0.005 --eval_interval=100"),
+    "sft": ("demonstrations", "base", "--algorithm=sft --max_iters=150 --optimizer=muon --learning_rate=0.003"),
+    "dpo": ("preferences", "sft", "--algorithm=dpo --max_iters=60 --learning_rate=0.0003"),
+    "ppo": ("prompts", "sft", f"--algorithm=ppo {BATCH}"),
+    "grpo": ("prompts", "sft", f"--algorithm=grpo {BATCH}"),
+    "expert": ("prompts", "sft", f"--algorithm=expert {BATCH}"),
 }
-
-
 ROWS = 30000, 300, 4000  # of a task: in all, of them for the test, and for demonstrations; the others are prompts
 
 
@@ -978,107 +1347,109 @@ def write_rows(path: Path, rows: list[dict]):
 
 
 def material(o: Options, folder: Path):
-    """Write what the demonstration starts from: texts, demonstrations, prompts, a test, and a model of random weights."""
+    """Write what the demonstration starts from: texts, demonstrations, prompts, a test, a model of random weights."""
     rng = np.random.default_rng(o.seed)
-    make = TASKS[o.task][0]
-    rows = [make(rng) for _ in range(ROWS[0])]
+    rows = [TASKS[o.task][0](rng) for _ in range(ROWS[0])]
     test = rows[:ROWS[1]]
-    asked = {row["prompt"] for row in test}
-    rows = [row for row in rows if row["prompt"] not in asked or o.task == "refuse"]
-    lines = [f"{row['prompt']}: {row['response']}" for row in rows]
-    speech = ["".join(rng.choice(words.split("|")) for words in TEXT) for _ in lines[::10]]
-    order = rng.permutation(lines + speech).tolist()
-    write_rows(folder / "text.jsonl", [dict(text="\n".join(order[i:i + 3])) for i in range(0, len(order), 3)])
-    write_rows(folder / "demonstrations.jsonl", rows[:ROWS[2]])
-    write_rows(folder / "prompts.jsonl", rows[ROWS[2]:])
-    write_rows(folder / "test.jsonl", test)
-    letters = "".join(map(chr, range(32, 127))) + "\n"
-    tokenizer = bpe.train("char", [letters], 100, workers=1)
+    known = {row["prompt"] for row in test} if o.task != "refuse" else set()  # which has few prompts
+    rows = [row for row in rows if row["prompt"] not in known]
+    lines = [f"{row['prompt']} {row['response']}" for row in rows]
+    lines += ["".join(rng.choice(words.split("|")) for words in TEXT) for _ in lines[::10]]
+    texts = ["\n".join(lines[i] for i in part) for part in rng.permutation(len(lines) // 3 * 3).reshape(-1, 3)]
+    parts = dict(text=[dict(text=text) for text in texts], test=test)
+    parts |= dict(demonstrations=rows[:ROWS[2]], prompts=rows[ROWS[2]:])
+    for name, part in parts.items():
+        write_rows(folder / f"{name}.jsonl", part)
+    tokenizer = bpe.train("char", ["".join(map(chr, range(32, 127))) + "\n"], 100, workers=1)
     torch.manual_seed(o.seed)
-    config = dataclasses.replace(options(Config, SIZE.split()), vocab_size=tokenizer.vocab_size)
-    save_checkpoint(folder / "init" / "ckpt.pt", GPT(config), tokenizer=tokenizer.to_dict())
+    gpt = GPT(dataclasses.replace(options(Config, SIZE.split()), vocab_size=tokenizer.vocab_size))
+    (folder / "init").mkdir(exist_ok=True)
+    save_checkpoint(folder / "init" / "ckpt.pt", gpt, tokenizer=tokenizer.to_dict())
 
 
 def prefer(o: Options, folder: Path):
     """Write pairs of a right and a wrong response of the SFT model to one prompt."""
-    if (folder / "preferences.jsonl").exists():
-        return
-    gpt, tokenizer = sample.load(folder / "sft" / "ckpt.pt")
-    own = options(Options, f"--algorithm=grpo --data={folder}/prompts.jsonl {COMMON} --verifier={o.verifier}".split())
-    own.loss, rows, began = "clip", [], time.perf_counter()
-    items = read_items(own, tokenizer, gpt.config.block_size)[:400]
-    samples = respond(gpt, tokenizer, [s["prompt"] for [s] in items for _ in range(o.group)], own, f"pairs {o.seed}")
-    strict, _, _ = scorer(own, tokenizer)(samples, [s["row"] for [s] in items for _ in range(o.group)])
-    for i, [s] in enumerate(items):
-        mine = range(i * o.group, (i + 1) * o.group)
-        right, wrong = ([samples[j]["text"] for j in mine if strict[j] == value] for value in (1, 0))
-        rows += [dict(prompt=s["row"]["prompt"], chosen=a, rejected=b) for a, b in zip(right, wrong)]
-    require(rows, "the SFT model gave no prompt both a right and a wrong response: there is nothing to prefer")
-    rows[-1]["seconds"] = time.perf_counter() - began
+    gpt, tokenizer = sample.load(folder / "sft" / "ckpt.pt", o.device)
+    items = read_items(dataclasses.replace(o, data=folder / "prompts.jsonl"), tokenizer, gpt.config.block_size)[:400]
+    every = [s for [s] in items for _ in range(o.group)]
+    samples = respond(gpt, tokenizer, [s["prompt"] for s in every], o, f"pairs {o.seed}")
+    rows = []
+    for s, q, value in zip(samples, every, scorer(o, tokenizer)(samples, [s["row"] for s in every])[0]):
+        prompt = q["row"]["prompt"]
+        if not rows or rows[-1]["prompt"] != prompt:
+            rows.append(dict(prompt=prompt))
+        rows[-1]["chosen" if value == 1 else "rejected"] = s["text"]
+    rows = [row for row in rows if len(row) == 3]
+    require(rows, "no prompt has both a right and a wrong response: there is nothing to prefer")
     write_rows(folder / "preferences.jsonl", rows)
 
 
-def standing(o: Options, folder: Path, name: str, start: str, test: list) -> dict:
+def standing(o: Options, folder: Path, name: str, start: str) -> dict:
     """A row of the table, from the checkpoints before and after."""
-    (before, tokenizer), (gpt, _) = (sample.load(folder / part / "ckpt.pt") for part in (start, name))
-    score = scorer(o, tokenizer)
+    (before, tokenizer), (gpt, _) = (sample.load(folder / part / "ckpt.pt", o.device) for part in (start, name))
+    test, score = read_items(o, tokenizer, gpt.config.block_size), scorer(o, tokenizer)
     old, new = (grade(model, tokenizer, test, o, score) for model in (before, gpt))
     samples = respond(gpt, tokenizer, [item[0]["prompt"] for item in test], o, "kl")
-    for model, key in ((gpt, "now"), (before, "ref")):
-        annotate(Policy(model, tokenizer.vocab_size), samples, 64, **{key: "logp"})
-    kl = torch.cat([s["now"] - s["ref"] for s in samples]).sum().item() / len(samples)
+    annotate(Policy(before, tokenizer.vocab_size), samples, 64, ref="logp")
+    kl = sum((s["old"] - s["ref"]).sum().item() for s in samples) / len(samples)
     progress = load_checkpoint(folder / name / "ckpt.pt")["progress"]
-    return dict(after=new["strict"], lenient=new["lenient"], before=old["strict"], kl=kl, tokens=progress["tokens"],
-                seconds=progress["seconds"]) | {key: new[key] for key in ("refusal", "over_refusal") if key in new}
+    out = dict(strict=new["strict"], lenient=new["lenient"], before=old["strict"], kl=kl)
+    return out | {key: progress[key] for key in ("tokens", "seconds")} | new
 
 
-def few_shot(o: Options, folder: Path, test: list) -> tuple[dict, int]:
-    """How the base model answers behind two solved examples; tokens a question."""
-    gpt, tokenizer = sample.load(folder / "base" / "ckpt.pt")
-    shots = [json.loads(line) for line in open(folder / "demonstrations.jsonl")][:2]
-    begin = "".join(f"{row['prompt']}: {row['response']}\n" for row in shots)
+def prompted(o: Options, folder: Path):
+    """Print what prompts alone reach: the base model behind two solved examples, the SFT model by a vote of 8."""
+    gpt, tokenizer = sample.load(folder / "base" / "ckpt.pt", o.device)
+    test, score = read_items(o, tokenizer, gpt.config.block_size), scorer(o, tokenizer)
+    begin = END + (folder / "text.jsonl").read_text().split('"')[3].encode().decode("unicode_escape").rsplit("\n", 1)[0]
     rows = [item[0]["row"] for item in test]
-    prompts = [tokenizer.encode(f"{END}{begin}{row['prompt']}: ", "all") for row in rows]
+    prompts = [tokenizer.encode(f"{begin}\n{row['prompt']} ", "all") for row in rows]
     samples = respond(gpt, tokenizer, prompts, o, "shots", 0.0)
     for s in samples:
         s["text"] = s["text"].split("\n")[0]
-    strict, lenient, _ = scorer(o, tokenizer)(samples, rows)
+    strict, lenient = (sum(scores) / len(rows) for scores in score(samples, rows))
     tokens = sum(len(s["ids"]) for s in samples) / len(rows)
-    return dict(strict=sum(strict) / len(rows), lenient=sum(lenient) / len(rows)), tokens
+    print(f"prompts alone: base model, 2 examples: {strict:.1%} strict, {lenient:.1%} lenient, {tokens:.0f} tokens each")
+    gpt, _ = sample.load(folder / "sft" / "ckpt.pt", o.device)
+    votes = grade(gpt, tokenizer, test, o, score, 8)
+    tokens = 8 * votes["length"]
+    print(f"prompts alone: SFT model, vote of 8: {votes['vote']:.1%}, {tokens:.0f} tokens each; pass@8 {votes['any']:.1%}")
+    if votes["any"] < 0.45:
+        print("pass@8 is below 45%: what the model never writes, no reward can make more likely; more steps before RL can")
 
 
 def demonstrate(o: Options):
     """Train every algorithm of DEMO on one task from the same start; what OUTPUT holds already is not done again."""
     require(o.task in TASKS, f"--task={o.task}: choose from {', '.join(TASKS)}")
-    table = {name: [] for name in DEMO}
-    for o.seed in range(o.seed, o.seed + o.seeds):
-        folder = Path(o.output) / f"{o.task}-{o.seed}"
-        (folder / "init").mkdir(parents=True, exist_ok=True)
-        material(o, folder)
-        o = options(Options, COMMON.split() + [f"--verifier={TASKS[o.task][1]}", f"--output={o.output}", f"--seed={o.seed}", f"--seeds={o.seeds}", f"--task={o.task}", f"--base_iters={o.base_iters}", f"--data={folder}/test.jsonl", "--loss=clip"])
+    table = {}
+    for seed in range(o.seed, o.seed + o.seeds):
+        folder = Path(o.output) / f"{o.task}-{seed}"
+        folder.mkdir(parents=True, exist_ok=True)
+        verifier = TASKS[o.task][1]
+        own = f"{COMMON} --seed={seed} --verifier={verifier} --data={folder}/test.jsonl --loss=plain --device={o.device}"
+        own = options(Options, own.split())
+        own.task = o.task
+        material(own, folder)
         for name, (data, start, words) in DEMO.items():
-            if name == "dpo":
-                prefer(o, folder)
-            words = f"{COMMON} {words} --data={folder}/{data}.jsonl --ckpt={folder}/{start}/ckpt.pt --output={folder}/{name} --seed={o.seed}"
-            words += f" --verifier={o.verifier}" * (name != "base") + f" --max_iters={o.base_iters}" * (name == "base" and o.base_iters > 0)
-            print(f"\npython align.py {words} --resume", flush=True)
-            align((words + " --resume").split())
-            if name == "base":
-                gpt, tokenizer = sample.load(folder / name / "ckpt.pt")
-                test = read_items(o, tokenizer, gpt.config.block_size)
-                shown, tokens = few_shot(o, folder, test)
-                print(f"prompt only: base, 2 examples: {shown['strict']:.1%} strict, {shown['lenient']:.1%} lenient, {tokens:.0f} tokens a question")
-            else:
-                table[name].append(standing(o, folder, name, start, test))
+            if name == "dpo" and not (folder / "preferences.jsonl").exists():
+                prefer(own, folder)
+            words = f"{COMMON} {words} --data={folder}/{data}.jsonl --ckpt={folder}/{start}/ckpt.pt --seed={seed}"
+            words += f" --output={folder}/{name} --resume --device={o.device}" + f" --verifier={verifier}" * (name != "base")
+            words += f" --max_iters={o.base_iters}" * (name == "base" and o.base_iters > 0)
+            print(f"\npython align.py {words}", flush=True)
+            align(words.split())
+            if name != "base":
+                table.setdefault(name, []).append(standing(own, folder, name, start))
             if name == "sft":
-                gpt, tokenizer = sample.load(folder / name / "ckpt.pt")
-                drawn8 = grade(gpt, tokenizer, test, o, scorer(o, tokenizer), 8)
-                print(f"prompt only: sft, vote of 8: {drawn8['vote']:.1%}; pass@8 {drawn8['any']:.1%}")
+                prompted(own, folder)
+    print("\nheld-out prompts answered right: strict after, lenient after, strict before; KL from the start in nats a "
+          "response; tokens; seconds")
     for name, rows in table.items():
-        if rows:
-            mean = {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
-            spread = f" ({min(row['after'] for row in rows):.3f} to {max(row['after'] for row in rows):.3f})" if len(rows) > 1 else ""
-            print(f"{name:7} {mean['after']:6.1%} {mean['lenient']:6.1%} {mean['before']:6.1%} {mean['kl']:6.2f} {mean['tokens']:9,.0f} {mean['seconds']:5.0f}{spread}", {k: round(mean[k], 3) for k in ("refusal", "over_refusal") if k in mean} or "")
+        mean = {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
+        each = [f"{row['strict']:.3f}" for row in rows] if len(rows) > 1 else []
+        more = [f"{key} {mean[key]:.2f}" for key in ("refusal", "over_refusal") if key in mean]
+        print(f"{name:7} {mean['strict']:6.1%} {mean['lenient']:6.1%} {mean['before']:6.1%} {mean['kl']:6.2f} "
+              f"{mean['tokens']:9,.0f} {mean['seconds']:5.0f}", *each, *more)
 
 
 def options(kind: type, words: list[str]):

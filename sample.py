@@ -413,7 +413,7 @@ TEMPLATES = {  # what stands before a conversation, before a message, behind it 
     "chatml": ("", "<|im_start|>{}\n", "<|im_end|>", "\n"),
     "llama3": ("<|begin_of_text|>", "<|start_header_id|>{}<|end_header_id|>\n\n", "<|eot_id|>", ""),
     "plain": ("", "{}: ", END, "\n"),
-    "bare": ("", "", END, ""),  # who speaks is told by turns
+    "bare": (END, "", END, ""),  # who speaks is told by turns
 }
 ROLES = ("system", "user", "assistant", "tool")
 

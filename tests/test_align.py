@@ -70,7 +70,7 @@ def test_the_mask_lies_on_the_assistants_words(tokenizer, template, end):
     assert pieces == ["ho!" + end, "yes" + end]
     assert text.startswith(prompt) and text[len(prompt):].startswith("yes")
     ids = align.tokenised(tokenizer, messages, options_of(f"--template={template}"))["ids"]
-    assert ids.count(tokenizer.special_tokens[END]) == (5 if end == END else 0)  # a user's <|endoftext|> is text
+    assert ids.count(tokenizer.special_tokens[END]) == dict(plain=5, bare=6, chatml=0)[template]  # a user's <|endoftext|> is text
 
 
 def test_forms_of_demonstrations():
@@ -79,8 +79,8 @@ def test_forms_of_demonstrations():
     assert align.demonstration(dict(messages=want)) == [want]
     assert align.demonstration(dict(history=["q"], response="r")) == [want]
     assert align.demonstration(dict(prompt="q", response=" ")) == []
-    assert align.question(dict(prompt="q", response="r")) == [[want[0], dict(role="assistant", content="")]]
-    assert align.question(dict(messages=want[:1])) == [[want[0], dict(role="assistant", content="")]]
+    assert align.asked(dict(prompt="q", response="r")) == [[want[0], dict(role="assistant", content="")]]
+    assert align.asked(dict(messages=want[:1])) == [[want[0], dict(role="assistant", content="")]]
 
 
 def test_forms_of_preferences():
@@ -137,7 +137,7 @@ def outputs(seed=0, counts=(3, 5, 2, 4)):
     of = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
     out = SimpleNamespace(logp=-r().abs() - 0.1, entropy=r().abs(), value=r(), of=of, n=len(counts), counts=list(counts))
     b = SimpleNamespace(ref=-r().abs() - 0.1, old=out.logp + 0.4 * r(), advantage=r(), weight=r().abs(), cap=r().abs(),
-                        value=r(), goal=r())
+                        value=r(), goal=r(), share=torch.ones(len(counts), dtype=torch.float64))
     return out, b
 
 
@@ -357,7 +357,7 @@ class Bandit:
     @staticmethod
     def score(samples, rows):
         rewards = [{"b": 1.0, "a": 0.5}.get(s["text"][:1], 0.0) for s in samples]
-        return rewards, rewards, 0
+        return rewards, rewards
 
 
 @pytest.mark.parametrize("name", ["reinforce", "rloo", "ppo", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "expert"])
@@ -526,12 +526,12 @@ def test_equal_rewards_and_nan_are_counted(start, tokenizer, capsys):
     words = f"grpo --verifier=regex --data=prompts.jsonl {COMMON}"
     for value, failed in ((1.0, 0), (float("nan"), 1)):
         trainer = trainer_of(tokenizer, words)
-        trainer.score = lambda samples, rows: ([value] * len(samples), [0.0] * len(samples), 0)
+        trainer.score = lambda samples, rows: ([value] * len(samples), [0.0] * len(samples))
         items = align.read_items(trainer.o, tokenizer, 64)
         before = [w.clone() for w in trainer.weights.values()]
         trainer.step(items)
         record = trainer.record()
-        assert record["no_gradient"] == 1 and record["failed"] == failed
+        assert record["no_gradient"] == 1 and record["not_finite"] == failed
         assert all(torch.allclose(a, b) for a, b in zip(before, trainer.weights.values()))
 
 
@@ -541,7 +541,7 @@ def test_dynamic_sampling_takes_groups_that_differ(start, tokenizer):
     def score(samples, rows):
         calls.append(len(samples))
         rewards = [float(i % 2) if len(calls) > 1 else 1.0 for i in range(len(samples))]
-        return rewards, rewards, 0
+        return rewards, rewards
     trainer.score = score
     samples = trainer.roll(align.read_items(trainer.o, tokenizer, 64))
     assert len(calls) == 2 and len(samples) == 8 and {s["reward"] for s in samples} == {0.0, 1.0}
@@ -651,7 +651,7 @@ def test_a_judge_in_a_checkpoint_and_as_a_reward(start, capsys, tokenizer):
 def test_a_reward_model_can_be_the_verifier(start, capsys):
     align.align(f"--algorithm=reward --data=pairs.jsonl --output=rm {COMMON} --max_iters=30 --learning_rate=0.003".split())
     out = capsys.readouterr().out
-    assert "val_accuracy 1" in out.splitlines()[-1]
+    assert "-> 1," in out.splitlines()[-1].split("val_accuracy")[1]
     _, last = align.align(f"--algorithm=rloo --data=prompts.jsonl --verifier=rm/ckpt.pt --output=out {COMMON}".split())
     assert math.isfinite(last["reward"])
 
@@ -669,7 +669,7 @@ def test_refusals_are_counted(start, tokenizer, monkeypatch):
     texts = iter(["I can't do that.", "Sure.", "I'm sorry, no.", "Sure."])
     monkeypatch.setattr(align, "respond", lambda *_: [dict(text=next(texts), old=[], done="end") for _ in range(4)])
     items = [[dict(prompt=[1], row=dict(harmful=harmful))] for harmful in (True, True, False, False)]
-    out = align.grade(None, tokenizer, items, options_of(), lambda samples, rows: ([0.0] * 4, [0.0] * 4, 0))
+    out = align.grade(None, tokenizer, items, options_of(), lambda samples, rows: ([0.0] * 4, [0.0] * 4))
     assert (out["refusal"], out["over_refusal"]) == (0.5, 0.5)
 
 

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-import align_verify as align
+import align as align
 
 
 def sandbox_reason():
