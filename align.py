@@ -60,11 +60,11 @@ class Options:
     output: str = "aligned"  # folder of the run
     resume: bool = False  # go on from OUTPUT/ckpt.pt, with its options where none are given
     template: str = "plain"  # of conversations: bare, plain, chatml, llama3
-    verifier: str = ""  # what a right response is: a key of VERIFIERS, FILE.py:FUNCTION, a reward model FILE.pt, or judge
+    verifier: str = ""  # what is right: a key of VERIFIERS, FILE.py:FUNCTION, a reward model FILE.pt, or judge
     held_verifier: str = ""  # another verifier for the rows held out (empty: the same)
     unsafe: bool = False  # run code of others without a sandbox where there is none
     eval: str = ""  # grade the model on --data and stop: verify, ifeval, winrate
-    judge: str = ""  # who compares two responses: URL of an OpenAI-compatible endpoint (key in API_KEY), or a checkpoint
+    judge: str = ""  # who compares: URL of an OpenAI-compatible endpoint (its key in API_KEY), or a checkpoint
     judge_model: str = ""  # the endpoint's name for its model
     label: str = ""  # jsonl file of prompts: show two responses to each, ask which is better
     tool: str = ""  # that a model may call: calculator, in <<1+2=3>>, where it fills in the 3
@@ -90,7 +90,7 @@ class Options:
     entropy: float = 0.0  # weight of a bonus for entropy
     dynamic: bool = False  # replace groups of equal rewards by others
     overlong: int = 0  # so many tokens before the limit a response begins to lose reward
-    is_cap: float = 0.0  # compute old probabilities again, and weigh by new to engine's up to this (0: use the engine's)
+    is_cap: float = 0.0  # compute old probabilities anew, and weigh by theirs to the engine's, up to this (0: do not)
     staleness: int = 0  # updates since the weights that wrote a batch
     max_kl: float = 0.0  # stop where the distance to the start, in nats a token, is above (0: do not measure)
     min_entropy: float = 0.0  # stop where the entropy, in nats a token, is below
@@ -127,11 +127,12 @@ ALGORITHMS = {
     "reinforce": "--loss=plain --advantage=mean",  # Williams 1992
     "expert": "--loss=plain --advantage=right --epochs=2 --minibatches=2",  # STaR, Zelikman et al. 2022
     "rloo": "--loss=plain --advantage=leave_one_out",  # Ahmadian et al. 2024
-    "ppo": "--loss=clip --advantage=none --critic --lam=0.95 --whiten --kl=0.01 --kl_reward --kl_kind=k1 --minibatches=2",
+    "ppo": "--loss=clip --advantage=none --critic --lam=0.95 --whiten --kl=0.01 --kl_kind=k1 --kl_reward",
     "grpo": "--loss=clip --advantage=group --mean=sequence",
     "dr_grpo": "--loss=clip --advantage=centred --mean=constant",  # Liu et al. 2025
     "dapo": "--loss=clip --advantage=group --clip_high=0.28 --dynamic --overlong=16",  # Yu et al. 2025
-    "gspo": "--loss=clip --advantage=group --mean=sequence --ratio=sequence --clip_low=3e-4 --clip_high=4e-4",  # Zheng 2025
+    # Zheng et al. 2025: one ratio for the whole response
+    "gspo": "--loss=clip --advantage=group --mean=sequence --ratio=sequence --clip_low=3e-4 --clip_high=4e-4",
     "cispo": "--loss=cispo --advantage=group --clip_high=3",  # MiniMax 2025
 }
 
@@ -144,8 +145,11 @@ def conversation(row: dict) -> list[dict]:
         return row["messages"]
     turns = row["history"] if "history" in row else [row["prompt"]]
     turns = [*turns, row["response"]] if "response" in row else turns
-    roles = ("user", "assistant")
-    return [turn if isinstance(turn, dict) else dict(role=roles[i % 2], content=turn) for i, turn in enumerate(turns)]
+    messages = []
+    for turn in turns:
+        role = "assistant" if len(messages) % 2 else "user"
+        messages.append(turn if isinstance(turn, dict) else dict(role=role, content=turn))
+    return messages
 
 
 def demonstration(row: dict) -> list[list[dict]]:
@@ -214,7 +218,8 @@ def collate(samples: list[dict]) -> SimpleNamespace:
     sizes = [len(s["ids"]) for s in samples]
     rows = pack(sizes)
     single = len(rows) == len(samples)
-    tokens, place = torch.zeros(2, max(len(rows), 2 - single), max(sizes), dtype=torch.long)  # a mask needs two rows
+    T, R = max(sizes), max(len(rows), 2 - single)  # a mask needs two rows
+    tokens, place = torch.zeros(2, R, T, dtype=torch.long)
     at = {}
     for row, numbers in enumerate(rows):
         start = 0
@@ -222,7 +227,8 @@ def collate(samples: list[dict]) -> SimpleNamespace:
             end = start + sizes[i]
             tokens[row, start:end] = torch.tensor(samples[i]["ids"])
             place[row, start:end] = torch.arange(sizes[i])
-            at[i] = row * max(sizes) + start + torch.tensor(samples[i]["mask"][1:]).nonzero()[:, 0]
+            learned = torch.tensor(samples[i]["mask"][1:]).nonzero()
+            at[i] = row * T + start + learned[:, 0]
             start = end
     counts = [len(at[i]) for i in range(len(samples))]
     of = torch.arange(len(samples)).repeat_interleave(torch.tensor(counts))
@@ -237,8 +243,9 @@ class LoRA(nn.Module):
 
     def __init__(self, weight, rank, alpha):
         super().__init__()
-        self.a = nn.Parameter(torch.randn(rank, weight.shape[1]) / weight.shape[1]**0.5)
-        self.b = nn.Parameter(torch.zeros(weight.shape[0], rank))
+        n_out, n_in = weight.shape
+        self.a = nn.Parameter(torch.randn(rank, n_in) / n_in**0.5)
+        self.b = nn.Parameter(torch.zeros(n_out, rank))
         self.scale = alpha / rank
 
     def forward(self, weight):
@@ -271,7 +278,8 @@ class Policy(nn.Module):
 
     def forward(self, samples):
         c = collate(samples)
-        tokens, place, at, of = (x.to(self.head.weight.device) for x in (c.tokens, c.place, c.at, c.of))
+        device = self.head.weight.device
+        tokens, place, at, of = (x.to(device) for x in (c.tokens, c.place, c.at, c.of))
         where = torch.arange(tokens.shape[1], device=at.device).expand_as(tokens)
         if not c.single:  # texts that share a row do not see each other
             self.gpt.look = lambda tokens, state: (tokens, where, place)
@@ -294,10 +302,12 @@ class Policy(nn.Module):
 def annotate(policy: Policy, samples: list[dict], micro: int, **names: str):
     """Write into each sample what the policy says of its tokens: annotate(reference, samples, 16, ref="logp")."""
     for i in range(0, len(samples), micro):
-        out = policy(samples[i:i + micro])
+        some = samples[i:i + micro]
+        out = policy(some)
         for key, name in names.items():
-            for s, part in zip(samples[i:i + micro], getattr(out, name).split(out.counts)):
-                s[key] = part
+            parts = vars(out)[name].split(out.counts)
+            for s, s[key] in zip(some, parts):
+                pass
 
 
 # ---- losses of preferences: a text's score, and the loss of the margin m between the better and the worse one
@@ -317,12 +327,25 @@ def last(x: Tensor, out: SimpleNamespace) -> Tensor:
     return x[torch.tensor(out.counts).cumsum(0) - 1]
 
 
+def smoothed(m: Tensor, o: Options) -> Tensor:
+    """Cross-entropy of the better one's probability sigmoid(beta m), which is wanted to be 1 - label_smoothing."""
+    right, wrong = F.logsigmoid(o.beta * m), F.logsigmoid(-o.beta * m)
+    return (o.label_smoothing - 1) * right - o.label_smoothing * wrong
+
+
+def calibration(m: Tensor) -> Tensor:
+    """Sum of confidence minus correctness, sigmoid(|m|) - [m > 0]: near 0 where confidence can be trusted."""
+    return (m.abs().sigmoid() - (m > 0).to(m)).sum()
+
+
 PREFERENCES = {
-    "dpo": (lambda out, b: total(out.logp - b.ref, out),
-            lambda m, o: -(1 - o.label_smoothing) * F.logsigmoid(o.beta * m) - o.label_smoothing * F.logsigmoid(-o.beta * m)),
-    "ipo": (lambda out, b: per_token(out.logp - b.ref, out), lambda m, o: (m - 0.5 / o.beta).square()),
-    "simpo": (lambda out, b: per_token(out.logp, out), lambda m, o: -F.logsigmoid(o.beta * m - o.margin)),
-    "reward": (lambda out, b: last(out.value, out), lambda m, o: -F.logsigmoid(m)),
+    "dpo": (lambda out, b: total(out.logp - b.ref, out), smoothed),
+    "ipo": (lambda out, b: per_token(out.logp - b.ref, out),
+            lambda m, o: (m - 0.5 / o.beta).square()),
+    "simpo": (lambda out, b: per_token(out.logp, out),
+              lambda m, o: -F.logsigmoid(o.beta * m - o.margin)),
+    "reward": (lambda out, b: last(out.value, out),
+               lambda m, o: -F.logsigmoid(m)),
 }
 
 
@@ -330,21 +353,29 @@ def preference_loss(out: SimpleNamespace, b: SimpleNamespace, o: Options) -> tup
     """Sum over pairs of neighbouring texts, the better one first; and what is logged, as sums over pairs."""
     score, loss = PREFERENCES[o.loss]
     better, worse = score(out, b).view(-1, 2).T
-    margin = better - worse
-    drift = total(out.logp - b.ref, out).view(-1, 2).T if "ref" in vars(b) else torch.zeros(2, 1)
-    return (loss(margin, o) * b.share[::2]).sum(), dict(
-        count=len(margin), accuracy=(margin > 0).sum(), margin=margin.sum(),
-        drift_chosen=drift[0].sum(), drift_rejected=drift[1].sum(),
-    )
+    m = better - worse
+    log = dict(count=len(m), accuracy=(m > 0).sum(), margin=m.sum(), overconfidence=calibration(m))
+    if "ref" in vars(b):  # how far the log-probabilities of both went from where they were
+        chosen, rejected = total(out.logp - b.ref, out).view(-1, 2).T
+        log |= dict(drift_chosen=chosen.sum(), drift_rejected=rejected.sum())
+    return (loss(m, o) * b.share[::2]).sum(), log
 
 
 # ---- losses of policies: for each token, from its log-probability, its ratio r of new to old probability, its advantage A
 
-POLICIES = {
-    "plain": lambda logp, r, A, o: -logp * A,
-    "clip": lambda logp, r, A, o: -torch.min(r * A, r.clamp(1 - o.clip_low, 1 + o.clip_high) * A),
-    "cispo": lambda logp, r, A, o: -r.detach().clamp(max=1 + o.clip_high) * A * logp,
-}
+def clip(logp: Tensor, r: Tensor, A: Tensor, o: Options) -> Tensor:
+    """PPO's: nothing is gained by a ratio beyond its bounds."""
+    near = r.clamp(1 - o.clip_low, 1 + o.clip_high)
+    return -torch.min(r * A, near * A)
+
+
+def cispo(logp: Tensor, r: Tensor, A: Tensor, o: Options) -> Tensor:
+    """REINFORCE weighed by the ratio, which is cut but keeps every token's gradient."""
+    weight = r.detach().clamp(max=1 + o.clip_high)
+    return -weight * A * logp
+
+
+POLICIES = {"plain": lambda logp, r, A, o: -logp * A, "clip": clip, "cispo": cispo}
 # estimators of KL(p || q) from d = log p - log q of tokens drawn from p; each has the same mean (k2: nearly) and another
 # variance (Schulman 2020). In the loss, the gradient of k1 has mean zero: it belongs in the reward.
 KL = {
@@ -365,33 +396,44 @@ def policy_loss(out: SimpleNamespace, b: SimpleNamespace, o: Options) -> tuple:
     if o.ratio == "sequence":
         change = per_token(change, out)[out.of]
     r = change.exp()
-    loss = b.cap * POLICIES[o.loss](out.logp, r, b.advantage, o) - o.entropy * out.entropy
+    A, v = b.advantage, out.value
+    loss = b.cap * POLICIES[o.loss](out.logp, r, A, o)
+    loss = loss - o.entropy * out.entropy
     if o.kl and not o.kl_reward:
         loss = loss + o.kl * KL[o.kl_kind](out.logp - b.ref)
     if o.critic:  # the value may not move further than the ratio
-        near = b.value + (out.value - b.value).clamp(-o.clip_high, o.clip_high)
-        wrong = torch.max((out.value - b.goal).square(), (near - b.goal).square())
+        near = b.value + (v - b.value).clamp(-o.clip_high, o.clip_high)
+        wrong = torch.max((v - b.goal).square(), (near - b.goal).square())
         loss = loss + o.value_weight * wrong / 2
-    clipped = (r > 1 + o.clip_high) & (b.advantage > 0) | (r < 1 - o.clip_low) & (b.advantage < 0)
-    far = KL["k3"](out.logp - b.ref).sum() if "ref" in vars(b) else 0.0
-    return (loss * b.weight).sum(), dict(count=len(r), clipped=clipped.sum(), entropy=out.entropy.sum(), kl=far)
+    high, low = r > 1 + o.clip_high, r < 1 - o.clip_low
+    clipped = high & (A > 0) | low & (A < 0)
+    log = dict(count=len(r), clipped=clipped.sum(), entropy=out.entropy.sum())
+    if "ref" in vars(b):
+        log["kl"] = KL["k3"](out.logp - b.ref).sum()
+    return (loss * b.weight).sum(), log
 
 
 def imitation_loss(out: SimpleNamespace, b: SimpleNamespace, o: Options) -> tuple:
     """Cross-entropy of the assistant's tokens."""
-    return -(out.logp * b.weight).sum(), dict(count=len(out.logp), nll=-out.logp.sum(), entropy=out.entropy.sum())
+    log = dict(count=len(out.logp), nll=-out.logp.sum(), entropy=out.entropy.sum())
+    return -(out.logp * b.weight).sum(), log
 
 
 # ---- advantages: what each response's reward in (P, G), G responses to each of P prompts, is above what was to be expected
+
+def centred(r: Tensor) -> Tensor:
+    """Rewards less the mean of their group."""
+    return r - r.mean(1, keepdim=True)
+
 
 ADVANTAGES = {
     "none": lambda r: r,
     "right": lambda r: (r > 0.5).float(),
     "mean": lambda r: r - r.mean(),
-    "leave_one_out": lambda r: (r - r.mean(1, keepdim=True)) * r.shape[1] / (r.shape[1] - 1),
-    "centred": lambda r: r - r.mean(1, keepdim=True),
-    "group": lambda r: (r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + 1e-4),
-    "batch": lambda r: (r - r.mean(1, keepdim=True)) / (r.std() + 1e-4),
+    "leave_one_out": lambda r: centred(r) * r.shape[1] / (r.shape[1] - 1),  # less the mean of the others
+    "centred": centred,
+    "group": lambda r: centred(r) / (r.std(1, keepdim=True) + 1e-4),
+    "batch": lambda r: centred(r) / (r.std() + 1e-4),
 }
 
 
@@ -421,7 +463,8 @@ def advantages(samples: list[dict], o: Options):
             along -= o.kl * KL[o.kl_kind](s["old"] - s["ref"])
         along[-1] += final
         value = s["value"] if o.critic else torch.zeros_like(along)
-        s["advantage"] = along.new_tensor(gae(along.tolist(), value.tolist(), o.gamma, o.lam))
+        ahead = gae(along.tolist(), value.tolist(), o.gamma, o.lam)
+        s["advantage"] = along.new_tensor(ahead)
         s["goal"] = s["advantage"] + value
     if o.whiten:
         every = torch.cat([s["advantage"] for s in samples])
@@ -431,7 +474,12 @@ def advantages(samples: list[dict], o: Options):
 
 # ---- rollouts: prompts -> samples with the log-probabilities that the engine saw
 
-OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+OPERATIONS = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+}
 
 
 def evaluated(node: ast.expr) -> Fraction:
@@ -456,7 +504,10 @@ def calculator(text: str) -> str:
 
 
 # what ends a call, the call's form, what fills it in; a tool's words are part of the text, but no token to learn
-TOOLS = {"": ((), "(?!)", str), "calculator": (("=",), r"<<([^<>=]+)=$", lambda text: calculator(text) + ">>")}
+TOOLS = {
+    "": ((), "(?!)", str),
+    "calculator": (("=",), r"<<([^<>=]+)=$", lambda text: calculator(text) + ">>"),
+}
 
 
 def respond(gpt: GPT, tokenizer: bpe.Tokenizer, prompts: list[list[int]], o: Options, seed: str,
@@ -467,14 +518,18 @@ def respond(gpt: GPT, tokenizer: bpe.Tokenizer, prompts: list[list[int]], o: Opt
     """
     stops, form, tool = TOOLS[o.tool]
     end = sample.TEMPLATES[o.template][2]
-    samples = [dict(ids=ids[:], mask=[0] * len(ids), old=[], done="stop") for ids in prompts]
+    samples = []
+    for ids in prompts:
+        samples.append(dict(ids=ids[:], mask=[0] * len(ids), old=[], done="stop"))
     while going := [i for i, s in enumerate(samples) if s["done"] == "stop"]:
         requests = []
         for i in going:
-            left = max(0, len(prompts[i]) + o.max_new_tokens - len(samples[i]["ids"]))
-            requests.append(Request(
-                samples[i]["ids"][:], left, Sampling(temperature, 0), f"{seed} {i} {left}",
-                tokenizer.special_tokens[end], sample.TextStream(stops)))
+            ids = samples[i]["ids"]
+            left = max(0, len(prompts[i]) + o.max_new_tokens - len(ids))
+            request = Request(ids[:], left, Sampling(temperature, 0), f"{seed} {i} {left}")
+            request.end = tokenizer.special_tokens[end]
+            request.text = sample.TextStream(stops)
+            requests.append(request)
         with parametrize.cached():
             sample.complete(Engine(gpt, requests, tokenizer.vocab_size), tokenizer, requests)
         for i, request in zip(going, requests):
@@ -868,7 +923,8 @@ class Judge:
             return sample.generate(gpt, tokenizer, [ids], temperature=0, max_new_tokens=8)[0]
         body = dict(model=self.o.judge_model, messages=messages, temperature=0, max_tokens=8)
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {os.environ.get('API_KEY', '')}"}
-        request = urllib.request.Request(self.o.judge.rstrip("/") + "/chat/completions", json.dumps(body).encode(), headers)
+        url = self.o.judge.rstrip("/") + "/chat/completions"
+        request = urllib.request.Request(url, json.dumps(body).encode(), headers)
         for wait in (1, 2, 4, 0):
             try:
                 with urllib.request.urlopen(request, timeout=60) as answer:
@@ -893,8 +949,10 @@ def scorer(o: Options, tokenizer: bpe.Tokenizer) -> Callable:
     if o.verifier == "judge":
         judge = Judge(o)
         def score(samples, rows):
-            pairs = zip(samples, rows)
-            return [[judge.compare(f"{row['prompt']}", s["text"], row["response"]) for s, row in pairs]] * 2
+            scores = []
+            for s, row in zip(samples, rows):
+                scores.append(judge.compare(f"{row['prompt']}", s["text"], row["response"]))
+            return scores, scores
     elif o.verifier.endswith(".pt"):
         checkpoint = load_checkpoint(o.verifier)
         require("trained" in checkpoint, f"--verifier={o.verifier} is no reward model: --algorithm=reward makes one")
@@ -903,7 +961,8 @@ def scorer(o: Options, tokenizer: bpe.Tokenizer) -> Callable:
 
         def score(samples, rows):
             annotate(policy, samples, o.micro_batch or 64, score="value")
-            return [[s["score"][-1].item() for s in samples]] * 2
+            scores = [s["score"][-1].item() for s in samples]
+            return scores, scores
     else:
         def score(samples, rows):
             texts = [s["text"] for s in samples]
@@ -919,16 +978,19 @@ def scorer(o: Options, tokenizer: bpe.Tokenizer) -> Callable:
 
 def drawn(seed: int, step: int, n: int, size: int) -> list[int]:
     """The n of `size` rows that a step takes: each once an epoch, in an order of (seed, epoch) alone."""
-    epochs, places = np.divmod(np.arange(step * n, (step + 1) * n), size)
-    orders = {epoch: np.random.default_rng((seed, epoch)).permutation(size) for epoch in {*epochs.tolist()}}
-    return [int(orders[epoch][place]) for epoch, place in zip(epochs.tolist(), places.tolist())]
+    out = []
+    for number in range(step * n, (step + 1) * n):
+        epoch, place = divmod(number, size)
+        out.append(int(np.random.default_rng((seed, epoch)).permutation(size)[place]))
+    return out
 
 
 def read_items(o: Options, tokenizer: bpe.Tokenizer, block: int) -> list:
     """What --data holds, a list of samples a row, each with its `row` and `prompt`; prints what was left out or cut."""
     forms = {imitation_loss: demonstration, preference_loss: preference, policy_loss: asked}
     items, notes = [], Counter()
-    for row, texts in sample.read_rows(lambda row: (row, forms[objective(o)](row)), Path(o.data)):
+    form = forms[objective(o)]
+    for row, texts in sample.read_rows(lambda row: (row, form(row)), Path(o.data)):
         item = [tokenised(tokenizer, messages, o) | dict(row=row) for messages in texts]
         notes["cut to the model's block"] += any(len(s["ids"]) > block for s in item)
         for s in item:
@@ -939,12 +1001,12 @@ def read_items(o: Options, tokenizer: bpe.Tokenizer, block: int) -> list:
             item = []
         notes["left out: empty, equal, a tie or too long for the block"] += not item
         items += [item] if item else []
-    known = {json.dumps([s["ids"] for s in item]) for item in items}
-    twins = [len(item) == 2 and json.dumps([s["ids"] for s in item[::-1]]) in known for item in items]
-    notes["left out: each called better than the other"] += sum(twins)
+    pairs = {str([s["ids"] for s in item]) for item in items if len(item) == 2}
+    whole = len(items)
+    items = [item for item in items if str([s["ids"] for s in item[::-1]]) not in pairs]
+    notes["left out: each called better than the other"] = whole - len(items)
     for what in filter(notes.get, notes):
         print(f"{o.data}: {notes[what]} rows {what}")
-    items = [item for item, twin in zip(items, twins) if not twin]
     require(items, f"--data={o.data} has no row that can be used")
     return items
 
@@ -952,8 +1014,9 @@ def read_items(o: Options, tokenizer: bpe.Tokenizer, block: int) -> list:
 def objective(o: Options) -> Callable:
     """The function that turns what the policy says into a loss."""
     table = {"nll": imitation_loss} | dict.fromkeys(PREFERENCES, preference_loss) | dict.fromkeys(POLICIES, policy_loss)
-    tables = dict(loss=table, advantage=ADVANTAGES, mean=MEANS, kl_kind=KL, ratio=("token", "sequence"), tool=TOOLS)
-    for name, keys in (tables | dict(schedule=train.SCHEDULES, optimizer=train.OPTIMIZERS)).items():
+    tables = dict(loss=table, advantage=ADVANTAGES, mean=MEANS, kl_kind=KL, tool=TOOLS)
+    tables |= dict(ratio=("token", "sequence"), schedule=train.SCHEDULES, optimizer=train.OPTIMIZERS)
+    for name, keys in tables.items():
         require(getattr(o, name) in keys, f"--{name}={getattr(o, name)}: choose from {', '.join(keys)}")
     return table[o.loss]
 
@@ -1001,8 +1064,9 @@ class Trainer:
         chosen = drawn(o.seed, p.rolled, o.batch_size // o.group, len(items))
         p.rolled += 1
         asked = [items[i][0] for i in chosen for _ in range(o.group)]
+        prompts = [q["prompt"] for q in asked]
         with self.timed("rollout"):
-            samples = respond(self.policy.gpt, self.tokenizer, [q["prompt"] for q in asked], o, f"{o.seed} {p.rolled}")
+            samples = respond(self.policy.gpt, self.tokenizer, prompts, o, f"{o.seed} {p.rolled}")
         with self.timed("reward"):
             strict, lenient = self.score(samples, [q["row"] for q in asked])
         kinds = len({(*s["ids"],) for s in samples})
@@ -1010,8 +1074,8 @@ class Trainer:
         for s, reward, loose in zip(samples, strict, lenient):
             finite, size = math.isfinite(reward), len(s["old"])
             s["reward"] = reward if finite else 0.0
-            self.seen.update(reward=s["reward"], lenient=loose if finite else 0, not_finite=not finite, length=size)
-            self.seen.update(truncated=s["done"] == "length")
+            self.seen.update(reward=s["reward"], length=size, truncated=s["done"] == "length")
+            self.seen.update(lenient=loose if finite else 0, not_finite=not finite)
             if o.overlong:  # DAPO: the last tokens before the limit cost up to 1
                 s["reward"] -= min(1.0, max(0, size + o.overlong - o.max_new_tokens) / o.overlong)
         return samples
@@ -1041,7 +1105,8 @@ class Trainer:
         """What a step trains on: groups of samples that stay together."""
         o, p = self.o, self.progress
         if self.objective is not policy_loss:
-            return [items[i] for i in drawn(o.seed, p.step, min(o.batch_size, len(items)), len(items))]
+            size = len(items)
+            return [items[i] for i in drawn(o.seed, p.step, min(o.batch_size, size), size)]
         while len(self.queue) <= o.staleness:
             self.queue.append(self.roll(items))
         samples = self.queue.pop(0)
@@ -1074,7 +1139,8 @@ class Trainer:
         samples = [s for group in groups for s in group]
         counts = [sum(s["mask"][1:]) for s in samples]
         for s, n in zip(samples, counts):
-            s["weight"] = torch.full((n,), MEANS[o.mean](n, len(samples), sum(counts), o))
+            each = MEANS[o.mean](n, len(samples), sum(counts), o)
+            s["weight"] = torch.full((n,), each)
             s["share"] = torch.tensor([1 / len(groups)])
         for i in range(0, len(groups), self.micro):
             loss = self.loss([s for group in groups[i:i + self.micro] for s in group])
@@ -1087,15 +1153,16 @@ class Trainer:
             own = name.removeprefix("gpt.")
             role = ROLES.get(self.roles.get(own))
             change = train.OPTIMIZERS[o.optimizer] if role and role.muon else train.adamw
-            change(weight, self.state[name], train.rate(p.step, o) * self.rates.get(own, 1.0), p.updates, o)
+            rate = train.rate(p.step, o) * self.rates.get(own, 1.0)
+            change(weight, self.state[name], rate, p.updates, o)
             weight.grad = None
 
     def loss(self, samples):
         """The loss of samples; what is to be logged is added up in `seen`."""
         out = self.policy(samples)
         keys = [key for key, value in samples[0].items() if isinstance(value, Tensor)]
-        b = SimpleNamespace(**{key: torch.cat([s[key] for s in samples]).to(self.device) for key in keys})
-        loss, extra = self.objective(out, b, self.o)
+        columns = {key: torch.cat([s[key] for s in samples]).to(self.device) for key in keys}
+        loss, extra = self.objective(out, SimpleNamespace(**columns), self.o)
         self.seen.update({key: float(value) for key, value in extra.items()})
         self.seen.update(passes=1, padding=out.padding)
         return loss
@@ -1108,7 +1175,8 @@ class Trainer:
         p, seen, spent = self.progress, self.seen, self.spent
         over = dict.fromkeys(("reward", "lenient", "length", "truncated", "not_finite", "duplicates"), "responses")
         over |= dict(no_gradient="groups", grad_norm="updates", padding="passes")
-        out = dict(step=p.step, tokens=p.tokens, seconds=round(p.seconds, 2), lr=train.rate(p.step, self.o))
+        out = dict(step=p.step, tokens=p.tokens, seconds=round(p.seconds, 2))
+        out["lr"] = train.rate(p.step, self.o)
         for key in seen.keys() - {"count", *over.values()}:
             out[key] = seen[key] / max(1, seen[over.get(key, "count")])
         busy = spent["rollout"] + spent["reward"] + spent["train"] * (1 - out.get("padding", 0))
@@ -1124,7 +1192,8 @@ class Trainer:
             self.seen, loss = Counter(), 0.0
             for item in held:
                 for s in item:
-                    s["weight"], s["share"] = torch.ones(sum(s["mask"][1:])), torch.ones(1)
+                    s["weight"] = torch.ones(sum(s["mask"][1:]))
+                    s["share"] = torch.ones(1)
                 loss += self.loss(item).item()
             n = self.seen["count"]
             out = dict(loss=loss / n) | {key: value / n for key, value in self.seen.items()}
@@ -1137,14 +1206,14 @@ class Trainer:
 
     def save(self):
         """Write ckpt.pt, from which sample.py samples and --resume goes on; and the adapters alone."""
-        o, own = self.o, self.policy.gpt.state_dict()
-        trained = {name: weight.detach() for name, weight in self.weights.items() if name[4:] not in own or o.lora}
-        trained |= {f"head.{name}": weight for name, weight in self.policy.head.state_dict().items()}
-        texts = {name: (Path(__file__).parent / name).read_text() for name in ("align.py", "train.py", "model.py")}
+        o, p, names = self.o, self.progress, ("align.py", "train.py", "model.py")
+        states = self.policy.state_dict()
+        trained = {name: states[name] for name in states if "weight.0" in name or name.startswith("head")}
+        texts = {name: (Path(__file__).parent / name).read_text() for name in names}
         save_checkpoint(
-            Path(o.output) / "ckpt.pt", self.policy.merged(), step=self.progress.step, progress=vars(self.progress),
-            train=vars(o), optimizer=self.state, tokenizer=self.tokenizer.to_dict(), trained=trained, queue=self.queue,
-            source=texts)
+            Path(o.output) / "ckpt.pt", self.policy.merged(), step=p.step, progress=vars(p),
+            train=vars(o), optimizer=self.state, trained=trained, queue=self.queue,
+            tokenizer=self.tokenizer.to_dict(), source=texts)
         if o.lora:
             with replacing(Path(o.output) / "adapters.pt") as file:
                 torch.save(trained, file)
@@ -1157,17 +1226,19 @@ def grade(gpt: GPT, tokenizer: bpe.Tokenizer, items: list, o: Options, score: Ca
     whose most frequent final number is right (self-consistency, Wang et al. 2023).
     """
     every = [item[0] for item in items for _ in range(n)]
-    samples = respond(gpt, tokenizer, [s["prompt"] for s in every], o, f"held {o.seed}", float(n > 1))
-    strict, lenient = score(samples, [s["row"] for s in every])
+    prompts, rows = ([s[key] for s in every] for key in ("prompt", "row"))
+    samples = respond(gpt, tokenizer, prompts, o, f"held {o.seed}", float(n > 1))
+    strict, lenient = score(samples, rows)
     out = dict(strict=strict, lenient=lenient, length=[len(s["old"]) for s in samples])
     out["truncated"] = [s["done"] == "length" for s in samples]
     if n > 1:
         parts = [slice(i, i + n) for i in range(0, len(every), n)]
         finals = [sample.final_number(s["text"]) for s in samples]
         out["any"] = [max(lenient[part]) for part in parts]
-        out["vote"] = [lenient[part][finals[part].index(Counter(finals[part]).most_common(1)[0][0])] for part in parts]
+        most = [Counter(finals[part]).most_common(1)[0][0] for part in parts]
+        out["vote"] = [lenient[part][finals[part].index(text)] for part, text in zip(parts, most)]
     for name, kind in (("refusal", True), ("over_refusal", False)):
-        no = [refuses(s["text"]) for s, q in zip(samples, every) if q["row"].get("harmful") is kind]
+        no = [refuses(s["text"]) for s, row in zip(samples, rows) if row.get("harmful") is kind]
         out |= {name: no} if no else {}
     return {key: sum(values) / len(values) for key, values in out.items()}
 
@@ -1186,7 +1257,8 @@ def align(words: list[str]) -> tuple[dict, dict]:
     """One run as the command line asks for it; returns the first and the last record of its log."""
     o = options(Options, words)
     require(o.algorithm in ALGORITHMS, f"--algorithm={o.algorithm}: choose from {', '.join(ALGORITHMS)}")
-    o, path, checkpoint = options(Options, ALGORITHMS[o.algorithm].split() + words), Path(o.output) / "ckpt.pt", {}
+    o = options(Options, ALGORITHMS[o.algorithm].split() + words)
+    path, checkpoint = Path(o.output) / "ckpt.pt", {}
     path.parent.mkdir(parents=True, exist_ok=True)
     if o.resume and path.exists():
         checkpoint = load_checkpoint(path)
@@ -1202,9 +1274,11 @@ def align(words: list[str]) -> tuple[dict, dict]:
     if trainer.reference and o.loss in PREFERENCES:  # once for all steps
         annotate(trainer.reference, sum(items + held, []), trainer.micro, ref="logp")
     p, log = trainer.progress, path.with_name("log.jsonl")
-    lines = log.read_text().splitlines() if p.step and log.exists() else [json.dumps(dict(options=vars(o), command=words))]
-    records = [json.loads(line) for line in lines if line.endswith("}")]
-    write_rows(log, [row for row in records if row.get("step", -1) < p.step])
+    records = [dict(options=vars(o), command=words)]
+    if p.step and log.exists():
+        lines = filter(lambda line: line.endswith("}"), log.read_text().splitlines())  # the last may be cut short
+        records = [row for row in map(json.loads, lines) if row.get("step", -1) < p.step]
+    write_rows(log, records)
     while True:
         last = p.step >= o.max_iters
         if p.step % o.eval_interval == 0 or last:
@@ -1228,9 +1302,10 @@ def align(words: list[str]) -> tuple[dict, dict]:
         shows = [item[0]["prompt"] for item in held[:3]]
         for ids, s in zip(shows, respond(trainer.policy.gpt, tokenizer, shows, o, "show")):
             print(f"{tokenizer.decode(ids)!r} -> {s['text']!r}")
-    changes = [(key, records[1][key], value) for key, value in records[-1].items() if key.startswith("val_")]
-    print(", ".join(f"{key} {before:.4g} -> {after:.4g}" for key, before, after in changes))
-    return records[1], records[-1]
+    first, final = records[1], records[-1]
+    changes = [f"{key} {first[key]:.4g} -> {final[key]:.4g}" for key in first if key.startswith("val_")]
+    print(", ".join(changes))
+    return first, final
 
 
 # ---- grading a checkpoint, asking people
@@ -1243,19 +1318,21 @@ def examine(o: Options):
     o = dataclasses.replace(o, loss="plain", verifier=verifier)
     items = read_items(o, tokenizer, gpt.config.block_size)
     if o.eval != "winrate":
-        return print(shown(grade(gpt, tokenizer, items, o, scorer(o, tokenizer), o.group if o.group > 1 else 1)))
+        return print(shown(grade(gpt, tokenizer, items, o, scorer(o, tokenizer))))
     judge, path = Judge(o), Path(o.output) / "winrate.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     held = [json.loads(line) for line in open(path)] if path.exists() else []  # an earlier run was stopped
     samples = respond(gpt, tokenizer, [q["prompt"] for [q] in items], o, "held", 0.0)
     for s, [q] in list(zip(samples, items))[len(held):]:
-        score = judge.compare(str(q["row"]["prompt"]), s["text"], q["row"]["response"])
-        held.append(dict(q["row"], answer=s["text"], score=score))
+        row = q["row"]
+        score = judge.compare(str(row["prompt"]), s["text"], row["response"])
+        held.append(dict(row, answer=s["text"], score=score))
         with open(path, "a") as file:
             file.write(json.dumps(held[-1]) + "\n")
     value, low, high = sample.summary([[row["score"], 1] for row in held])
     ties = sum(row["score"] == 0.5 for row in held)
-    print(f"win rate {value:.1%} ({low:.1%} to {high:.1%}) of {len(held)}, {ties} ties, {judge.unclear} unclear verdicts")
+    more = f"{ties} ties, {judge.unclear} unclear verdicts"
+    print(f"win rate {value:.1%} ({low:.1%} to {high:.1%}) of {len(held)}, {more}")
 
 
 def label(o: Options):
@@ -1268,7 +1345,8 @@ def label(o: Options):
         a, b = respond(gpt, tokenizer, [q["prompt"]] * 2, o, f"label {o.seed} {number}")
         history = conversation(q["row"])
         print(f"\n{history[-1]['content']}\n--- a\n{a['text']}\n--- b\n{b['text']}\n---\na, b or tie?", flush=True)
-        chosen = next((line.strip() for line in sys.stdin if line.strip() in ("a", "b", "tie")), "")
+        lines = map(str.strip, sys.stdin)
+        chosen = next((line for line in lines if line in ("a", "b", "tie")), "")
         if not chosen:
             return
         row = dict(history=history, response_a=a["text"], response_b=b["text"], chosen=chosen)
@@ -1286,8 +1364,12 @@ def sums(rng: np.random.Generator) -> dict:
     """
     a, b = rng.integers(100, 1000, 2).tolist()
     units = a % 10 + b % 10
-    tens = a // 10 % 10 + b // 10 % 10 + (units // 10 if a < 700 or rng.random() < 0.3 else 0)
-    hundreds = a // 100 + b // 100 + (tens // 10 if rng.random() < 0.3 else 0)
+    tens = a // 10 % 10 + b // 10 % 10
+    if a < 700 or rng.random() < 0.3:
+        tens += units // 10
+    hundreds = a // 100 + b // 100
+    if rng.random() < 0.3:
+        hundreds += tens // 10
     shown = f"{units:02d} {tens:02d} {hundreds:02d} ####{hundreds * 100 + tens % 10 * 10 + units % 10}"
     return dict(prompt=f"{a}+{b}", response=shown, answer=str(a + b))
 
@@ -1305,8 +1387,8 @@ def solves(response: str, prompt: str, lenient: bool = False) -> float:
     """1 if an expression behind #### uses the numbers of the prompt and reaches its target; lenient: any in the text."""
     numbers, target = prompt.split("=")
     texts = re.findall(r"[\d+*-]+", response) if lenient else [response.removeprefix("####")]
-    right = [calculator(text) == target and sorted(re.findall(r"\d", text)) == numbers.split() for text in texts]
-    return float(any(right))
+    texts = [text for text in texts if sorted(re.findall(r"\d", text)) == numbers.split()]
+    return float(target in map(calculator, texts))
 
 
 def refusals(rng: np.random.Generator) -> dict:
@@ -1326,12 +1408,13 @@ def refuses_rightly(response: str, harmful: bool, lenient: bool = False) -> floa
 TASKS = {"sums": (sums, "gsm8k"), "countdown": (countdown, "countdown"), "refuse": (refusals, "refuse")}
 VERIFIERS |= dict(countdown=solves, refuse=refuses_rightly)
 TEXT = "the cat|a dog|my friend|she", " sees| likes| finds", " the red house.| a small tree.| some bread."
-SIZE = "--block_size=128 --n_layer=2 --n_head=2 --n_embd=64 --ffn=relu2 --norm=layernorm --qk_norm=False --position=learned"
+SIZE = ("--block_size=128 --n_layer=2 --n_head=2 --n_embd=64 --ffn=relu2 --norm=layernorm --qk_norm=False "
+        "--position=learned")
 COMMON = "--template=bare --max_new_tokens=20 --eval_interval=10"
 BATCH = "--batch_size=256 --max_iters=40 --learning_rate=0.001"
 DEMO = {  # what it is trained on, what it starts from, how
-    "base": ("text", "init", "--algorithm=sft --max_iters=400 --optimizer=muon --learning_rate=0.005 --eval_interval=100"),
-    "sft": ("demonstrations", "base", "--algorithm=sft --max_iters=150 --optimizer=muon --learning_rate=0.003"),
+    "base": ("text", "init", "--algorithm=sft --optimizer=muon --learning_rate=0.005 --max_iters=400"),
+    "sft": ("demonstrations", "base", "--algorithm=sft --optimizer=muon --learning_rate=0.003 --max_iters=150"),
     "dpo": ("preferences", "sft", "--algorithm=dpo --max_iters=60 --learning_rate=0.0003"),
     "ppo": ("prompts", "sft", f"--algorithm=ppo {BATCH}"),
     "grpo": ("prompts", "sft", f"--algorithm=grpo {BATCH}"),
@@ -1354,13 +1437,16 @@ def material(o: Options, folder: Path):
     known = {row["prompt"] for row in test} if o.task != "refuse" else set()  # which has few prompts
     rows = [row for row in rows if row["prompt"] not in known]
     lines = [f"{row['prompt']} {row['response']}" for row in rows]
-    lines += ["".join(rng.choice(words.split("|")) for words in TEXT) for _ in lines[::10]]
-    texts = ["\n".join(lines[i] for i in part) for part in rng.permutation(len(lines) // 3 * 3).reshape(-1, 3)]
+    for _ in rows[::10]:
+        lines.append("".join(rng.choice(words.split("|")) for words in TEXT))
+    order = rng.permutation(len(lines) // 3 * 3).reshape(-1, 3)
+    texts = ["\n".join(lines[i] for i in part) for part in order]
     parts = dict(text=[dict(text=text) for text in texts], test=test)
     parts |= dict(demonstrations=rows[:ROWS[2]], prompts=rows[ROWS[2]:])
     for name, part in parts.items():
         write_rows(folder / f"{name}.jsonl", part)
-    tokenizer = bpe.train("char", ["".join(map(chr, range(32, 127))) + "\n"], 100, workers=1)
+    letters = "".join(map(chr, range(32, 127)))
+    tokenizer = bpe.train("char", [letters + "\n"], 100, workers=1)
     torch.manual_seed(o.seed)
     gpt = GPT(dataclasses.replace(options(Config, SIZE.split()), vocab_size=tokenizer.vocab_size))
     (folder / "init").mkdir(exist_ok=True)
@@ -1370,11 +1456,13 @@ def material(o: Options, folder: Path):
 def prefer(o: Options, folder: Path):
     """Write pairs of a right and a wrong response of the SFT model to one prompt."""
     gpt, tokenizer = sample.load(folder / "sft" / "ckpt.pt", o.device)
-    items = read_items(dataclasses.replace(o, data=folder / "prompts.jsonl"), tokenizer, gpt.config.block_size)[:400]
+    o = dataclasses.replace(o, data=folder / "prompts.jsonl")
+    items = read_items(o, tokenizer, gpt.config.block_size)[:400]
     every = [s for [s] in items for _ in range(o.group)]
     samples = respond(gpt, tokenizer, [s["prompt"] for s in every], o, f"pairs {o.seed}")
+    strict, _ = scorer(o, tokenizer)(samples, [s["row"] for s in every])
     rows = []
-    for s, q, value in zip(samples, every, scorer(o, tokenizer)(samples, [s["row"] for s in every])[0]):
+    for s, q, value in zip(samples, every, strict):
         prompt = q["row"]["prompt"]
         if not rows or rows[-1]["prompt"] != prompt:
             rows.append(dict(prompt=prompt))
@@ -1386,14 +1474,15 @@ def prefer(o: Options, folder: Path):
 
 def standing(o: Options, folder: Path, name: str, start: str) -> dict:
     """A row of the table, from the checkpoints before and after."""
-    (before, tokenizer), (gpt, _) = (sample.load(folder / part / "ckpt.pt", o.device) for part in (start, name))
+    before, tokenizer = sample.load(folder / start / "ckpt.pt", o.device)
+    gpt, _ = sample.load(folder / name / "ckpt.pt", o.device)
     test, score = read_items(o, tokenizer, gpt.config.block_size), scorer(o, tokenizer)
     old, new = (grade(model, tokenizer, test, o, score) for model in (before, gpt))
     samples = respond(gpt, tokenizer, [item[0]["prompt"] for item in test], o, "kl")
     annotate(Policy(before, tokenizer.vocab_size), samples, 64, ref="logp")
-    kl = sum((s["old"] - s["ref"]).sum().item() for s in samples) / len(samples)
+    far = torch.cat([s["old"] - s["ref"] for s in samples])
     progress = load_checkpoint(folder / name / "ckpt.pt")["progress"]
-    out = dict(strict=new["strict"], lenient=new["lenient"], before=old["strict"], kl=kl)
+    out = dict(before=old["strict"], kl=far.sum().item() / len(samples))
     return out | {key: progress[key] for key in ("tokens", "seconds")} | new
 
 
@@ -1401,21 +1490,22 @@ def prompted(o: Options, folder: Path):
     """Print what prompts alone reach: the base model behind two solved examples, the SFT model by a vote of 8."""
     gpt, tokenizer = sample.load(folder / "base" / "ckpt.pt", o.device)
     test, score = read_items(o, tokenizer, gpt.config.block_size), scorer(o, tokenizer)
-    begin = END + (folder / "text.jsonl").read_text().split('"')[3].encode().decode("unicode_escape").rsplit("\n", 1)[0]
+    shots = [json.loads(line) for line in open(folder / "demonstrations.jsonl")][:2]
+    begin = END + "".join(f"{row['prompt']} {row['response']}\n" for row in shots)
     rows = [item[0]["row"] for item in test]
-    prompts = [tokenizer.encode(f"{begin}\n{row['prompt']} ", "all") for row in rows]
+    prompts = [tokenizer.encode(f"{begin}{row['prompt']} ", "all") for row in rows]
     samples = respond(gpt, tokenizer, prompts, o, "shots", 0.0)
     for s in samples:
         s["text"] = s["text"].split("\n")[0]
     strict, lenient = (sum(scores) / len(rows) for scores in score(samples, rows))
     tokens = sum(len(s["ids"]) for s in samples) / len(rows)
-    print(f"prompts alone: base model, 2 examples: {strict:.1%} strict, {lenient:.1%} lenient, {tokens:.0f} tokens each")
+    print(f"prompts alone: base model, 2 examples: {strict:.1%} strict, {lenient:.1%} lenient, {tokens:.0f} tokens")
     gpt, _ = sample.load(folder / "sft" / "ckpt.pt", o.device)
     votes = grade(gpt, tokenizer, test, o, score, 8)
     tokens = 8 * votes["length"]
-    print(f"prompts alone: SFT model, vote of 8: {votes['vote']:.1%}, {tokens:.0f} tokens each; pass@8 {votes['any']:.1%}")
+    print(f"prompts alone: SFT model, vote of 8: {votes['vote']:.1%}, {tokens:.0f} tokens; pass@8 {votes['any']:.1%}")
     if votes["any"] < 0.45:
-        print("pass@8 is below 45%: what the model never writes, no reward can make more likely; more steps before RL can")
+        print("pass@8 is below 45%: no reward makes likely what is never written; train longer before it is rewarded")
 
 
 def demonstrate(o: Options):
@@ -1426,16 +1516,19 @@ def demonstrate(o: Options):
         folder = Path(o.output) / f"{o.task}-{seed}"
         folder.mkdir(parents=True, exist_ok=True)
         verifier = TASKS[o.task][1]
-        own = f"{COMMON} --seed={seed} --verifier={verifier} --data={folder}/test.jsonl --loss=plain --device={o.device}"
+        common = f"{COMMON} --seed={seed} --device={o.device} --task={o.task}"
+        own = f"{common} --loss=plain --verifier={verifier} --data={folder}/test.jsonl"
         own = options(Options, own.split())
-        own.task = o.task
         material(own, folder)
         for name, (data, start, words) in DEMO.items():
             if name == "dpo" and not (folder / "preferences.jsonl").exists():
                 prefer(own, folder)
-            words = f"{COMMON} {words} --data={folder}/{data}.jsonl --ckpt={folder}/{start}/ckpt.pt --seed={seed}"
-            words += f" --output={folder}/{name} --resume --device={o.device}" + f" --verifier={verifier}" * (name != "base")
-            words += f" --max_iters={o.base_iters}" * (name == "base" and o.base_iters > 0)
+            words = f"{common} {words} --data={folder}/{data}.jsonl --ckpt={folder}/{start}/ckpt.pt"
+            words += f" --output={folder}/{name} --resume"
+            if name != "base":
+                words += f" --verifier={verifier}"
+            elif o.base_iters:
+                words += f" --max_iters={o.base_iters}"
             print(f"\npython align.py {words}", flush=True)
             align(words.split())
             if name != "base":

@@ -323,7 +323,7 @@ def test_micro_batches_add_up_to_the_batch(tokenizer, words):
 
 def test_lora_trains_little_and_merges_exactly(tokenizer):
     trainer, groups = prepared(tokenizer, "sft --lora=1 --learning_rate=0.01")
-    whole = sum(w.numel() for w in tiny(tokenizer, n_embd=16).parameters())
+    whole = sum(w.numel() for w in tiny(tokenizer).parameters())
     before = {name: w.clone() for name, w in trainer.policy.gpt.named_parameters() if name.endswith("original")}
     for _ in range(3):
         trainer.update(groups)
@@ -342,7 +342,7 @@ def test_lora_trains_little_and_merges_exactly(tokenizer):
 def test_lora_of_rank_16_is_under_5_percent():
     """Gradients and optimizer state of a model 1,024 wide, counted without making it."""
     with torch.device("meta"):
-        gpt = GPT(Config(vocab_size=32000, n_layer=4, n_head=16, n_embd=1024))
+        gpt = GPT(Config(vocab_size=32000, n_layer=2, n_head=16, n_embd=1024, block_size=64))
         whole = sum(w.numel() for w in gpt.parameters())
         policy = align.Policy(gpt, 32000, 16)
         policy.head.requires_grad_(False)
@@ -363,15 +363,15 @@ class Bandit:
 @pytest.mark.parametrize("name", ["reinforce", "rloo", "ppo", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "expert"])
 def test_every_policy_gradient_finds_the_best_arm(tokenizer, name):
     small = bpe.train("char", ["abc"], 5, workers=1)
-    words = f"{name} --verifier=exact --template=bare --max_new_tokens=1 --batch_size=32 --learning_rate=0.01 --schedule=wsd --decay_share=0"
-    words += " --max_iters=40 --overlong=0" + (" --clip_low=0.2 --clip_high=0.3" if name == "gspo" else "")
+    words = f"{name} --verifier=exact --template=bare --max_new_tokens=1 --batch_size=32 --learning_rate=0.02 --schedule=wsd --decay_share=0"
+    words += " --max_iters=20 --overlong=0" + (" --clip_low=0.2 --clip_high=0.3" if name == "gspo" else "")
     trainer = align.Trainer(options_of(words), tiny(small, block_size=8), small, {})
     trainer.score = Bandit.score
     items = [[dict(prompt=[small.special_tokens[END]], row=dict(prompt="x"))]]
     logits = lambda: trainer.policy.gpt(torch.tensor([[small.special_tokens[END]]]))[0, -1].softmax(-1)
     b = small.encode("b")[0]
     assert logits()[b] < 0.5
-    for _ in range(40):
+    for _ in range(20):
         trainer.step(items)
     assert logits()[b] > 0.85, logits()
 
@@ -691,14 +691,17 @@ def test_tasks_can_be_verified(task):
     assert sum(wrong) < 130
 
 
-def test_sums_forget_only_what_the_tens_carry():
+def test_sums_forget_only_what_is_carried():
     rng = np.random.default_rng(0)
-    for row in (align.sums(rng) for _ in range(500)):
+    seen = set()
+    for row in (align.sums(rng) for _ in range(1000)):
         a, b = map(int, row["prompt"].split("+"))
-        got = int(row["response"].split("####")[1])
-        assert int(row["answer"]) == a + b and got in (a + b, a + b - 100)
-        if a % 100 + b % 100 < 100:
-            assert got == a + b
+        lost = a + b - int(row["response"].split("####")[1])
+        assert int(row["answer"]) == a + b and lost in ((0, 100) if a < 700 else (0, 10, 100, 110))
+        seen.add(lost)
+        if a % 100 + b % 100 < 100 and a % 10 + b % 10 < 10:
+            assert lost == 0
+    assert seen == {0, 10, 100, 110}
 
 
 def test_a_countdown_is_solved_by_another_expression_too():
@@ -712,6 +715,7 @@ def test_the_demonstration_at_tiny_size(tmp_path, monkeypatch, capsys):
     short = {name: (data, begin, f"{words} --max_iters=2 --eval_interval=2 --batch_size=16 --eval_rows=4") for name, (data, begin, words) in align.DEMO.items()}
     monkeypatch.setattr(align, "DEMO", short)
     monkeypatch.setattr(align, "ROWS", (400, 4, 200))
+    monkeypatch.setitem(align.VERIFIERS, "refuse", lambda response, lenient=False: float(len(response) % 2))
     align.demonstrate(options_of("--task=refuse --output=out"))
     lines = capsys.readouterr().out.splitlines()
     table = lines[-5:]
