@@ -1,7 +1,8 @@
-"""From a base model to one that does as it is told: demonstrations, preferences, verifiers. With no options: all on sums.
+"""From a base model to one that does as it is told, by demonstrations, preferences, rewards. With no options: on sums.
 
 Reads: a checkpoint with its tokenizer; jsonl files of demonstrations (`prompt`, `response` or `messages`), preferences
-       (`history`, `response_a`, `response_b`, `chosen`; or `prompt`, `chosen`, `rejected`) or prompts (`prompt`, `answer`).
+       (`history`, `response_a`, `response_b`, `chosen`; or `prompt`, `chosen`, `rejected`), or prompts with what
+       their verifier asks for (`prompt`, `answer`).
 Writes: OUTPUT/ckpt.pt, log.jsonl; adapters.pt with --lora; preferences.jsonl with --label.
 Usage: python align.py
        python align.py --algorithm=sft --ckpt=out/ckpt.pt --data=chats.jsonl --output=aligned
@@ -119,25 +120,34 @@ class Options:
 
 # One line an algorithm: options on top of the defaults. Whatever the user gives counts more.
 ALGORITHMS = {
+    # demonstrations, preferences
     "sft": "--loss=nll --mean=token",
     "dpo": "--loss=dpo",
     "ipo": "--loss=ipo",  # Azar et al. 2023
     "simpo": "--loss=simpo --beta=2",  # Meng et al. 2024
     "reward": "--loss=reward",  # Bradley and Terry 1952
-    "reinforce": "--loss=plain --advantage=mean",  # Williams 1992
-    "expert": "--loss=plain --advantage=right --epochs=2 --minibatches=2",  # STaR, Zelikman et al. 2022
-    "rloo": "--loss=plain --advantage=leave_one_out",  # Ahmadian et al. 2024
-    "ppo": "--loss=clip --advantage=none --critic --lam=0.95 --whiten --kl=0.01 --kl_kind=k1 --kl_reward",
+    # rewards: REINFORCE (Williams 1992) with three baselines: all responses, none (but wrong ones are left out, and
+    # batches used twice; STaR, Zelikman et al. 2022), the others of the group (Ahmadian et al. 2024)
+    "reinforce": "--loss=plain --advantage=mean",
+    "expert": "--loss=plain --advantage=right --epochs=2 --minibatches=2",
+    "rloo": "--loss=plain --advantage=leave_one_out",
+    # rewards, with a ratio that is clipped, so that a batch serves for several updates: the baseline is a critic's value
+    "ppo": "--loss=clip --advantage=none --critic --lam=0.95 --whiten --minibatches=2 "
+           "--kl=0.01 --kl_kind=k1 --kl_reward",
+    # or the group's mean
     "grpo": "--loss=clip --advantage=group --mean=sequence",
-    "dr_grpo": "--loss=clip --advantage=centred --mean=constant",  # Liu et al. 2025
-    "dapo": "--loss=clip --advantage=group --clip_high=0.28 --dynamic --overlong=16",  # Yu et al. 2025
-    # Zheng et al. 2025: one ratio for the whole response
+    # without the favour for short responses, and for prompts on which rewards differ little (Liu et al. 2025)
+    "dr_grpo": "--loss=clip --advantage=centred --mean=constant",
+    # with more room upwards, informative groups only, all tokens alike, a fee on length (Yu et al. 2025)
+    "dapo": "--loss=clip --advantage=group --clip_high=0.28 --dynamic --overlong=16",
+    # with one ratio for the whole response (Zheng et al. 2025)
     "gspo": "--loss=clip --advantage=group --mean=sequence --ratio=sequence --clip_low=3e-4 --clip_high=4e-4",
-    "cispo": "--loss=cispo --advantage=group --clip_high=3",  # MiniMax 2025
+    # with a ratio that is cut but keeps each token's gradient (MiniMax 2025)
+    "cispo": "--loss=cispo --advantage=group --clip_high=3",
 }
 
 
-# ---- data: rows of a jsonl file -> samples, dicts of `ids` and `mask` (1 on the tokens to learn), and what is known of each
+# ---- data: rows of a jsonl file -> samples, dicts of `ids`, `mask` (1 on the tokens to learn), and what else is known
 
 def conversation(row: dict) -> list[dict]:
     """Messages of a row: its `messages`; or `history` or `prompt`, the user's turn first, and `response`."""
@@ -212,8 +222,8 @@ def pack(lengths: list[int]) -> list[list[int]]:
 def collate(samples: list[dict]) -> SimpleNamespace:
     """Rows of packed texts: tokens (R, T), place (R, T) of each token in its text, 0 in the padding behind.
 
-    Of the N tokens to learn, text by text: `at` (N), where the token before it stands in tokens.flatten(); `of` (N), the
-    number of its text; `counts`, how many each text has.
+    Of the N tokens to learn, text by text: `at` (N), where the token before each stands in tokens.flatten(); `of` (N),
+    the number of its text; `counts`, how many each text has.
     """
     sizes = [len(s["ids"]) for s in samples]
     rows = pack(sizes)
@@ -233,7 +243,14 @@ def collate(samples: list[dict]) -> SimpleNamespace:
     counts = [len(at[i]) for i in range(len(samples))]
     of = torch.arange(len(samples)).repeat_interleave(torch.tensor(counts))
     at = torch.cat([at[i] for i in range(len(samples))])
-    return SimpleNamespace(tokens=tokens, place=place, at=at, of=of, counts=counts, single=single)
+    return SimpleNamespace(
+        tokens=tokens,
+        place=place,
+        at=at,
+        of=of,
+        counts=counts,
+        single=single,
+    )
 
 
 # ---- the policy: a model whose log-probabilities are asked for, with a head that PPO and reward models need
@@ -255,7 +272,13 @@ class LoRA(nn.Module):
 class Policy(nn.Module):
     """Samples -> log-probabilities of the tokens to learn; `head` gives each state before them a number."""
 
-    def __init__(self, gpt: GPT, vocab_size: int, rank: int = 0, alpha: float = 32.0):
+    def __init__(
+        self,
+        gpt: GPT,
+        vocab_size: int,
+        rank: int = 0,
+        alpha: float = 32.0,
+    ):
         super().__init__()
         self.gpt, self.vocab_size, self.rank = gpt, vocab_size, rank
         self.head = nn.Linear(gpt.config.n_embd, 1)
@@ -299,7 +322,12 @@ class Policy(nn.Module):
 
 
 @torch.no_grad()
-def annotate(policy: Policy, samples: list[dict], micro: int, **names: str):
+def annotate(
+    policy: Policy,
+    samples: list[dict],
+    micro: int,
+    **names: str,
+):
     """Write into each sample what the policy says of its tokens: annotate(reference, samples, 16, ref="logp")."""
     for i in range(0, len(samples), micro):
         some = samples[i:i + micro]
@@ -354,14 +382,19 @@ def preference_loss(out: SimpleNamespace, b: SimpleNamespace, o: Options) -> tup
     score, loss = PREFERENCES[o.loss]
     better, worse = score(out, b).view(-1, 2).T
     m = better - worse
-    log = dict(count=len(m), accuracy=(m > 0).sum(), margin=m.sum(), overconfidence=calibration(m))
+    log = dict(
+        count=len(m),
+        accuracy=(m > 0).sum(),
+        margin=m.sum(),
+        overconfidence=calibration(m),
+    )
     if "ref" in vars(b):  # how far the log-probabilities of both went from where they were
         chosen, rejected = total(out.logp - b.ref, out).view(-1, 2).T
         log |= dict(drift_chosen=chosen.sum(), drift_rejected=rejected.sum())
     return (loss(m, o) * b.share[::2]).sum(), log
 
 
-# ---- losses of policies: for each token, from its log-probability, its ratio r of new to old probability, its advantage A
+# ---- losses of policies, token by token: from its log-probability, the ratio r of new to old probability, advantage A
 
 def clip(logp: Tensor, r: Tensor, A: Tensor, o: Options) -> Tensor:
     """PPO's: nothing is gained by a ratio beyond its bounds."""
@@ -375,8 +408,12 @@ def cispo(logp: Tensor, r: Tensor, A: Tensor, o: Options) -> Tensor:
     return -weight * A * logp
 
 
-POLICIES = {"plain": lambda logp, r, A, o: -logp * A, "clip": clip, "cispo": cispo}
-# estimators of KL(p || q) from d = log p - log q of tokens drawn from p; each has the same mean (k2: nearly) and another
+POLICIES = {
+    "plain": lambda logp, r, A, o: -logp * A,
+    "clip": clip,
+    "cispo": cispo,
+}
+# estimators of KL(p || q) from d = log p - log q of tokens drawn from p; all have the same mean (k2: nearly), each its
 # variance (Schulman 2020). In the loss, the gradient of k1 has mean zero: it belongs in the reward.
 KL = {
     "k1": lambda d: d,
@@ -407,7 +444,11 @@ def policy_loss(out: SimpleNamespace, b: SimpleNamespace, o: Options) -> tuple:
         loss = loss + o.value_weight * wrong / 2
     high, low = r > 1 + o.clip_high, r < 1 - o.clip_low
     clipped = high & (A > 0) | low & (A < 0)
-    log = dict(count=len(r), clipped=clipped.sum(), entropy=out.entropy.sum())
+    log = dict(
+        count=len(r),
+        clipped=clipped.sum(),
+        entropy=out.entropy.sum(),
+    )
     if "ref" in vars(b):
         log["kl"] = KL["k3"](out.logp - b.ref).sum()
     return (loss * b.weight).sum(), log
@@ -415,11 +456,15 @@ def policy_loss(out: SimpleNamespace, b: SimpleNamespace, o: Options) -> tuple:
 
 def imitation_loss(out: SimpleNamespace, b: SimpleNamespace, o: Options) -> tuple:
     """Cross-entropy of the assistant's tokens."""
-    log = dict(count=len(out.logp), nll=-out.logp.sum(), entropy=out.entropy.sum())
+    log = dict(
+        count=len(out.logp),
+        nll=-out.logp.sum(),
+        entropy=out.entropy.sum(),
+    )
     return -(out.logp * b.weight).sum(), log
 
 
-# ---- advantages: what each response's reward in (P, G), G responses to each of P prompts, is above what was to be expected
+# ---- advantages: by how much the rewards (P, G), of G responses to each of P prompts, are above what was expected
 
 def centred(r: Tensor) -> Tensor:
     """Rewards less the mean of their group."""
@@ -437,7 +482,12 @@ ADVANTAGES = {
 }
 
 
-def gae(rewards: list[float], values: list[float], gamma: float, lam: float) -> list[float]:
+def gae(
+    rewards: list[float],
+    values: list[float],
+    gamma: float,
+    lam: float,
+) -> list[float]:
     """Advantages A_t = d_t + gamma lam A_(t+1), d_t = r_t + gamma V_(t+1) - V_t (Schulman et al. 2016).
 
     With values of 0 and lam = 1 these are sums of the rewards to come.
@@ -510,8 +560,14 @@ TOOLS = {
 }
 
 
-def respond(gpt: GPT, tokenizer: bpe.Tokenizer, prompts: list[list[int]], o: Options, seed: str,
-            temperature: float = 1.0) -> list[dict]:
+def respond(
+    gpt: GPT,
+    tokenizer: bpe.Tokenizer,
+    prompts: list[list[int]],
+    o: Options,
+    seed: str,
+    temperature: float = 1.0,
+) -> list[dict]:
     """A sample for each prompt, as the assistant and --tool write it, decoded together by sample.py's engine.
 
     `old`: log-probabilities of the tokens to learn; `text`: the response; `done`: why it ended.
@@ -935,7 +991,7 @@ class Judge:
         raise OSError(f"the judge at {self.o.judge} gave no answer: {reason}; what is done is saved in {self.o.output}")
 
     def compare(self, request: str, a: str, b: str) -> float:
-        """1 if a is better, 0 if b is, else 0.5; asked in both orders, for judges prefer a position (Zheng et al. 2023)."""
+        """1 if a is better, 0 if b is, else 0.5: asked in both orders, as judges favour a place (Zheng et al. 2023)."""
         scores = []
         for first, second, letters in ((a, b, "ACB"), (b, a, "BCA")):
             verdict = re.search(r"\b[ABC]\b", self.reply(ASK.format(request, first, second)) or "")
@@ -1024,7 +1080,13 @@ def objective(o: Options) -> Callable:
 class Trainer:
     """A run: the policy, the model it started from, the optimizer's state, and what a step does to them."""
 
-    def __init__(self, o: Options, gpt: GPT, tokenizer: bpe.Tokenizer, checkpoint: dict):
+    def __init__(
+        self,
+        o: Options,
+        gpt: GPT,
+        tokenizer: bpe.Tokenizer,
+        checkpoint: dict,
+    ):
         torch.manual_seed(o.seed)
         self.o, self.tokenizer, self.objective = o, tokenizer, objective(o)
         self.roles, self.rates = gpt.roles(), gpt.rates(o.optimizer)
@@ -1042,7 +1104,8 @@ class Trainer:
         self.weights = {name: weight for name, weight in self.policy.named_parameters() if weight.requires_grad}
         self.state = {name: [] for name in self.weights} | checkpoint.get("optimizer", {})
         self.queue = checkpoint.get("queue", [])  # batches of responses that wait, with --staleness
-        start = dict(step=0, updates=0, rolled=0, tokens=0, seconds=0.0)
+        start = dict(step=0, updates=0, rolled=0)  # steps, changes of the weights, batches of responses
+        start |= dict(tokens=0, seconds=0.0)
         self.progress = SimpleNamespace(**checkpoint.get("progress", start))
         self.seen, self.spent = Counter(), Counter()  # since the last record: sums of what is logged, seconds
         if self.objective is policy_loss:
@@ -1211,15 +1274,30 @@ class Trainer:
         trained = {name: states[name] for name in states if "weight.0" in name or name.startswith("head")}
         texts = {name: (Path(__file__).parent / name).read_text() for name in names}
         save_checkpoint(
-            Path(o.output) / "ckpt.pt", self.policy.merged(), step=p.step, progress=vars(p),
-            train=vars(o), optimizer=self.state, trained=trained, queue=self.queue,
-            tokenizer=self.tokenizer.to_dict(), source=texts)
+            Path(o.output) / "ckpt.pt",
+            self.policy.merged(),
+            step=p.step,
+            progress=vars(p),
+            train=vars(o),
+            optimizer=self.state,
+            trained=trained,
+            queue=self.queue,
+            tokenizer=self.tokenizer.to_dict(),
+            source=texts,
+        )
         if o.lora:
             with replacing(Path(o.output) / "adapters.pt") as file:
                 torch.save(trained, file)
 
 
-def grade(gpt: GPT, tokenizer: bpe.Tokenizer, items: list, o: Options, score: Callable, n: int = 1) -> dict:
+def grade(
+    gpt: GPT,
+    tokenizer: bpe.Tokenizer,
+    items: list,
+    o: Options,
+    score: Callable,
+    n: int = 1,
+) -> dict:
     """Shares of the prompts that are answered right, by the strict and the lenient reading; and how.
 
     With n above 1 responses are drawn: `any` is the share of prompts with a right one among n, `vote` that of prompts
@@ -1229,7 +1307,8 @@ def grade(gpt: GPT, tokenizer: bpe.Tokenizer, items: list, o: Options, score: Ca
     prompts, rows = ([s[key] for s in every] for key in ("prompt", "row"))
     samples = respond(gpt, tokenizer, prompts, o, f"held {o.seed}", float(n > 1))
     strict, lenient = score(samples, rows)
-    out = dict(strict=strict, lenient=lenient, length=[len(s["old"]) for s in samples])
+    out = dict(strict=strict, lenient=lenient)
+    out["length"] = [len(s["old"]) for s in samples]
     out["truncated"] = [s["done"] == "length" for s in samples]
     if n > 1:
         parts = [slice(i, i + n) for i in range(0, len(every), n)]
@@ -1287,8 +1366,8 @@ def align(words: list[str]) -> tuple[dict, dict]:
             print(shown(records[-1]), flush=True)
             with open(log, "a") as file:
                 file.write(json.dumps(records[-1]) + "\n")
-            far, entropy = (records[-1].get(key) for key in ("kl", "entropy"))
-            out = o.max_kl and far and far > o.max_kl or entropy is not None and entropy < o.min_entropy
+            far, entropy = records[-1].get("kl", 0), records[-1].get("entropy", math.inf)
+            out = far > o.max_kl > 0 or entropy < o.min_entropy
             if out:
                 print(f"stopped: the KL divergence, {far}, or the entropy, {entropy}, left --max_kl or --min_entropy")
             if last or out:
@@ -1311,7 +1390,7 @@ def align(words: list[str]) -> tuple[dict, dict]:
 # ---- grading a checkpoint, asking people
 
 def examine(o: Options):
-    """Print how a checkpoint answers the prompts of --data: by a verifier, or by a judge against the rows' responses."""
+    """Print how a checkpoint answers the prompts of --data: by a verifier, or a judge against the rows' responses."""
     gpt, tokenizer = sample.load(o.ckpt, o.device)
     verifier = {"ifeval": "ifeval", "winrate": "judge"}.get(o.eval, o.verifier)
     require(o.eval in ("verify", "ifeval", "winrate"), f"--eval={o.eval}: choose from verify, ifeval, winrate")
@@ -1349,7 +1428,8 @@ def label(o: Options):
         chosen = next((line for line in lines if line in ("a", "b", "tie")), "")
         if not chosen:
             return
-        row = dict(history=history, response_a=a["text"], response_b=b["text"], chosen=chosen)
+        row = dict(history=history, chosen=chosen)
+        row |= dict(response_a=a["text"], response_b=b["text"])
         with open(path, "a") as file:
             file.write(json.dumps(row) + "\n")
 
@@ -1384,7 +1464,7 @@ def countdown(rng: np.random.Generator) -> dict:
 
 
 def solves(response: str, prompt: str, lenient: bool = False) -> float:
-    """1 if an expression behind #### uses the numbers of the prompt and reaches its target; lenient: any in the text."""
+    """1 if the expression behind #### uses the prompt's numbers and reaches its target; lenient: any in the text."""
     numbers, target = prompt.split("=")
     texts = re.findall(r"[\d+*-]+", response) if lenient else [response.removeprefix("####")]
     texts = [text for text in texts if sorted(re.findall(r"\d", text)) == numbers.split()]
@@ -1405,7 +1485,11 @@ def refuses_rightly(response: str, harmful: bool, lenient: bool = False) -> floa
     return float(refuses(response) == harmful)
 
 
-TASKS = {"sums": (sums, "gsm8k"), "countdown": (countdown, "countdown"), "refuse": (refusals, "refuse")}
+TASKS = {
+    "sums": (sums, "gsm8k"),
+    "countdown": (countdown, "countdown"),
+    "refuse": (refusals, "refuse"),
+}
 VERIFIERS |= dict(countdown=solves, refuse=refuses_rightly)
 TEXT = "the cat|a dog|my friend|she", " sees| likes| finds", " the red house.| a small tree.| some bread."
 SIZE = ("--block_size=128 --n_layer=2 --n_head=2 --n_embd=64 --ffn=relu2 --norm=layernorm --qk_norm=False "
@@ -1448,7 +1532,9 @@ def material(o: Options, folder: Path):
     letters = "".join(map(chr, range(32, 127)))
     tokenizer = bpe.train("char", [letters + "\n"], 100, workers=1)
     torch.manual_seed(o.seed)
-    gpt = GPT(dataclasses.replace(options(Config, SIZE.split()), vocab_size=tokenizer.vocab_size))
+    config = options(Config, SIZE.split())
+    config.vocab_size = tokenizer.vocab_size
+    gpt = GPT(config)
     (folder / "init").mkdir(exist_ok=True)
     save_checkpoint(folder / "init" / "ckpt.pt", gpt, tokenizer=tokenizer.to_dict())
 

@@ -714,7 +714,7 @@ def test_the_demonstration_at_tiny_size(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     short = {name: (data, begin, f"{words} --max_iters=2 --eval_interval=2 --batch_size=16 --eval_rows=4") for name, (data, begin, words) in align.DEMO.items()}
     monkeypatch.setattr(align, "DEMO", short)
-    monkeypatch.setattr(align, "ROWS", (400, 4, 200))
+    monkeypatch.setattr(align, "ROWS", (150, 4, 60))
     monkeypatch.setitem(align.VERIFIERS, "refuse", lambda response, lenient=False: float(len(response) % 2))
     align.demonstrate(options_of("--task=refuse --output=out"))
     lines = capsys.readouterr().out.splitlines()
