@@ -5,6 +5,7 @@ import math
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -208,6 +209,44 @@ def test_gradients_are_finite_differences(words):
                 moved[i] += step
                 ends.append(align.objective(o)(SimpleNamespace(**vars(out) | {name: moved}), b, o)[0].item())
             assert grad[i].item() == pytest.approx((ends[0] - ends[1]) / 2e-6, abs=1e-6)
+
+@pytest.mark.slow  # TRL takes long to import
+@pytest.mark.parametrize("words, kind, level", [
+    ("grpo", "grpo", "token"), ("grpo --kl=0.2", "grpo", "token"), ("dr_grpo --max_new_tokens=9", "dr_grpo", "token"),
+    ("dapo", "dapo", "token"), ("gspo --clip_low=0.1 --clip_high=0.2", "grpo", "sequence"), ("cispo --clip_high=0.1", "cispo", "token")])
+def test_policy_losses_and_gradients_are_trls(words, kind, level):
+    trl = pytest.importorskip("trl.trainer.grpo_trainer")
+    o, (out, b) = options_of(words), outputs()
+    n, T = out.n, max(out.counts)
+    mask = torch.arange(T) < torch.tensor(out.counts)[:, None]
+
+    def table(x):
+        rows = torch.zeros(n, T, dtype=torch.float64)
+        return rows.masked_scatter(mask, x)
+    b.advantage = torch.randn(n, dtype=torch.float64)[out.of]  # one a text, as TRL has it
+    b.cap = torch.ones_like(b.cap)
+    b.weight = torch.cat([torch.full((k,), align.MEANS[o.mean](k, n, sum(out.counts), o)) for k in out.counts])
+    ours, theirs = out.logp.clone().requires_grad_(), out.logp.clone().requires_grad_()
+    out.logp = ours
+    loss = align.policy_loss(out, b, o)[0]
+    stub = mock.MagicMock()
+    stub._get_per_token_logps_and_entropies.side_effect = lambda *_, **__: (table(theirs), table(out.entropy), None)
+    stub.aux_loss_enabled, stub.top_entropy_quantile, stub.off_policy_mask_threshold = False, 1.0, None
+    stub.importance_sampling_level, stub.loss_type, stub.beta = level, kind, o.kl
+    stub.epsilon_low, stub.epsilon_high = o.clip_low, o.clip_high + (kind == "cispo")
+    stub.use_vllm, stub._entropy_bonus_enabled, stub.max_completion_length = False, False, o.max_new_tokens
+    stub.current_gradient_accumulation_steps, stub.accelerator.num_processes = 1, 1
+    stub.accelerator.gather = lambda x: x
+    stub.args.delta, stub.args.use_bias_correction_kl, stub.args.steps_per_generation = None, False, 1
+    ids, ones = torch.zeros(n, 1, dtype=torch.long), torch.ones(n, 1)
+    advantage = torch.stack([x[0] for x in b.advantage.split(out.counts)])
+    inputs = dict(prompt_ids=ids, prompt_mask=ones, completion_ids=torch.zeros(n, T, dtype=torch.long), completion_mask=mask.double(),
+                  advantages=advantage, old_per_token_logps=table(b.old), ref_per_token_logps=table(b.ref),
+                  num_items_in_batch=torch.tensor(float(sum(out.counts))))
+    want = trl.GRPOTrainer._compute_loss(stub, None, inputs)
+    assert loss.item() == pytest.approx(want.item(), abs=1e-6)  # weights are single precision
+    grads = torch.autograd.grad(loss, ours)[0], torch.autograd.grad(want, theirs)[0]
+    assert torch.allclose(*grads, atol=1e-6)
 
 
 def test_cispo_keeps_the_gradient_of_clipped_tokens():
