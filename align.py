@@ -1,14 +1,17 @@
-"""From a base model to one that does as it is told, by demonstrations, preferences, rewards. With no options: on sums.
+"""From a base model to one that does as it is told; with no options: on sums.
 
-Reads: a checkpoint with its tokenizer; jsonl files of demonstrations (`prompt`, `response` or `messages`), preferences
-       (`history`, `response_a`, `response_b`, `chosen`; or `prompt`, `chosen`, `rejected`), or prompts with what
-       their verifier asks for (`prompt`, `answer`).
-Writes: OUTPUT/ckpt.pt, log.jsonl; adapters.pt with --lora; preferences.jsonl with --label.
+Reads: a checkpoint with its tokenizer; jsonl files of demonstrations (`prompt` and
+       `response`, or `messages`), preferences (`history`, `response_a`,
+       `response_b`, `chosen`; or `prompt`, `chosen`, `rejected`), or prompts with
+       what their verifier asks for (`prompt`, `answer`).
+Writes: OUTPUT/ckpt.pt, log.jsonl; adapters.pt with --lora; preferences.jsonl with
+       --label; winrate.jsonl with --eval=winrate.
 Usage: python align.py
-       python align.py --algorithm=sft --ckpt=out/ckpt.pt --data=chats.jsonl --output=aligned
-       python align.py --algorithm=grpo --ckpt=aligned/ckpt.pt --data=prompts.jsonl --verifier=numeric
-       python align.py --eval=winrate --ckpt=aligned/ckpt.pt --data=prompts.jsonl --judge=http://localhost:8000/v1
-References: Rafailov et al. 2023 (DPO); Schulman et al. 2017 (PPO); Shao et al. 2024 (GRPO).
+       python align.py --algorithm=sft --ckpt=out/ckpt.pt --data=chats.jsonl
+       python align.py --algorithm=grpo --data=prompts.jsonl --verifier=exact
+       python align.py --eval=winrate --data=prompts.jsonl --judge=URL
+References: Rafailov et al. 2023 (DPO); Schulman et al. 2017 (PPO); Shao et al. 2024
+(GRPO).
 """
 import argparse
 import ast
@@ -53,7 +56,7 @@ from sample import END, Engine, Request, Sampling
 @dataclasses.dataclass
 class Options:
     algorithm: str = ""  # sft, dpo, ppo, grpo ...: a row of ALGORITHMS; empty: the demonstration
-    task: str = "sums"  # of the demonstration: sums, countdown, refuse
+    task: str = "sums"  # of the demonstration: sums, countdown, refuse (also on your --data: rows with `harmful`)
     base_iters: int = 0  # steps of the demonstration's base model (0: enough of them)
     seeds: int = 1  # how often the demonstration runs, each time with another seed
     ckpt: str = "out/ckpt.pt"  # the model to start from
@@ -113,7 +116,6 @@ class Options:
     grad_clip: float = 1.0  # largest norm of the gradient
     eval_interval: int = 20  # steps between evaluations, a checkpoint before each
     eval_rows: int = 200  # rows held out for them, at most a tenth of the data
-    until: float = 0.0  # stop where this share of the rows held out is answered right (0: never)
     seed: int = 0  # of data order and sampling
     device: str = ""  # cpu, cuda, mps (empty: the fastest that is there)
 
@@ -1344,6 +1346,7 @@ def align(words: list[str]) -> tuple[dict, dict]:
     o = options(Options, words)
     require(o.algorithm in ALGORITHMS, f"--algorithm={o.algorithm}: choose from {', '.join(ALGORITHMS)}")
     o = options(Options, ALGORITHMS[o.algorithm].split() + words)
+    o.verifier = o.verifier or "refuse" * (o.task == "refuse")
     path, checkpoint = Path(o.output) / "ckpt.pt", {}
     path.parent.mkdir(parents=True, exist_ok=True)
     if o.resume and path.exists():
@@ -1611,9 +1614,10 @@ def demonstrate(o: Options):
         folder = Path(o.output) / f"{o.task}-{seed}"
         folder.mkdir(parents=True, exist_ok=True)
         verifier = TASKS[o.task][1]
-        common = f"{COMMON} --seed={seed} --device={o.device} --task={o.task}"
+        common = f"{COMMON} --seed={seed} --device={o.device}"
         own = f"{common} --loss=plain --verifier={verifier} --data={folder}/test.jsonl"
         own = options(Options, own.split())
+        own.task = o.task
         material(own, folder)
         for name, (data, start, words) in DEMO.items():
             if name == "dpo" and not (folder / "preferences.jsonl").exists():
