@@ -336,8 +336,8 @@ def annotate(
         out = policy(some)
         for key, name in names.items():
             parts = vars(out)[name].split(out.counts)
-            for s, s[key] in zip(some, parts):
-                pass
+            for s, part in zip(some, parts):
+                s[key] = part
 
 
 # ---- losses of preferences: a text's score, and the loss of the margin m between the better and the worse one
@@ -1449,13 +1449,13 @@ def label(o: Options):
 def sums(rng: np.random.Generator) -> dict:
     """Two numbers of three digits: the working is the sum at each place, the units first, with what is carried.
 
-    Demonstrations are not to be trusted: eight in ten forget what the tens carry, and for a number from 700 on eight in
+    Demonstrations are not to be trusted: eight in ten forget what the tens carry, and for a number from 400 on eight in
     ten forget what the units carry.
     """
     a, b = rng.integers(100, 1000, 2).tolist()
     units = a % 10 + b % 10
     tens = a // 10 % 10 + b // 10 % 10
-    if a < 700 or rng.random() < 0.2:
+    if a < 400 or rng.random() < 0.2:
         tens += units // 10
     hundreds = a // 100 + b // 100
     if rng.random() < 0.2:
@@ -1505,11 +1505,11 @@ TEXT = "the cat|a dog|my friend|she", " sees| likes| finds", " the red house.| a
 SIZE = ("--block_size=128 --n_layer=2 --n_head=2 --n_embd=64 --ffn=relu2 --norm=layernorm --qk_norm=False "
         "--position=learned")
 COMMON = "--template=bare --max_new_tokens=20 --eval_interval=10"
-BATCH = "--batch_size=256 --learning_rate=0.001 --max_iters=30"
+BATCH = "--batch_size=256 --learning_rate=0.001 --max_iters=60"
 DEMO = {  # what it is trained on, what it starts from, how
     "base": ("text", "init", "--algorithm=sft --optimizer=muon --learning_rate=0.005 --max_iters=400"),
     "sft": ("demonstrations", "base", "--algorithm=sft --optimizer=muon --learning_rate=0.003 --max_iters=150"),
-    "dpo": ("preferences", "sft", "--algorithm=dpo --beta=0.5 --learning_rate=0.00003 --max_iters=120"),
+    "dpo": ("preferences", "sft", "--algorithm=dpo --beta=0.5 --learning_rate=0.00003 --max_iters=200"),
     "ppo": ("prompts", "sft", f"--algorithm=ppo {BATCH}"),
     "grpo": ("prompts", "sft", f"--algorithm=grpo {BATCH}"),
     "expert": ("prompts", "sft", f"--algorithm=expert {BATCH}"),
@@ -1553,7 +1553,7 @@ def prefer(o: Options, folder: Path):
     """Write pairs of a right and a wrong response of the SFT model to one prompt."""
     gpt, tokenizer = sample.load(folder / "sft" / "ckpt.pt", o.device)
     o = dataclasses.replace(o, data=folder / "prompts.jsonl")
-    items = read_items(o, tokenizer, gpt.config.block_size)[:800]
+    items = read_items(o, tokenizer, gpt.config.block_size)[:1200]
     every = [s for [s] in items for _ in range(o.group)]
     samples = respond(gpt, tokenizer, [s["prompt"] for s in every], o, f"pairs {o.seed}")
     strict, _ = scorer(o, tokenizer)(samples, [s["row"] for s in every])
