@@ -67,7 +67,7 @@ class Options(Sampling):
     device: str = ""  # cpu, cuda, mps (empty: the fastest that is there)
     chat: bool = False  # a conversation: lines of stdin are answered
     system: str = ""  # chat: what the model is told first
-    template: str = "plain"  # of conversations: plain, chatml, llama3
+    template: str = "plain"  # of conversations: plain, bare, chatml, llama3
     eval: str = ""  # grade the model: comma list of ppl, hellaswag, mmlu, gsm8k
     eval_data: str = ""  # folder with the files of these tasks
     shots: int = 5  # solved examples before each question, where there is a file of them
@@ -413,6 +413,7 @@ TEMPLATES = {  # what stands before a conversation, before a message, behind it 
     "chatml": ("", "<|im_start|>{}\n", "<|im_end|>", "\n"),
     "llama3": ("<|begin_of_text|>", "<|start_header_id|>{}<|end_header_id|>\n\n", "<|eot_id|>", ""),
     "plain": ("", "{}: ", END, "\n"),
+    "bare": (END, "", END, ""),  # who speaks is told by turns
 }
 ROLES = ("system", "user", "assistant", "tool")
 

@@ -24,7 +24,7 @@ from conftest import ROOT, tiny_documents
 
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
 CEILING = {"bpe.py": 700, "data.py": 520, "model.py": 940, "train.py": 770, "kernels.py": 560, "ddp.py": 540,
-           "scaling.py": 400, "align.py": 480, "sample.py": 520}
+           "scaling.py": 400, "align.py": 1300, "sample.py": 520}
 # Who may import whom: at the top of the file, and on demand inside a function.
 OURS = {"bpe.py": ("", ""), "data.py": ("bpe", ""), "model.py": ("", "kernels"), "train.py": ("model", "bpe data ddp kernels"),
         "kernels.py": ("", ""), "ddp.py": ("", "model train"), "scaling.py": ("model", ""),
@@ -347,6 +347,8 @@ COPIES = {
     "train.py": ("model", ["--data=ready", "--output=out", *TINY_MODEL], "out/ckpt.pt"),
     "scaling.py": ("model", ["--fit=runs.csv"], "scaling/fit.json"),
     "sample.py": ("model bpe", ["--ckpt=trained/ckpt.pt", "--prompt=the ", "--device=cpu"], "the "),
+    "align.py": ("model bpe sample train", ["--algorithm=sft", "--ckpt=trained/ckpt.pt", "--data=chats.jsonl", "--output=tuned",
+                                            "--max_iters=2", "--max_new_tokens=4", "--device=cpu"], "tuned/ckpt.pt"),
 }
 
 
@@ -373,6 +375,7 @@ def test_a_script_copied_alone_runs(name, tmp_path, run_script, request):
     (tmp_path / "corpus.txt").write_text("<|endoftext|>".join(tiny_documents()), encoding="utf-8")
     ready_tokens(tmp_path / "ready")
     rows = [f"{N},{D},{2 + 60 / N**0.3 + 300 / D**0.4}" for N in (10**5, 10**6, 10**7) for D in (10**7, 10**8, 10**9)]
+    (tmp_path / "chats.jsonl").write_text('{"prompt": "the", "response": "model"}\n' * 20)
     (tmp_path / "runs.csv").write_text("\n".join(["N,D,loss", *rows]))
     done = run_script(name, *words, cwd=tmp_path, root=tmp_path)
     assert done.returncode == 0, done.stderr
