@@ -788,6 +788,7 @@ def written(template, message):
     role, content = message["role"], message["content"]
     return {"chatml": ("", f"<|im_start|>{role}\n", content, "<|im_end|>", "\n"),
             "llama3": ("<|begin_of_text|>", f"<|start_header_id|>{role}<|end_header_id|>\n\n", content, "<|eot_id|>", ""),
+            "bare": (END, "", content, END, ""),
             "plain": ("", f"{role}: ", content, END, "\n")}[template]
 
 
@@ -802,7 +803,8 @@ def test_render(template, chat_tokenizer):
     assert len(mask) == len(ids) and set(mask) == {0, 1}
     assert chat_tokenizer.decode([i for i, m in zip(ids, mask) if m]) == own
     end = chat_tokenizer.special_tokens[parts[0][3]]
-    assert ids.count(end) == len(TALK), "one for each message, none from the text of a user"
+    first = parts[0][0] == parts[0][3]  # one more, before all
+    assert ids.count(end) == len(TALK) + first, "one for each message, none from the text of a user"
     assert [i for i, m in zip(ids, mask) if m].count(end) == 2
     for special in set(chat_tokenizer.special_tokens.values()) & set(ids):
         assert chat_tokenizer.decode([special]) in "".join(parts[0])
