@@ -444,6 +444,7 @@ def recipe(o: Options, n_tokens: int, vocab_size: int, peak: float) -> Options:
         found = json.loads(study.read_text())
         best = min(found, key=lambda row: abs(math.log(row["C"] / C)))["options"]
         chosen |= {name: best[name] for name in ("n_embd", "n_layer", "block_size")}
+        print(f"width, depth and context as {study} says")
     new = filled()
     rows = o.tokens / new.block_size if o.tokens else C / run_flops(new, vocab_size)
     chosen["max_iters"] = max(1, round(rows / new.batch_size))
@@ -844,8 +845,7 @@ def show_sample(ckpt: Path, tokens: int):
 
 def table_row(record: dict, words: list[str]) -> str:
     """A run as a row of a table of results."""
-    text = "".join(source_texts().values())
-    code = hashlib.sha256(text.encode()).hexdigest()[:12]
+    code = hashlib.sha256("".join(source_texts().values()).encode()).hexdigest()[:12]
     minutes, date = record["seconds"] / 60, time.strftime("%Y-%m-%d")
     return f"| {record['bpb']:.4f} | {minutes:.1f} | {record['flops']:.3g} | {code} | {date} | `{' '.join(words)}` |"
 
