@@ -15,6 +15,7 @@ where the budget is in tokens; where it is in minutes, leave the machine alone.
 """
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -68,8 +69,8 @@ def main():
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", default="", help="rows whose label begins with one of these (a comma list)")
-    parser.add_argument("more", nargs="*", help="words for every run, after --")
-    o = parser.parse_args()
+    cut = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)  # what follows are words for every run
+    o, more = parser.parse_args(sys.argv[1:cut]), sys.argv[cut + 1:]
     wanted = tuple(o.only.split(","))
     rows = {label: words for label, words in STUDIES[o.study].items() if label.startswith(wanted)}
     found = {label: [] for label in rows}
@@ -80,9 +81,8 @@ def main():
         for seed in range(o.seeds):
             for label, words in rows.items():
                 run = Path(folder) / f"{label} {seed}"
-                command = [sys.executable, ROOT / "train.py", f"--data={data}", f"--output={run}", f"--seed={seed}", *words.split(), *o.more]
-                code = f"import os; os.environ['OMP_NUM_THREADS'] = '{o.threads}'"
-                done = subprocess.run(command, capture_output=True, text=True, env={**__import__("os").environ, "OMP_NUM_THREADS": str(o.threads)})
+                command = [sys.executable, ROOT / "train.py", f"--data={data}", f"--output={run}", f"--seed={seed}", *words.split(), *more]
+                done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": str(o.threads)})
                 if done.returncode:
                     print(f"{label}, seed {seed}: {done.stderr.strip()}", flush=True)
                     continue
