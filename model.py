@@ -665,13 +665,17 @@ class Experts(nn.Module):
         experts = torch.arange(len(self.bias), device=x.device)
         counts = (chosen.flatten()[:, None] == experts).sum(0)
         rows, ends = order // active, counts.cumsum(0)
-        up, down = (layer["weight"].type_as(scores) for layer in (self.up, self.down))
-        h = grouped(x.flatten(0, 1)[rows].type_as(scores), up, ends)
-        y = grouped(self.f(*h.chunk(self.parts, 1)), down, ends)
+        y = self.work(x.flatten(0, 1)[rows].type_as(scores), ends)
         y = y * weight.flatten()[order, None]
         self.loss = self.balance(scores, share, counts) if self.training else 0.0
         out = torch.zeros_like(y[:len(scores)]).index_add(0, rows, y)
         return out.view_as(x) + self.shared(x)
+
+    def work(self, x, ends):
+        """What the experts make of rows x, those of expert e from ends[e - 1] up to ends[e]"""
+        up, down = (layer["weight"].type_as(x) for layer in (self.up, self.down))
+        h = grouped(x, up, ends)
+        return grouped(self.f(*h.chunk(self.parts, 1)), down, ends)
 
     def balance(self, scores, share, counts):
         """What the router's choices cost, in nats; the bias moves."""

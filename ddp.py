@@ -1,0 +1,1111 @@
+"""Every way to split a model over processes, written out, and checked against the model that is not split.
+
+Reads: nothing; --merge: a folder with the parts of a checkpoint.
+Writes: tables to stdout; --merge: OUTPUT, one checkpoint.
+Usage: python ddp.py
+       python ddp.py --ranks=4 --mesh=dp2,tp2
+       torchrun --nproc_per_node=4 ddp.py
+       python ddp.py --plan --gpus=1024 --params=70e9 --tokens=1e12
+
+For real runs torch's own engine does the same with more care: `train.py --parallel=torch_ddp` or `torch_fsdp`.
+References: Rajbhandari et al. 2020 (ZeRO); Narayanan et al. 2021 (Megatron-LM); Liu et al. 2023 (ring attention).
+"""
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import hashlib
+import inspect
+import math
+import os
+import re
+import sys
+import textwrap
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Callable, Iterator
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import model
+from model import GPT, Config, load_checkpoint, replacing, require
+
+
+@dataclasses.dataclass
+class Options:
+    ranks: int = 2  # processes to start here (under torchrun: its own)
+    mesh: str = ""  # a product of splits, such as dp2,tp2: pp, dp, ep, cp, tp (empty: every form of the table)
+    stage: int = 0  # what dp shards: 0 nothing, 1 the optimizer's state, 2 gradients too, 3 parameters too
+    bucket: float = 25.0  # MiB of gradients that travel together
+    overlap: bool = True  # while the backward pass goes on
+    schedule: str = "1f1b"  # of pp: gpipe, 1f1b
+    micro: int = 4  # micro-batches of a step
+    optimizer: str = "adamw"  # of hidden matrices: adamw, muon
+    recompute: bool = False  # keep what enters each block alone
+    capacity: float = 0.0  # of ep: passes that an expert takes, over the mean (0: all)
+    steps: int = 20  # of each form
+    dtype: str = "float64"  # or float32
+    timeout: int = 60  # seconds after which a rank gives up waiting for another
+    show_schedule: bool = False  # draw the pipeline of --mesh (or 4 stages), then stop
+    bench_collectives: bool = False  # time the collectives by size, then stop
+    merge: str = ""  # folder with the parts of a checkpoint, to be joined in --output
+    output: str = "ckpt.pt"  # file for --merge
+    plan: bool = False  # find the best mesh for --gpus, --params, --tokens, then stop
+    gpus: int = 1024  # plan: how many
+    params: float = 70e9  # plan: parameters of the model
+    tokens: float = 1e12  # plan: of the training
+    batch_tokens: float = 4e6  # plan: of a step
+    block_size: int = 8192  # plan: tokens of a sequence
+    machine: str = "h100"  # plan: a key of MACHINES
+
+
+# ---- collectives, made of messages between two ranks
+
+class Group:
+    """Some ranks that talk to each other; `sent` counts the bytes of this one.
+
+    All ranks of a group call the same methods in the same order. `delay` (seconds a byte) stands for a slower link.
+    """
+
+    delay = 0.0
+    sent = 0  # by this process, in all its groups
+
+    def __init__(self, ranks: list[int]):
+        self.ranks, self.size, self.rank = ranks, len(ranks), ranks.index(dist.get_rank())
+        self.channel = dist.new_group(ranks, use_local_synchronization=True) if self.size > 1 else None
+
+    def start(self, out: Tensor | None, to: int, into: Tensor | None = None, source: int = 0) -> list:
+        """Begin to send `out` to a rank, and to fill `into` with what another sends; what to wait for."""
+        jobs = []
+        if out is not None:
+            jobs.append(dist.P2POp(dist.isend, out.contiguous(), self.ranks[to % self.size], self.channel))
+            Group.sent += out.nbytes
+            time.sleep(self.delay * out.nbytes)
+        if into is not None:
+            jobs.append(dist.P2POp(dist.irecv, into, self.ranks[source % self.size], self.channel))
+        return dist.batch_isend_irecv(jobs)
+
+    def exchange(self, *message) -> None:
+        """As start, to the end."""
+        for job in self.start(*message):
+            job.wait()
+
+    def tree(self, root: int) -> Iterator[tuple[bool, int]]:
+        """The messages of a binomial tree from its root on: (whether this rank sends, the other rank)."""
+        place = (self.rank - root) % self.size
+        for span in (1 << i for i in range(self.size.bit_length())):
+            if place < span and place + span < self.size:
+                yield True, self.rank + span
+            elif span <= place < 2 * span:
+                yield False, self.rank - span
+
+    def broadcast(self, x: Tensor, root: int = 0) -> Tensor:
+        """x of the root, in place, in log2(n) rounds"""
+        for sends, other in self.tree(root):
+            self.exchange(*(x, other) if sends else (None, 0, x, other))
+        return x
+
+    def reduce(self, x: Tensor, root: int = 0) -> Tensor:
+        """The sum of all x, in place at the root: the tree of broadcast, backwards"""
+        for receives, other in reversed(list(self.tree(root))):
+            if receives:
+                new = torch.empty_like(x)
+                self.exchange(None, 0, new, other)
+                x += new
+            else:
+                self.exchange(x, other)
+        return x
+
+    def scatter(self, rows: Tensor | None, own: Tensor, root: int = 0) -> Tensor:
+        """Row r of the root's `rows` (n, ...) to rank r, into `own`"""
+        if self.rank != root:
+            self.exchange(None, 0, own, root)
+            return own
+        for other in set(range(self.size)) - {root}:
+            self.exchange(rows[other], other)
+        return own.copy_(rows[root])
+
+    def gather(self, own: Tensor, root: int = 0) -> Tensor | None:
+        """`own` of all ranks at the root, (n, ...)"""
+        if self.rank != root:
+            return self.exchange(own, root)
+        rows = torch.stack([own] * self.size)
+        for other in set(range(self.size)) - {root}:
+            self.exchange(None, 0, rows[other], other)
+        return rows
+
+    def all_gather(self, rows: Tensor) -> Tensor:
+        """Row r of rank r to all, in place in (n, ...): n - 1 times round the ring, each rank passes on what it got"""
+        me = self.rank
+        for turn in range(self.size - 1):
+            self.exchange(rows[(me - turn) % self.size], me + 1, rows[(me - turn - 1) % self.size], me - 1)
+        return rows
+
+    def reduce_scatter(self, rows: Tensor) -> Tensor:
+        """The sum over all ranks of row r, at rank r; `rows` (n, ...) is used up: sums grow on their way round"""
+        me, new = self.rank, torch.empty_like(rows[0])
+        for turn in range(self.size - 1):
+            self.exchange(rows[(me - turn - 1) % self.size], me + 1, new, me - 1)
+            rows[(me - turn - 2) % self.size] += new
+        return rows[me]
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """The sum of all x: 2 (n - 1) / n of its bytes a rank, whatever n"""
+        rows = F.pad(x.flatten(), (0, -x.numel() % self.size)).view(self.size, -1).clone()
+        if self.size > 1:
+            self.reduce_scatter(rows)
+            self.all_gather(rows)
+        return rows.flatten()[:x.numel()].view_as(x)
+
+    def all_to_all(self, parts: list[Tensor], sizes: list[int]) -> Tensor:
+        """parts[r] to each rank r; what the ranks sent, sizes[r] rows from rank r, one behind the other"""
+        out = parts[0].new_empty(sum(sizes), *parts[0].shape[1:])
+        into = out.split(sizes)
+        into[self.rank].copy_(parts[self.rank])
+        for far in range(1, self.size):
+            self.exchange(parts[(self.rank + far) % self.size], self.rank + far,
+                          into[(self.rank - far) % self.size], self.rank - far)
+        return out
+
+
+class Through(torch.autograd.Function):
+    """ahead(x) in the forward pass; back(gradient) in the backward pass."""
+
+    @staticmethod
+    def forward(ctx, x, ahead, back):
+        ctx.back = back
+        return ahead(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.back(grad.contiguous()), None, None
+
+
+def gathered(x: Tensor, group: Group, dim: int) -> Tensor:
+    """The parts x of all ranks, joined along a dimension"""
+    rows = x.new_empty(group.size, *x.shape)
+    rows[group.rank] = x
+    return torch.cat(group.all_gather(rows).unbind(), dim)
+
+
+def scattered(x: Tensor, group: Group, dim: int) -> Tensor:
+    """This rank's part of the sum of all x, cut along a dimension"""
+    return group.reduce_scatter(torch.stack(x.chunk(group.size, dim)))
+
+
+# what the forward pass gathers, the backward pass scatters, and the other way round
+def gather_grad(x: Tensor, group: Group, dim: int) -> Tensor:
+    return Through.apply(x, lambda x: gathered(x, group, dim), lambda grad: scattered(grad, group, dim))
+
+
+def scatter_grad(x: Tensor, group: Group, dim: int) -> Tensor:
+    return Through.apply(x, lambda x: scattered(x, group, dim), lambda grad: gathered(grad, group, dim))
+
+
+def summed(x: Tensor, group: Group) -> Tensor:
+    """The sum over the ranks, each of which then goes on with the same: so the gradient of the sum is that of each."""
+    return Through.apply(x, group.all_reduce, lambda grad: grad)
+
+
+AXES = ("pp", "dp", "ep", "cp", "tp")  # neighbours on the last axis talk most: they belong on one machine
+
+
+class Mesh:
+    """Ranks as the points of a box, such as dp2,tp2."""
+
+    def __init__(self, text: str, world: int):
+        found = dict(re.findall(r"([a-z]+)(\d+)", text))
+        require(re.fullmatch(r"[a-z]+[1-9]\d*(,[a-z]+[1-9]\d*)*", text) and found.keys() <= {*AXES},
+                f"--mesh={text}: write axes with their sizes, such as dp2,tp2, from {', '.join(AXES)}")
+        self.size = {axis: int(found.get(axis, 1)) for axis in AXES}
+        shape = list(self.size.values())
+        require(math.prod(shape) == world, f"--mesh={text} is for {math.prod(shape)} ranks, there are {world}")
+        self.text = text
+        self.grid = np.arange(world).reshape(shape)
+        self.at = dict(zip(AXES, map(int, np.argwhere(self.grid == dist.get_rank())[0])))
+
+    def group(self, *axes: str) -> Group:
+        """The ranks that differ from this one along these axes alone."""
+        place = tuple(slice(None) if axis in axes else self.at[axis] for axis in AXES)
+        return Group(self.grid[place].flatten().tolist())
+
+
+# ---- data parallel: ranks with other rows of the batch; what all would keep alike may be sharded (Rajbhandari 2020)
+
+def layout(sizes: list[int], n: int, whole: bool) -> tuple[int, list[int]]:
+    """Length of each of n rows that hold tensors of these sizes, and where in the rows, one behind the other, each begins.
+
+    `whole`: none lies in two rows (the largest first, to the emptiest row); else they lie one behind the other.
+
+    >>> layout([2, 3, 4], 2, False), layout([2, 3, 4], 2, True)
+    ((5, [0, 2, 5]), (5, [7, 4, 0]))
+    """
+    if not whole:
+        return -(-sum(sizes) // n), [sum(sizes[:i]) for i in range(len(sizes))]
+    rows = [[] for _ in range(n)]
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        min(rows, key=lambda row: sum(sizes[j] for j in row)).append(i)
+    length = max(sum(sizes[i] for i in row) for row in rows)
+    starts = {}
+    for number, row in enumerate(rows):
+        for place, i in enumerate(row):
+            starts[i] = number * length + sum(sizes[j] for j in row[:place])
+    return length, [starts[i] for i in range(len(sizes))]
+
+
+class Unit:
+    """Parameters that travel together: they are views of one buffer (n, length), of which rank r owns row r.
+
+    `master` is this rank's row, and `pieces` its parameters or parts of them, which an optimizer moves. Without
+    sharding there is one row, which all ranks own.
+    """
+
+    def __init__(self, named: dict[str, nn.Parameter], group: Group, stage: int, whole: bool, low: torch.dtype | None):
+        self.named, self.stage, self.group = named, stage, group
+        n, self.row = (group.size, group.rank) if stage else (1, 0)
+        length, starts = layout([p.numel() for p in named.values()], n, whole)
+        first = next(iter(named.values()))
+        self.full = first.new_zeros(n, length, dtype=low or first.dtype)
+        self.spans = {name: (start, p.shape) for (name, p), start in zip(named.items(), starts)}
+        wide = first.new_zeros(n, length)
+        for name, view in self.views(wide).items():
+            view.copy_(named[name].data)
+        group.broadcast(wide)
+        self.full.copy_(wide)
+        for name, view in self.views(self.full).items():
+            named[name].data = view
+        own = wide[self.row] if low else self.full[self.row]
+        self.master = own.clone() if stage == 3 or low else own
+        self.grad = torch.zeros_like(self.master)
+        self.pieces, self.begins = {}, {}  # of each, and where in its parameter it begins
+        for name, (start, shape) in self.spans.items():
+            begin, end = (max(0, min(length, at - self.row * length)) for at in (start, start + shape.numel()))
+            if begin < end:
+                self.begins[name] = begin + self.row * length - start
+                form = shape if end - begin == shape.numel() else (end - begin,)
+                self.pieces[name] = nn.Parameter(self.master[begin:end].view(form))
+                self.pieces[name].grad = self.grad[begin:end].view(form)
+        self.there, self.sent, self.job, self.waiting = True, False, None, len(named)
+
+    def views(self, rows: Tensor) -> dict[str, Tensor]:
+        """The parameters, or what stands in their place, in a buffer"""
+        return {name: rows.flatten()[start:start + shape.numel()].view(shape)
+                for name, (start, shape) in self.spans.items()}
+
+    def collect(self) -> None:
+        """Parameters of all rows, from their owners"""
+        self.full[self.row] = self.master
+        if self.stage:
+            self.group.all_gather(self.full)
+
+    def free(self) -> None:
+        """Give the memory of all rows back; this rank's own is kept in `master`."""
+        self.full.untyped_storage().resize_(0)
+        self.there, self.job = False, None
+
+    def reduce(self, rows: Tensor) -> None:
+        """Add the sum of gradients over all ranks to those of the pieces"""
+        total = self.group.reduce_scatter(rows) if self.stage else self.group.all_reduce(rows)
+        self.grad += total.view_as(self.grad)
+
+
+class Sharder:
+    """Any module, trained by several processes on parts of a batch, with any optimizer on `pieces`.
+
+    Each rank: loss.backward() (`last` says whether more micro-batches follow), then sync(), which leaves sums over the
+    ranks in the gradients of `pieces`, the optimizer's step on them, then spread().
+
+    stage: 0 nothing is sharded, 1 the optimizer's state, 2 gradients, 3 parameters too: these are fetched before a
+    module of `module`'s lists is used, the next one's meanwhile, and freed after. Gradients travel in buckets of
+    `bucket` bytes (stage 3: those of a module together), `overlap`: as soon as they are there, while the backward pass
+    goes on. `whole`: no parameter is cut, for optimizers that work on matrices (their owner computes).
+    """
+
+    def __init__(self, module: nn.Module, group: Group, stage: int = 0, bucket: float = 25 * 2**20,
+                 overlap: bool = True, whole: bool = False, low: torch.dtype | None = None,
+                 names: set[str] | None = None):
+        self.group, self.stage, self.overlap, self.last = group, stage, overlap, True
+        self.pool, self.backward = ThreadPoolExecutor(1), False
+        unit = partial(Unit, group=group, stage=stage, whole=whole, low=low)
+        named = {name: p for name, p in module.named_parameters() if names is None or name in names}
+        lists = [part for part in module.modules() if isinstance(part, nn.ModuleList)] if stage == 3 else []
+        self.units, blocks = [], []
+        for block in [block for part in lists for block in part]:
+            own = {id(p) for p in block.parameters()}
+            mine = {name: named.pop(name) for name in list(named) if id(named[name]) in own}
+            if mine:
+                self.units.append(unit(mine))
+                blocks.append(block)
+        rest, size = {}, 0
+        for name, p in reversed(named.items()):  # gradients come from the last layer on
+            if rest and stage < 3 and size + p.nbytes > bucket:
+                self.units.append(unit(rest))
+                rest, size = {}, 0
+            rest[name], size = p, size + p.nbytes
+        self.units += [unit(rest)] if rest else []
+        self.pieces = {name: piece for unit in self.units for name, piece in unit.pieces.items()}
+        for unit in self.units:
+            for p in unit.named.values():
+                p.register_post_accumulate_grad_hook(partial(self.arrived, unit))
+        self.blocks = len(blocks)  # these units are first
+        if stage == 3:
+            self.hook(module, blocks)
+
+    def hook(self, module: nn.Module, blocks: list[nn.Module]) -> None:
+        """Fetch what a module needs before it is used in either direction, the neighbour's too; free it after."""
+        units = self.units[:len(blocks)]
+
+        def before(i, step, *_):
+            self.backward |= step < 0
+            self.need(units[i])
+            again = self.backward and step > 0  # computed again, for its gradient
+            if 0 <= i + step < len(units) and not again:
+                self.fetch(units[i + step])
+
+        def after(i, *_):
+            if not self.backward:
+                units[i].free()
+        module.register_forward_pre_hook(self.begin)
+        for i, block in enumerate(blocks):
+            block.register_forward_pre_hook(partial(before, i, 1))
+            block.register_forward_hook(partial(after, i))
+            block.register_full_backward_pre_hook(partial(before, i, -1))
+        for unit in self.units:
+            unit.free()
+
+    def begin(self, *_) -> None:
+        """Before the forward pass of the whole (of what wraps `module`, if not of that): fetch what no list holds."""
+        self.backward = False
+        for unit in self.units[self.blocks:]:
+            self.need(unit)
+
+    def start(self, unit: Unit, action: Callable, *x) -> None:
+        """Messages are sent by a thread, one after the other, so that their order is the same on all ranks."""
+        unit.job = self.pool.submit(torch.no_grad()(action), *x)
+        if not self.overlap:
+            unit.job.result()
+
+    def fetch(self, unit: Unit) -> None:
+        """Begin to collect parameters that are not there."""
+        if not unit.there:
+            unit.full.untyped_storage().resize_(unit.full.nbytes)
+            unit.there = True
+            self.start(unit, unit.collect)
+
+    def need(self, unit: Unit | None) -> None:
+        """Go on when the parameters are there."""
+        if unit:
+            self.fetch(unit)
+            unit.job and unit.job.result()
+
+    def arrived(self, unit: Unit, p: nn.Parameter) -> None:
+        """A gradient is there; the last one of a unit sends them all."""
+        unit.waiting -= 1
+        if unit.waiting == 0:
+            unit.waiting = len(unit.named)
+            if self.stage > 1 or self.last and self.overlap:
+                self.send(unit)
+
+    def send(self, unit: Unit) -> None:
+        """Begin to sum a unit's gradients; they, and with stage 3 the parameters, are given back."""
+        rows = unit.master.new_zeros(unit.full.shape)
+        for name, view in unit.views(rows).items():
+            if unit.named[name].grad is not None:
+                view.copy_(unit.named[name].grad)
+                unit.named[name].grad = None
+        if self.stage == 3:
+            unit.free()
+        self.start(unit, unit.reduce, rows)
+        unit.sent = True
+
+    def sync(self) -> None:
+        """After the backward pass: the gradients of `pieces` are summed over all ranks."""
+        for unit in self.units:
+            if not unit.sent or unit.waiting < len(unit.named):  # not yet, or a parameter had no part in it
+                self.send(unit)
+        for unit in self.units:
+            unit.job.result()
+            unit.sent, unit.waiting = False, len(unit.named)
+
+    @torch.no_grad()
+    def spread(self) -> None:
+        """After the optimizer's step: parameters to all ranks, gradients to zero."""
+        for unit in self.units:
+            unit.grad.zero_()
+            if self.stage == 3:
+                unit.free()
+            elif self.stage or unit.full.dtype != unit.master.dtype:
+                self.start(unit, unit.collect)
+        for unit in self.units:
+            unit.job and unit.job.result()
+
+
+# ---- parts of a model: what each axis of the mesh cuts
+
+# axis: which parameters, along which dimension, and the sizes of the blocks there, of which each rank gets a part
+CUTS = {
+    "tp": (
+        (r"qkv\.weight$", 0, lambda c: [n * c.head_width for n in (c.n_head, *[c.n_kv_head or c.n_head] * 2)]),
+        (r"ffn\.up\.weight$", 0, lambda c: [c.inner] * model.FFNS[c.ffn][0]),
+        (r"mixer\.out\.weight$", 1, lambda c: [c.n_head * c.head_width]),
+        (r"ffn\.down\.weight$", 1, lambda c: [c.inner]),
+        (r"^(embedding|head)\.weight$", 0, lambda c: [c.vocab_size]),
+    ),
+    "ep": ((r"ffn\.(up|down)\.weight$", 0, lambda c: [c.n_expert]),),
+}
+
+
+def cuts_of(name: str, config: Config, mesh: Mesh) -> list[tuple]:
+    """How a parameter is cut: (axis, dimension, sizes), for each axis that has several ranks"""
+    found = []
+    for axis, rows in CUTS.items():
+        for names, dim, sizes in rows:
+            experts = axis == "tp" or config.n_expert
+            if mesh.size[axis] > 1 and experts and re.search(names, name):
+                found.append((axis, dim, sizes(config)))
+    return found
+
+
+def cut(x: Tensor, dim: int, sizes: list[int], n: int, i: int) -> Tensor:
+    """Part i of n of each block
+
+    >>> cut(torch.arange(8), 0, [4, 2, 2], 2, 1)
+    tensor([2, 3, 5, 7])
+    """
+    return torch.cat([block.chunk(n, dim)[i] for block in x.split(sizes, dim)], dim)
+
+
+def join(parts: list[Tensor], dim: int, sizes: list[int]) -> Tensor:
+    """The tensor of which `parts` are all parts
+
+    >>> join([torch.tensor([0, 1, 4, 6]), torch.tensor([2, 3, 5, 7])], 0, [4, 2, 2])
+    tensor([0, 1, 2, 3, 4, 5, 6, 7])
+    """
+    small = [size // len(parts) for size in sizes]
+    blocks = zip(*(part.split(small, dim) for part in parts))
+    return torch.cat([part for block in blocks for part in block], dim)
+
+
+def vocabulary_rows(gpt: GPT, group: Group) -> tuple[Callable, Callable]:
+    """Embedding and loss of a vocabulary of which each rank has some rows: (ids -> vectors), (x, targets -> loss sum)"""
+    size = len(gpt.embedding.weight)
+    first = size * group.rank
+
+    def look_up(ids):
+        near, mine = (ids - first).clamp(0, size - 1), (ids >= first) & (ids < first + size)
+        rows = F.embedding(near, gpt.embedding.weight) * mine[..., None]  # the others' rows are 0
+        return scatter_grad(rows, group, 1)  # (B, T / n, C)
+
+    def loss(x, targets):
+        logits = gpt.head(x)  # (R, V / n)
+        highest = gathered(logits.detach().amax(1), group, 0).view(group.size, -1).amax(0)  # (R)
+        logits = logits - highest[:, None]
+        near, mine = (targets - first).clamp(0, size - 1), (targets >= first) & (targets < first + size)
+        right = logits.gather(1, near[:, None])[:, 0] * mine
+        total, right = summed(torch.stack((logits.exp().sum(1), right)), group)
+        return ((total.log() - right) * (targets >= 0)).sum()
+    return look_up, loss
+
+
+def tensor_parallel(gpt: GPT, objective: nn.Module, group: Group) -> None:
+    """Each rank has some heads, some hidden units, some of the vocabulary (Shoeybi et al. 2019).
+
+    Between them, where all channels are needed, each has some of the tokens (sequence parallelism, Korthikanti 2022):
+    a layer gathers the tokens and scatters sums, in all as much as one all-reduce.
+    """
+    gpt.embedding.forward, objective.rows = vocabulary_rows(gpt, group)
+    for block in gpt.blocks:
+        block.mixer.heads = tuple(n // group.size for n in block.mixer.heads)
+        for layer in (block.mixer, block.ffn):
+            layer.register_forward_pre_hook(lambda _, x: (gather_grad(x[0], group, 1), *x[1:]))
+            layer.register_forward_hook(lambda _, x, y: scatter_grad(y, group, 1))
+    gpt.norm.register_forward_hook(lambda _, x, y: gather_grad(y, group, 1))
+    for name, p in gpt.named_parameters():
+        if "norm" in name:  # which sees some of the tokens, or some of the heads
+            p.register_hook(group.all_reduce)
+
+
+# ---- sequence parallel: ranks with other tokens of the same rows
+
+class Ring(torch.autograd.Function):
+    """Causal attention of all tokens, of which each rank has a part; keys and values go round (Liu et al. 2023).
+
+    Rank r of n has the parts r and 2n - 1 - r of 2n, so that all have as much to do. Of a part of queries and one of
+    keys the softmax's numerator and log-denominator are enough to add the next; nothing of size T x T is kept.
+    """
+
+    @staticmethod
+    def pairs(group, turn):
+        """(queries' half, keys' half, whether the mask is causal) after some turns of the ring"""
+        def number(rank, half):
+            return 2 * group.size - 1 - rank if half else rank
+        source = (group.rank - turn) % group.size
+        for i, j in ((0, 0), (0, 1), (1, 0), (1, 1)):
+            mine, theirs = number(group.rank, i), number(source, j)
+            if theirs <= mine:
+                yield i, j, mine == theirs
+
+    @staticmethod
+    def scores(q, k, causal):
+        """(B, H, T, hd) and (B, H_kv, S, hd) -> (B, H, T, S)"""
+        s = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT / q.shape[3] ** 0.5
+        return s.masked_fill(torch.ones_like(s[0, 0]).triu(1).bool(), -math.inf) if causal else s
+
+    @staticmethod
+    def round(x, group, way):
+        """x goes one rank on (way 1) or back (-1), and another takes its place"""
+        new = torch.empty_like(x)
+        group.exchange(x, group.rank + way, new, group.rank - way)
+        return new
+
+    @staticmethod
+    def forward(ctx, q, k, v, group):
+        out = torch.zeros_like(q)
+        lse = q.new_full(q.shape[:3], -math.inf)
+        kv = torch.stack((k, v))
+        for turn in range(group.size):
+            for i, j, causal in Ring.pairs(group, turn):
+                half_out, half_lse = out.chunk(2, 2)[i], lse.chunk(2, 2)[i]
+                k, v = kv.chunk(2, 3)[j]
+                s = Ring.scores(q.chunk(2, 2)[i], k, causal)
+                new = torch.logaddexp(half_lse, s.logsumexp(-1))
+                v = v.repeat_interleave(q.shape[1] // v.shape[1], 1)
+                half_out.mul_((half_lse - new).exp()[..., None]).add_((s - new[..., None]).exp() @ v)
+                half_lse.copy_(new)
+            kv = Ring.round(kv, group, 1) if turn < group.size - 1 else kv
+        ctx.group = group
+        ctx.save_for_backward(q, kv, out, lse)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, kv, out, lse = ctx.saved_tensors
+        group, dq, dkv = ctx.group, torch.zeros_like(q), torch.zeros_like(kv)
+        along = (grad * out).sum(-1)
+        H_kv = kv.shape[2]
+        for turn in reversed(range(group.size)):  # kv is where the last turn left it
+            for i, j, causal in Ring.pairs(group, turn):
+                qi, gi, li, ai = (x.chunk(2, 2)[i] for x in (q, grad, lse, along))
+                (k, v), (dk, dv) = kv.chunk(2, 3)[j], dkv.chunk(2, 3)[j]
+                p = (Ring.scores(qi, k, causal) - li[..., None]).exp()
+                shared = q.shape[1] // H_kv
+                ds = p * (gi @ v.repeat_interleave(shared, 1).mT - ai[..., None]) / q.shape[3] ** 0.5
+                dq.chunk(2, 2)[i].add_(ds @ k.repeat_interleave(shared, 1))
+                dk.add_((ds.mT @ qi).unflatten(1, (H_kv, shared)).sum(2))
+                dv.add_((p.mT @ gi).unflatten(1, (H_kv, shared)).sum(2))
+            if turn:  # gradients travel with what they are of
+                kv, dkv = Ring.round(torch.cat((kv, dkv)), group, -1).chunk(2)
+        return dq, *dkv, None
+
+
+def sequence_parallel(gpt: GPT, group: Group) -> None:
+    """Attention by Ring, and positions of the tokens that this rank has."""
+    def look(tokens, state):
+        at = zigzag(tokens.shape[1] * group.size, group)[None].to(tokens.device)
+        return tokens, at, at
+    gpt.look = look
+    model.ops = SimpleNamespace(norm=model.Fast.norm, attention=lambda q, k, v, mask: Ring.apply(q, k, v, group))
+
+
+def zigzag(T: int, group: Group) -> Tensor:
+    """Which of T tokens a rank has: a part from the beginning and one from the end, for later tokens see more."""
+    parts = torch.arange(T).chunk(2 * group.size)
+    return torch.cat((parts[group.rank], parts[-1 - group.rank]))
+
+
+# ---- expert parallel: ranks with other experts, and other rows of the batch
+
+def dispatch(ffn: nn.Module, group: Group, capacity: float, x: Tensor, ends: Tensor) -> Tensor:
+    """What Experts.work does, by the ranks that have the experts: rows x, sorted by expert, go there and come back.
+
+    An expert takes from each rank at most `capacity` times the mean (0: all); the outputs of the others are 0
+    (Fedus et al. 2021).
+    """
+    counts = ends.diff(prepend=ends.new_zeros(1))
+    kept = torch.arange(len(x), device=x.device)
+    if capacity:
+        most = math.ceil(capacity * len(x) / len(counts))
+        kept = torch.cat([part[:most] for part in kept.split(counts.tolist())])
+        counts = counts.clamp(max=most)
+    to = counts.view(group.size, -1)  # rows to each expert of each rank
+    come = group.all_to_all(list(to[:, None]), [1] * group.size)  # from each rank, to each expert here
+    out, into = to.sum(1).tolist(), come.sum(1).tolist()
+
+    def there(x):
+        return group.all_to_all(x.split(out), into)
+
+    def back(x):
+        return group.all_to_all(x.split(into), out)
+    own = torch.arange(come.shape[1], device=x.device).repeat(group.size).repeat_interleave(come.flatten())
+    order = own.argsort(stable=True)  # by expert, no longer by rank
+    rows = Through.apply(x[kept], there, back)
+    done = type(ffn).work(ffn, rows[order], come.sum(0).cumsum(0))
+    done = torch.zeros_like(done).index_copy(0, order, done)
+    return torch.zeros_like(x).index_copy(0, kept, Through.apply(done, back, there))
+
+
+# ---- pipeline: ranks with other layers, which micro-batches pass one behind the other
+
+def gpipe(stage: int, stages: int, micro: int) -> list[tuple[str, int]]:
+    """All forward passes, then all backward passes (Huang et al. 2019)."""
+    return [("F", i) for i in range(micro)] + [("B", i) for i in range(micro)]
+
+
+def one_forward_one_backward(stage: int, stages: int, micro: int) -> list[tuple[str, int]]:
+    """As soon as there is something to go back, by turns: no more than `stages` micro-batches are kept (2021)."""
+    ahead = min(micro, stages - stage - 1)
+    turns = [action for i in range(micro - ahead) for action in (("F", ahead + i), ("B", i))]
+    return [("F", i) for i in range(ahead)] + turns + [("B", i) for i in range(micro - ahead, micro)]
+
+
+SCHEDULES = {"gpipe": gpipe, "1f1b": one_forward_one_backward}
+
+
+def timeline(schedule: str, stages: int, micro: int) -> tuple[list[str], float]:
+    """A line of text a stage, time from left to right, and the share of idle time; a backward pass takes two units.
+
+    >>> print("\\n".join(timeline("1f1b", 2, 3)[0]))
+    0  1     0 0 2 1 1   2 2
+       0 0 0 1 1 1 2 2 2
+    """
+    plans = [SCHEDULES[schedule](stage, stages, micro) for stage in range(stages)]
+    ended, free, at = {}, [0] * stages, [0] * stages
+    lines = [""] * stages
+    while any(at[s] < len(plans[s]) for s in range(stages)):
+        for s in range(stages):
+            if at[s] == len(plans[s]):
+                continue
+            kind, i = plans[s][at[s]]
+            first = s == (0 if kind == "F" else stages - 1)
+            needs = (kind, i, s - 1 if kind == "F" else s + 1) if not first else (("F", i, s) if kind == "B" else None)
+            if needs and needs not in ended:
+                continue
+            begin, long = max(free[s], ended.get(needs, 0)), 1 if kind == "F" else 2
+            lines[s] += "  " * (begin - free[s]) + f"{i % 10}{'' if kind == 'F' else '*'}".ljust(2) * long
+            free[s] = ended[kind, i, s] = begin + long
+            at[s] += 1
+    return lines, 1 - 3 * micro / max(free)
+
+
+class Absent(nn.Module):
+    """Stands where another rank's layer is: passes on what comes, or what `value` holds."""
+
+    value = None
+    ffn = SimpleNamespace(loss=0.0)
+
+    def forward(self, x, *_):
+        return x if self.value is None else self.value
+
+
+def stage_of(gpt: GPT, group: Group) -> None:
+    """Leave a model the layers of one stage; the names of its parameters stay."""
+    bounds = np.linspace(0, len(gpt.blocks), group.size + 1).round().astype(int)
+    for layer in range(len(gpt.blocks)):
+        if not bounds[group.rank] <= layer < bounds[group.rank + 1]:
+            gpt.blocks[layer] = Absent()
+    if group.rank < group.size - 1:
+        gpt.norm, gpt.head = Absent(), Absent()
+    if group.rank:
+        gpt.embedding = Absent()
+
+
+# ---- the whole: a model on a mesh
+
+def refuse(config: Config, mesh: Mesh, o: Options, batch: int) -> None:
+    """Raise ValueError, naming what to change, for a model that cannot be split so."""
+    size, plain = mesh.size, Config()
+    parts = (("tp", "n_head", config.n_head), ("tp", "n_kv_head", config.n_kv_head or config.n_head),
+             ("tp", "n_inner", config.inner), ("tp", "vocab_size", config.vocab_size), ("ep", "n_expert", config.n_expert),
+             ("tp", "block_size", config.block_size // size["cp"]), ("cp", "block_size", config.block_size // 2))
+    for axis, name, value in parts:
+        divisors = [n for n in range(2, value + 1) if value % n == 0][:8]
+        require(value % size[axis] == 0 and (value or size[axis] == 1),
+                f"--mesh={mesh.text}: {axis}{size[axis]} does not divide --{name} ({value}; {divisors} do)")
+    require(size["pp"] <= config.n_layer, f"--mesh={mesh.text}: more stages than --n_layer={config.n_layer}")
+    ways = size["dp"] * size["ep"]
+    require(batch % ways == 0, f"--mesh={mesh.text}: --batch_size={batch} is no multiple of dp x ep = {ways}")
+    require(o.stage in (0, 1, 2, 3), f"--stage={o.stage}: choose from 0, 1, 2, 3")
+    require(o.schedule in SCHEDULES, f"--schedule={o.schedule}: choose from {', '.join(SCHEDULES)}")
+    require(o.stage < 3 or size["pp"] == size["ep"] == 1, "--stage=3 goes with dp, cp and tp; use 2 with pp and ep")
+    require(not config.n_expert or size["tp"] == 1, "tp does not cut experts: use ep")
+    if math.prod(size.values()) > size["dp"]:
+        for name in ("mixer", "position", "ngram", "end_token", "bias", "qkv_bias", "residual", "dropout"):
+            same = getattr(config, name) in (getattr(plain, name), 1 if name == "ngram" else None)
+            require(same, f"--mesh={mesh.text} is for --{name}={getattr(plain, name)}; others go with dp alone")
+
+
+class Split:
+    """What one rank of a mesh holds of `objective`: a module with `gpt` and `rows`, as train.py's Objective.
+
+    A step is backward(), sync(), an optimizer's step on `pieces` (by their names in the whole model), spread().
+    """
+
+    def __init__(self, objective: nn.Module, mesh: Mesh, o: Options, batch: int):
+        gpt, config = objective.gpt, objective.gpt.config
+        refuse(config, mesh, o, batch)
+        self.objective, self.gpt, self.mesh, self.o, self.config = objective, gpt, mesh, o, config
+        self.pp, self.cp, self.tp = mesh.group("pp"), mesh.group("cp"), mesh.group("tp")
+        ep, both = mesh.group("ep"), mesh.group("dp", "ep", "cp")
+        self.totals, self.every = mesh.group("pp", "dp", "ep", "cp"), mesh.group(*AXES)
+        self.tied = "embedding.weight" if config.tie_embeddings and self.pp.size > 1 else ""
+        first, last = self.pp.rank == 0, self.pp.rank == self.pp.size - 1
+        self.ends = Group([self.pp.ranks[0], self.pp.ranks[-1]]) if self.tied and (first or last) else None
+        self.cuts = {name: cuts_of(name, config, mesh) for name, _ in gpt.named_parameters()}
+        for name, p in gpt.named_parameters():
+            for axis, dim, sizes in self.cuts[name]:
+                p.data = cut(p.data, dim, sizes, mesh.size[axis], mesh.at[axis])
+        stage_of(gpt, self.pp)
+        model.ops = model.Fast
+        if self.tp.size > 1:
+            tensor_parallel(gpt, objective, self.tp)
+        if self.cp.size > 1:
+            sequence_parallel(gpt, self.cp)
+        for ffn in [part for part in gpt.modules() if isinstance(part, model.Experts)] if ep.size > 1 else ():
+            ffn.work = partial(dispatch, ffn, ep, o.capacity)
+        # parameters in up to three lots: of these experts alone, in two stages, all others
+        lots = {}
+        for name, _ in gpt.named_parameters():
+            whole = self.tied if self.tied and name in ("embedding.weight", "head.weight") else name
+            axes = [axis for axis, *_ in self.cuts[whole]]
+            lots.setdefault("experts" if "ep" in axes else whole if whole == self.tied else "", set()).add(name)
+        self.sharders = []
+        for lot, names in sorted(lots.items()):
+            group = mesh.group("dp", "cp") if lot == "experts" else both
+            self.sharders.append(Sharder(gpt, group, o.stage, o.bucket * 2**20, o.overlap, o.optimizer != "adamw",
+                                         names=names))
+            if o.stage == 3:
+                objective.register_forward_pre_hook(self.sharders[-1].begin)
+        self.pieces, self.begins, self.copies = {}, {}, {}  # copies: how many ranks have the same numbers
+        for sharder in self.sharders:
+            for unit in sharder.units:
+                for own, piece in unit.pieces.items():
+                    name = self.tied if self.tied and own == "head.weight" else own
+                    self.pieces[name], self.begins[name] = piece, unit.begins[own]
+                    same = 1 if o.stage else sharder.group.size
+                    same *= self.tp.size ** (not self.cuts[name])
+                    self.copies[name] = same * (1 + (name == self.tied))
+
+    def rows(self, batch: int) -> np.ndarray:
+        """Which rows of a batch are for this rank"""
+        size, at = self.mesh.size, self.mesh.at
+        return np.arange(at["dp"] * size["ep"] + at["ep"], batch, size["dp"] * size["ep"])
+
+    def part(self, x: Tensor) -> Tensor:
+        """Which tokens of its rows (B, T) are for this rank"""
+        return x[:, zigzag(x.shape[1], self.cp)] if self.cp.size > 1 else x
+
+    def backward(self, parts: list[tuple[Tensor, Tensor]], train: bool = True) -> tuple[float, float]:
+        """Gradients of micro-batches (tokens, targets) of this rank's rows; loss sum and count of the whole batch."""
+        micro, totals = len(parts), torch.zeros(2, dtype=torch.float64)
+        parts = [tuple(map(self.part, part)) for part in parts]
+        actions = SCHEDULES[self.o.schedule](self.pp.rank, self.pp.size, micro)
+        first, last = self.pp.rank == 0, self.pp.rank == self.pp.size - 1
+        kept, sent = {}, []
+        for kind, i in actions if train else [action for action in actions if action[0] == "F"]:
+            tokens, targets = parts[i]
+            if kind == "F":
+                x = None
+                if not first:
+                    x = torch.empty(len(tokens), tokens.shape[1] // self.tp.size, self.config.n_embd)
+                    self.pp.exchange(None, 0, x, self.pp.rank - 1)
+                    self.gpt.embedding.value = x.requires_grad_(train)
+                y, count = self.objective(tokens, targets) if last else (self.gpt.hidden(tokens), 0)
+                totals += torch.tensor([y.item(), count]) if last else 0.0
+                sent += [] if last else self.pp.start(y.detach(), self.pp.rank + 1)
+                kept[i] = (x, y) if train else None
+            else:
+                x, y = kept.pop(i)
+                grad = None if last else torch.empty_like(y)
+                if not last:
+                    self.pp.exchange(None, 0, grad, self.pp.rank + 1)
+                for sharder in self.sharders:
+                    sharder.last = i == micro - 1
+                y.backward(grad)
+                sent += [] if first else self.pp.start(x.grad, self.pp.rank - 1)
+        for job in sent:
+            job.wait()
+        loss, count = self.totals.all_reduce(totals).tolist()
+        return loss, count
+
+    def sync(self) -> None:
+        """Gradients of `pieces` are those of the sum over the whole batch."""
+        for sharder in self.sharders:
+            sharder.sync()
+        if self.ends and self.tied in self.pieces:
+            grad = self.pieces[self.tied].grad
+            grad.copy_(self.ends.all_reduce(grad))
+
+    def norm(self) -> float:
+        """The norm of the gradient of the whole model"""
+        squares = [piece.grad.square().sum().double() / self.copies[name] for name, piece in self.pieces.items()]
+        return self.every.all_reduce(torch.stack(squares).sum()).sqrt().item()
+
+    def spread(self) -> None:
+        """Parameters, changed by their owners, to all that use them"""
+        for sharder in self.sharders:
+            sharder.spread()
+
+    def on_whole(self, name: str, update: Callable) -> Callable:
+        """An optimizer's update of a matrix, for a rank that has a part: on all of it, then cut again."""
+        if not self.cuts[name] or self.cuts[name][0][0] != "tp" or self.pieces[name].ndim < 2:
+            return update
+        (_, dim, sizes), group = self.cuts[name][0], self.tp
+
+        def whole(x):
+            rows = x.new_empty(group.size, *x.shape)
+            rows[group.rank] = x
+            return join(list(group.all_gather(rows)), dim, sizes)
+
+        def own(x):
+            return cut(x, dim, sizes, group.size, group.rank)
+
+        @torch.no_grad()
+        def run(weight, state, *rest):
+            all_of_it = nn.Parameter(whole(weight))
+            all_of_it.grad, states = whole(weight.grad), [whole(x) for x in state]
+            update(all_of_it, states, *rest)
+            weight.copy_(own(all_of_it))
+            state[:] = [own(x) for x in states]
+        return run
+
+    def export(self, state: dict[str, list[Tensor]]) -> dict:
+        """This rank's part of a checkpoint: its place, and of each piece where it begins, its numbers, and `state`"""
+        shapes = {name: p.shape for sharder in self.sharders for unit in sharder.units for name, p in unit.named.items()}
+        pieces = {}
+        for name, piece in self.pieces.items():
+            own = name if name in shapes else "head.weight"
+            pieces[name] = self.begins[name], list(shapes[own]), [piece.detach(), *state.get(name, [])]
+        return dict(at=self.mesh.at, mesh=self.mesh.text, pieces=pieces)
+
+
+def assemble(parts: list[dict], config: Config, world: int) -> tuple[dict, dict]:
+    """Weights and optimizer state of the whole model from all ranks' parts. Raises ValueError where one is missing."""
+    require(len(parts) == world, f"{len(parts)} parts of {world} are there")
+    weights, states = {}, {}
+    for name in {name: 0 for part in parts for name in part["pieces"]}:
+        size = {axis: 1 + max(part["at"][axis] for part in parts) for axis in AXES}
+        cuts = cuts_of(name, config, SimpleNamespace(size=size))
+        found = {}  # place on the axis that cuts it -> beginning -> numbers
+        for part in [part for part in parts if name in part["pieces"]]:
+            begin, shape, tensors = part["pieces"][name]
+            place = part["at"][cuts[0][0]] if cuts else 0
+            found.setdefault(place, {})[begin] = tensors, shape
+        columns = []
+        for place, pieces in sorted(found.items()):
+            rows = [pieces[begin][0] for begin in sorted(pieces)]
+            shape = pieces[0][1]
+            columns.append([torch.cat([x.flatten() for x in column]).view(shape) if column[0].numel() == row_size else column[0]
+                            for column in zip(*rows) for row_size in [rows[0][0].numel()]])
+        whole = [join(list(column), *cuts[0][1:]) if cuts else column[0] for column in zip(*columns)]
+        weights[name], states[name] = whole[0], whole[1:]
+    return weights, states
+
+
+# ---- the harness: each form against one process with the same batches
+
+SHAPE = dict(vocab_size=64, block_size=32, n_layer=4, n_head=4, n_kv_head=2, n_embd=32, balance_loss=0.0, router_z=0.0)
+BATCH = 8
+FORMS = {  # name: options; n is the number of ranks, h half of it
+    "ddp, one message a parameter, after": "--mesh=dp{n} --bucket=1e-6 --overlap=False",
+    "ddp, one message, after": "--mesh=dp{n} --bucket=1e6 --overlap=False",
+    "ddp, one message a parameter": "--mesh=dp{n} --bucket=1e-6",
+    "ddp, in buckets": "--mesh=dp{n} --bucket=0.05",
+    "zero1": "--mesh=dp{n} --stage=1",
+    "zero2": "--mesh=dp{n} --stage=2",
+    "fsdp": "--mesh=dp{n} --stage=3",
+    "fsdp, recompute": "--mesh=dp{n} --stage=3 --recompute",
+    "fsdp, muon": "--mesh=dp{n} --stage=3 --optimizer=muon",
+    "tp": "--mesh=tp2",
+    "tp, muon": "--mesh=tp2 --optimizer=muon",
+    "pp, gpipe": "--mesh=pp{n} --schedule=gpipe",
+    "pp, 1f1b": "--mesh=pp{n}",
+    "cp": "--mesh=cp{n}",
+    "ep": "--mesh=ep{n}",
+    "dp x tp": "--mesh=dp{h},tp2 --stage=1",
+    "pp x dp": "--mesh=pp2,dp{h} --stage=2",
+    "pp x tp": "--mesh=pp{h},tp2",
+    "dp x cp": "--mesh=dp{h},cp2 --stage=3",
+    "dp x ep": "--mesh=dp{h},ep2 --stage=1 --optimizer=muon",
+    "cp x tp": "--mesh=cp{h},tp2",
+}
+ADAM = SimpleNamespace(beta1=0.9, beta2=0.95, momentum=0.95)
+
+
+def batches(o: Options, step: int) -> tuple[Tensor, Tensor]:
+    """Tokens and targets (BATCH, T) of a step: text in which a token says much about the next"""
+    draw = torch.Generator().manual_seed(step)
+    T, V = SHAPE["block_size"], SHAPE["vocab_size"]
+    noise = torch.randint(3, (BATCH, T + 1), generator=draw)
+    windows = (noise.cumsum(1) + torch.randint(V, (BATCH, 1), generator=draw)) % V
+    return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+
+
+def objective_of(o: Options) -> nn.Module:
+    """A model with its loss, the same on all ranks"""
+    import train
+    torch.manual_seed(0)
+    experts = 4 * ("ep" in o.mesh)
+    config = Config(**SHAPE, n_expert=experts, recompute=o.recompute, init="gpt2")
+    return train.Objective(GPT(config))
+
+
+def move(named: dict, state: dict, roles: dict, norm: float, count: float, t: int, o: Options, wrap: Callable) -> None:
+    """A step of the optimizer on gradients of the loss sum, clipped to a norm of 1"""
+    import train
+    for name, weight in named.items():
+        update = train.OPTIMIZERS[o.optimizer] if model.ROLES[roles[name]].muon else train.adamw
+        weight.grad /= count * max(1.0, norm / count)
+        wrap(name, update)(weight, state[name], 0.01, t, ADAM)
+
+
+def alone(o: Options) -> tuple[list, dict]:
+    """Losses and weights of one process"""
+    objective = objective_of(o)
+    model.ops = model.Fast
+    named = dict(objective.gpt.named_parameters())
+    state, losses, roles = {name: [] for name in named}, [], objective.gpt.roles()
+    for step in range(o.steps):
+        tokens, targets = batches(o, step)
+        loss, count = objective(tokens, targets)
+        loss.backward()
+        norm = torch.stack([p.grad.square().sum() for p in named.values()]).sum().sqrt().item()
+        move(named, state, roles, norm, count.item(), step + 1, o, lambda name, update: update)
+        objective.zero_grad()
+        losses.append(loss.item() / count.item())
+    return losses, {name: p.detach() for name, p in named.items()}
+
+
+def live_bytes() -> int:
+    """Bytes of all tensors that this process holds"""
+    import gc
+    storages = {}
+    for thing in gc.get_objects():
+        if type(thing) in (Tensor, nn.Parameter):
+            storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
+    return sum(storages.values())
+
+
+def measure(o: Options) -> dict:
+    """Train a form and one process alike: how far apart they end, bytes sent a step, memory, seconds a step"""
+    losses, weights = alone(o)
+    before = live_bytes()
+    objective = objective_of(o)
+    roles, config = objective.gpt.roles(), objective.gpt.config
+    mesh = Mesh(o.mesh, dist.get_world_size())
+    split = Split(objective, mesh, o, BATCH)
+    state, own, seconds = {name: [] for name in split.pieces}, split.rows(BATCH), []
+    micro = min(o.micro if split.pp.size > 1 else 2, len(own))
+    far = 0.0
+    for step in range(o.steps):
+        began, sent = time.perf_counter(), Group.sent
+        tokens, targets = (x[own] for x in batches(o, step))
+        loss, count = split.backward(list(zip(tokens.chunk(micro), targets.chunk(micro))))
+        split.sync()
+        move(split.pieces, state, roles, split.norm(), count, step + 1, o, split.on_whole)
+        split.spread()
+        far = max(far, abs(loss / count - losses[step]))
+        seconds.append(time.perf_counter() - began)
+    sent = Group.sent - sent
+    parts = [None] * dist.get_world_size()
+    memory = live_bytes() - before
+    dist.all_gather_object(parts, split.export(state))
+    whole, _ = assemble(parts, config, len(parts))
+    apart = max((whole[name] - weights[name]).abs().max().item() for name in weights)
+    return dict(loss=far, weights=apart, sent=sent, memory=memory, seconds=sorted(seconds)[len(seconds) // 2])
+
+
+def harness(o: Options, words: list[str]) -> bool:
+    """Print a row for each form; whether all are exact"""
+    n = dist.get_world_size()
+    limit = 1e-9 if o.dtype == "float64" else 1e-4
+    forms = {o.mesh: ""} if o.mesh else FORMS
+    fine = True
+    print(f"{n} ranks, {o.steps} steps, {o.dtype}; against one process: difference of loss, of weights")
+    print(f"{'form':36} {'loss':>8} {'weights':>8} {'KiB sent':>9} {'MiB':>6} {'ms':>7}")
+    for name, form in forms.items():
+        form = form.format(n=n, h=n // 2)
+        if "1" in re.findall(r"[a-z]{2}(\d+)", form)[:2] and "," in form:
+            continue
+        row = measure(options(Options, form.split() + words))
+        exact = row["loss"] < limit and row["weights"] < (limit if o.dtype == "float64" else 1e-2)
+        fine &= exact
+        print(f"{name:36} {row['loss']:8.1e} {row['weights']:8.1e} {row['sent'] / 1024:9.1f} "
+              f"{row['memory'] / 2**20:6.2f} {1000 * row['seconds']:7.1f}{'' if exact else '  not exact'}", flush=True)
+    return fine
+
+
+def options(kind: type, words: list[str]):
+    """Fill the dataclass `kind` from --key=value words; a field's trailing comment is its help. A bad word exits 2."""
+    source = "".join(map(inspect.getsource, kind.__mro__[-2::-1]))
+    notes = dict(re.findall(r"^    (\w+): .*  # (.+)", source, re.MULTILINE))
+    parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__, usage="%(prog)s [--key=value ...]",
+                                     formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False)
+    parser.add_argument("--help", action="help", help=argparse.SUPPRESS)
+    parser.epilog = "options:"
+    parser.error = lambda message: sys.exit(print(f"{parser.prog}: {message}", file=sys.stderr) or 2)
+    for field in dataclasses.fields(kind):
+        def read(text, of=field.type):
+            value = ("false", "true").index(text.lower()) if of is bool else float(text) if of is int else of(text)
+            return of(value) if of is str or abs(value) < float("inf") and of(value) == value else float("none")
+        read.__name__ = field.type.__name__  # argparse names it where the text is not of this type
+        parser.add_argument(f"--{field.name}", type=read, default=field.default, nargs="?",
+                            const=field.type is bool or "", help=argparse.SUPPRESS)
+        head = f"\n  --{field.name}={field.default} ".ljust(31)
+        parser.epilog += head + ("\n" + " " * 30).join(textwrap.wrap(notes[field.name], 49))
+    for flag, word in zip(["", *words], words):
+        name = word.lstrip("-").partition("=")[0]
+        if not word.startswith("--") or name not in (*notes, "help"):
+            near = f"{flag}={word}" if flag[2:] in notes else f"--{difflib.get_close_matches(name, notes, 1, 0)[0]}=..."
+            parser.error(f"{word!r} is no option; options are written --key=value, the nearest is {near}")
+    return kind(**vars(parser.parse_args(words)))
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call main; a mistake of the user's ends in one line and exit code 1 (`python -X dev` shows the traceback)."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output left, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError) as error:
+        if sys.flags.dev_mode:
+            raise
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+
+
+def work(rank: int, world: int, port: int, words: list[str]) -> None:
+    """A process of the harness"""
+    o = options(Options, words)
+    torch.set_default_dtype(getattr(torch, o.dtype))
+    torch.set_num_threads(1)
+    limit = __import__("datetime").timedelta(seconds=o.timeout)
+    if "LOCAL_RANK" in os.environ:
+        dist.init_process_group("gloo", timeout=limit)
+    else:
+        dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world, timeout=limit)
+    sys.stdout = open(os.devnull, "w") if dist.get_rank() else sys.stdout
+    fine = harness(o, words)
+    dist.barrier()
+    dist.destroy_process_group()
+    sys.exit(not fine)
+
+
+def main():
+    words = sys.argv[1:]
+    o = options(Options, words)
+    if "LOCAL_RANK" in os.environ:
+        work(0, 0, 0, words)
+    else:
+        torch.multiprocessing.spawn(work, (o.ranks, 29511, words), o.ranks)
+
+
+if __name__ == "__main__":
+    run(main)
