@@ -13,6 +13,7 @@ References: Rajbhandari et al. 2020 (ZeRO); Narayanan et al. 2021 (Megatron-LM);
 import argparse
 import contextlib
 import dataclasses
+import datetime
 import difflib
 import hashlib
 import inspect
@@ -75,11 +76,11 @@ class Group:
     """
 
     delay = 0.0
+    timeout = datetime.timedelta(minutes=10)
     sent = 0  # by this process, in all its groups
 
-    def __init__(self, ranks: list[int]):
-        self.ranks, self.size, self.rank = ranks, len(ranks), ranks.index(dist.get_rank())
-        self.channel = dist.new_group(ranks, use_local_synchronization=True) if self.size > 1 else None
+    def __init__(self, ranks: list[int], channel: dist.ProcessGroup | None = None):
+        self.ranks, self.size, self.rank, self.channel = ranks, len(ranks), ranks.index(dist.get_rank()), channel
 
     def start(self, out: Tensor | None, to: int, into: Tensor | None = None, source: int = 0) -> list:
         """Begin to send `out` to a rank, and to fill `into` with what another sends; what to wait for."""
@@ -231,10 +232,25 @@ class Mesh:
         self.grid = np.arange(world).reshape(shape)
         self.at = dict(zip(AXES, map(int, np.argwhere(self.grid == dist.get_rank())[0])))
 
-    def group(self, *axes: str) -> Group:
-        """The ranks that differ from this one along these axes alone."""
-        place = tuple(slice(None) if axis in axes else self.at[axis] for axis in AXES)
-        return Group(self.grid[place].flatten().tolist())
+    def group(self, *axes: str, ends: bool = False) -> Group | None:
+        """The ranks that differ from this one along these axes alone (ends: of them the first and the last).
+
+        None: this rank is between the ends. All ranks must ask for the same groups in the same order.
+        """
+        places = [AXES.index(axis) for axis in axes]
+        rows = np.moveaxis(self.grid, places, range(-len(axes), 0)).reshape(-1, *[self.grid.shape[i] for i in places])
+        mine = None
+        for row in rows.reshape(len(rows), -1).tolist():
+            ranks = sorted({row[0], row[-1]}) if ends else row
+            key = (*axes, ends, *ranks)  # two groups may talk at once only if their names differ
+            if len(ranks) > 1 and key not in CHANNELS:
+                CHANNELS[key] = dist.new_group(ranks, Group.timeout)
+            if dist.get_rank() in ranks:
+                mine = Group(ranks, CHANNELS.get(key))
+        return mine
+
+
+CHANNELS = {}
 
 
 # ---- data parallel: ranks with other rows of the batch; what all would keep alike may be sharded (Rajbhandari 2020)
@@ -316,6 +332,9 @@ class Unit:
         self.grad += total.view_as(self.grad)
 
 
+WIRE = ThreadPoolExecutor(1)  # sends for all sharders of a process, one message after the other: the same order on all
+
+
 class Sharder:
     """Any module, trained by several processes on parts of a batch, with any optimizer on `pieces`.
 
@@ -332,7 +351,7 @@ class Sharder:
                  overlap: bool = True, whole: bool = False, low: torch.dtype | None = None,
                  names: set[str] | None = None):
         self.group, self.stage, self.overlap, self.last = group, stage, overlap, True
-        self.pool, self.backward = ThreadPoolExecutor(1), False
+        self.backward = False
         unit = partial(Unit, group=group, stage=stage, whole=whole, low=low)
         named = {name: p for name, p in module.named_parameters() if names is None or name in names}
         lists = [part for part in module.modules() if isinstance(part, nn.ModuleList)] if stage == 3 else []
@@ -387,8 +406,8 @@ class Sharder:
             self.need(unit)
 
     def start(self, unit: Unit, action: Callable, *x) -> None:
-        """Messages are sent by a thread, one after the other, so that their order is the same on all ranks."""
-        unit.job = self.pool.submit(torch.no_grad()(action), *x)
+        """Do what talks to other ranks beside what goes on here, or (overlap=False) now."""
+        unit.job = WIRE.submit(torch.no_grad()(action), *x)
         if not self.overlap:
             unit.job.result()
 
@@ -495,7 +514,7 @@ def join(parts: list[Tensor], dim: int, sizes: list[int]) -> Tensor:
 
 def vocabulary_rows(gpt: GPT, group: Group) -> tuple[Callable, Callable]:
     """Embedding and loss of a vocabulary of which each rank has some rows: (ids -> vectors), (x, targets -> loss sum)"""
-    size = len(gpt.embedding.weight)
+    size = gpt.config.vocab_size // group.size
     first = size * group.rank
 
     def look_up(ids):
@@ -520,13 +539,18 @@ def tensor_parallel(gpt: GPT, objective: nn.Module, group: Group) -> None:
     Between them, where all channels are needed, each has some of the tokens (sequence parallelism, Korthikanti 2022):
     a layer gathers the tokens and scatters sums, in all as much as one all-reduce.
     """
-    gpt.embedding.forward, objective.rows = vocabulary_rows(gpt, group)
-    for block in gpt.blocks:
+    def here(part):
+        return not isinstance(part, Absent)
+    look_up, objective.rows = vocabulary_rows(gpt, group)
+    if here(gpt.embedding):
+        gpt.embedding.forward = look_up
+    for block in filter(here, gpt.blocks):
         block.mixer.heads = tuple(n // group.size for n in block.mixer.heads)
         for layer in (block.mixer, block.ffn):
             layer.register_forward_pre_hook(lambda _, x: (gather_grad(x[0], group, 1), *x[1:]))
             layer.register_forward_hook(lambda _, x, y: scatter_grad(y, group, 1))
-    gpt.norm.register_forward_hook(lambda _, x, y: gather_grad(y, group, 1))
+    if here(gpt.norm):
+        gpt.norm.register_forward_hook(lambda _, x, y: gather_grad(y, group, 1))
     for name, p in gpt.named_parameters():
         if "norm" in name:  # which sees some of the tokens, or some of the heads
             p.register_hook(group.all_reduce)
@@ -755,8 +779,7 @@ class Split:
         ep, both = mesh.group("ep"), mesh.group("dp", "ep", "cp")
         self.totals, self.every = mesh.group("pp", "dp", "ep", "cp"), mesh.group(*AXES)
         self.tied = "embedding.weight" if config.tie_embeddings and self.pp.size > 1 else ""
-        first, last = self.pp.rank == 0, self.pp.rank == self.pp.size - 1
-        self.ends = Group([self.pp.ranks[0], self.pp.ranks[-1]]) if self.tied and (first or last) else None
+        self.ends = mesh.group("pp", ends=True)
         self.cuts = {name: cuts_of(name, config, mesh) for name, _ in gpt.named_parameters()}
         for name, p in gpt.named_parameters():
             for axis, dim, sizes in self.cuts[name]:
@@ -838,7 +861,7 @@ class Split:
         """Gradients of `pieces` are those of the sum over the whole batch."""
         for sharder in self.sharders:
             sharder.sync()
-        if self.ends and self.tied in self.pieces:
+        if self.tied in self.pieces:
             grad = self.pieces[self.tied].grad
             grad.copy_(self.ends.all_reduce(grad))
 
@@ -910,7 +933,7 @@ def assemble(parts: list[dict], config: Config, world: int) -> tuple[dict, dict]
 
 # ---- the harness: each form against one process with the same batches
 
-SHAPE = dict(vocab_size=64, block_size=32, n_layer=4, n_head=4, n_kv_head=2, n_embd=32, balance_loss=0.0, router_z=0.0)
+SHAPE = dict(vocab_size=64, block_size=32, n_layer=4, n_head=8, n_kv_head=4, n_embd=32, balance_loss=0.0, router_z=0.0)
 BATCH = 8
 FORMS = {  # name: options; n is the number of ranks, h half of it
     "ddp, one message a parameter, after": "--mesh=dp{n} --bucket=1e-6 --overlap=False",
@@ -922,8 +945,8 @@ FORMS = {  # name: options; n is the number of ranks, h half of it
     "fsdp": "--mesh=dp{n} --stage=3",
     "fsdp, recompute": "--mesh=dp{n} --stage=3 --recompute",
     "fsdp, muon": "--mesh=dp{n} --stage=3 --optimizer=muon",
-    "tp": "--mesh=tp2",
-    "tp, muon": "--mesh=tp2 --optimizer=muon",
+    "tp": "--mesh=tp{n}",
+    "tp, muon": "--mesh=tp{n} --optimizer=muon",
     "pp, gpipe": "--mesh=pp{n} --schedule=gpipe",
     "pp, 1f1b": "--mesh=pp{n}",
     "cp": "--mesh=cp{n}",
@@ -1025,7 +1048,7 @@ def harness(o: Options, words: list[str]) -> bool:
     """Print a row for each form; whether all are exact"""
     n = dist.get_world_size()
     limit = 1e-9 if o.dtype == "float64" else 1e-4
-    forms = {o.mesh: ""} if o.mesh else FORMS
+    forms = {o.mesh: ""} if o.mesh else {k: FORMS[k] for k in FORMS if os.environ.get("ONLY", "") in k}
     fine = True
     print(f"{n} ranks, {o.steps} steps, {o.dtype}; against one process: difference of loss, of weights")
     print(f"{'form':36} {'loss':>8} {'weights':>8} {'KiB sent':>9} {'MiB':>6} {'ms':>7}")
@@ -1086,7 +1109,7 @@ def work(rank: int, world: int, port: int, words: list[str]) -> None:
     o = options(Options, words)
     torch.set_default_dtype(getattr(torch, o.dtype))
     torch.set_num_threads(1)
-    limit = __import__("datetime").timedelta(seconds=o.timeout)
+    Group.timeout = limit = datetime.timedelta(seconds=o.timeout)
     if "LOCAL_RANK" in os.environ:
         dist.init_process_group("gloo", timeout=limit)
     else:

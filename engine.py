@@ -39,8 +39,7 @@ class Split:
         ep, both = mesh.group("ep"), mesh.group("dp", "ep", "cp")
         self.totals, self.every = mesh.group("pp", "dp", "ep", "cp"), mesh.group(*AXES)
         self.tied = "embedding.weight" if config.tie_embeddings and self.pp.size > 1 else ""
-        first, last = self.pp.rank == 0, self.pp.rank == self.pp.size - 1
-        self.ends = Group([self.pp.ranks[0], self.pp.ranks[-1]]) if self.tied and (first or last) else None
+        self.ends = mesh.group("pp", ends=True)
         self.cuts = {name: cuts_of(name, config, mesh) for name, _ in gpt.named_parameters()}
         for name, p in gpt.named_parameters():
             for axis, dim, sizes in self.cuts[name]:
@@ -122,7 +121,7 @@ class Split:
         """Gradients of `pieces` are those of the sum over the whole batch."""
         for sharder in self.sharders:
             sharder.sync()
-        if self.ends and self.tied in self.pieces:
+        if self.tied in self.pieces:
             grad = self.pieces[self.tied].grad
             grad.copy_(self.ends.all_reduce(grad))
 

@@ -13,6 +13,7 @@ References: Rajbhandari et al. 2020 (ZeRO); Narayanan et al. 2021 (Megatron-LM);
 import argparse
 import contextlib
 import dataclasses
+import datetime
 import difflib
 import hashlib
 import inspect
@@ -75,11 +76,11 @@ class Group:
     """
 
     delay = 0.0
+    timeout = datetime.timedelta(minutes=10)
     sent = 0  # by this process, in all its groups
 
-    def __init__(self, ranks: list[int]):
-        self.ranks, self.size, self.rank = ranks, len(ranks), ranks.index(dist.get_rank())
-        self.channel = dist.new_group(ranks, use_local_synchronization=True) if self.size > 1 else None
+    def __init__(self, ranks: list[int], channel: dist.ProcessGroup | None = None):
+        self.ranks, self.size, self.rank, self.channel = ranks, len(ranks), ranks.index(dist.get_rank()), channel
 
     def start(self, out: Tensor | None, to: int, into: Tensor | None = None, source: int = 0) -> list:
         """Begin to send `out` to a rank, and to fill `into` with what another sends; what to wait for."""
@@ -231,9 +232,24 @@ class Mesh:
         self.grid = np.arange(world).reshape(shape)
         self.at = dict(zip(AXES, map(int, np.argwhere(self.grid == dist.get_rank())[0])))
 
-    def group(self, *axes: str) -> Group:
-        """The ranks that differ from this one along these axes alone."""
-        place = tuple(slice(None) if axis in axes else self.at[axis] for axis in AXES)
-        return Group(self.grid[place].flatten().tolist())
+    def group(self, *axes: str, ends: bool = False) -> Group | None:
+        """The ranks that differ from this one along these axes alone (ends: of them the first and the last).
+
+        None: this rank is between the ends. All ranks must ask for the same groups in the same order.
+        """
+        places = [AXES.index(axis) for axis in axes]
+        rows = np.moveaxis(self.grid, places, range(-len(axes), 0)).reshape(-1, *[self.grid.shape[i] for i in places])
+        mine = None
+        for row in rows.reshape(len(rows), -1).tolist():
+            ranks = sorted({row[0], row[-1]}) if ends else row
+            key = (*axes, ends, *ranks)  # two groups may talk at once only if their names differ
+            if len(ranks) > 1 and key not in CHANNELS:
+                CHANNELS[key] = dist.new_group(ranks, Group.timeout)
+            if dist.get_rank() in ranks:
+                mine = Group(ranks, CHANNELS.get(key))
+        return mine
+
+
+CHANNELS = {}
 
 

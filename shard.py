@@ -77,6 +77,9 @@ class Unit:
         self.grad += total.view_as(self.grad)
 
 
+WIRE = ThreadPoolExecutor(1)  # sends for all sharders of a process, one message after the other: the same order on all
+
+
 class Sharder:
     """Any module, trained by several processes on parts of a batch, with any optimizer on `pieces`.
 
@@ -93,7 +96,7 @@ class Sharder:
                  overlap: bool = True, whole: bool = False, low: torch.dtype | None = None,
                  names: set[str] | None = None):
         self.group, self.stage, self.overlap, self.last = group, stage, overlap, True
-        self.pool, self.backward = ThreadPoolExecutor(1), False
+        self.backward = False
         unit = partial(Unit, group=group, stage=stage, whole=whole, low=low)
         named = {name: p for name, p in module.named_parameters() if names is None or name in names}
         lists = [part for part in module.modules() if isinstance(part, nn.ModuleList)] if stage == 3 else []
@@ -148,8 +151,8 @@ class Sharder:
             self.need(unit)
 
     def start(self, unit: Unit, action: Callable, *x) -> None:
-        """Messages are sent by a thread, one after the other, so that their order is the same on all ranks."""
-        unit.job = self.pool.submit(torch.no_grad()(action), *x)
+        """Do what talks to other ranks beside what goes on here, or (overlap=False) now."""
+        unit.job = WIRE.submit(torch.no_grad()(action), *x)
         if not self.overlap:
             unit.job.result()
 

@@ -46,7 +46,7 @@ def join(parts: list[Tensor], dim: int, sizes: list[int]) -> Tensor:
 
 def vocabulary_rows(gpt: GPT, group: Group) -> tuple[Callable, Callable]:
     """Embedding and loss of a vocabulary of which each rank has some rows: (ids -> vectors), (x, targets -> loss sum)"""
-    size = len(gpt.embedding.weight)
+    size = gpt.config.vocab_size // group.size
     first = size * group.rank
 
     def look_up(ids):
@@ -71,13 +71,18 @@ def tensor_parallel(gpt: GPT, objective: nn.Module, group: Group) -> None:
     Between them, where all channels are needed, each has some of the tokens (sequence parallelism, Korthikanti 2022):
     a layer gathers the tokens and scatters sums, in all as much as one all-reduce.
     """
-    gpt.embedding.forward, objective.rows = vocabulary_rows(gpt, group)
-    for block in gpt.blocks:
+    def here(part):
+        return not isinstance(part, Absent)
+    look_up, objective.rows = vocabulary_rows(gpt, group)
+    if here(gpt.embedding):
+        gpt.embedding.forward = look_up
+    for block in filter(here, gpt.blocks):
         block.mixer.heads = tuple(n // group.size for n in block.mixer.heads)
         for layer in (block.mixer, block.ffn):
             layer.register_forward_pre_hook(lambda _, x: (gather_grad(x[0], group, 1), *x[1:]))
             layer.register_forward_hook(lambda _, x, y: scatter_grad(y, group, 1))
-    gpt.norm.register_forward_hook(lambda _, x, y: gather_grad(y, group, 1))
+    if here(gpt.norm):
+        gpt.norm.register_forward_hook(lambda _, x, y: gather_grad(y, group, 1))
     for name, p in gpt.named_parameters():
         if "norm" in name:  # which sees some of the tokens, or some of the heads
             p.register_hook(group.all_reduce)

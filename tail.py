@@ -5,7 +5,7 @@ def work(rank: int, world: int, port: int, words: list[str]) -> None:
     o = options(Options, words)
     torch.set_default_dtype(getattr(torch, o.dtype))
     torch.set_num_threads(1)
-    limit = __import__("datetime").timedelta(seconds=o.timeout)
+    Group.timeout = limit = datetime.timedelta(seconds=o.timeout)
     if "LOCAL_RANK" in os.environ:
         dist.init_process_group("gloo", timeout=limit)
     else:
