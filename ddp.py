@@ -21,6 +21,7 @@ import math
 import os
 import re
 import sys
+import tempfile
 import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -261,7 +262,7 @@ def layout(sizes: list[int], n: int, whole: bool) -> tuple[int, list[int]]:
     `whole`: none lies in two rows (the largest first, to the emptiest row); else they lie one behind the other.
 
     >>> layout([2, 3, 4], 2, False), layout([2, 3, 4], 2, True)
-    ((5, [0, 2, 5]), (5, [7, 4, 0]))
+    ((5, [0, 2, 5]), (5, [8, 5, 0]))
     """
     if not whole:
         return -(-sum(sizes) // n), [sum(sizes[:i]) for i in range(len(sizes))]
@@ -300,14 +301,14 @@ class Unit:
         own = wide[self.row] if low else self.full[self.row]
         self.master = own.clone() if stage == 3 or low else own
         self.grad = torch.zeros_like(self.master)
-        self.pieces, self.begins = {}, {}  # of each, and where in its parameter it begins
+        self.pieces, self.grads, self.begins = {}, {}, {}  # by name; where in its parameter a piece begins
         for name, (start, shape) in self.spans.items():
             begin, end = (max(0, min(length, at - self.row * length)) for at in (start, start + shape.numel()))
             if begin < end:
                 self.begins[name] = begin + self.row * length - start
                 form = shape if end - begin == shape.numel() else (end - begin,)
                 self.pieces[name] = nn.Parameter(self.master[begin:end].view(form))
-                self.pieces[name].grad = self.grad[begin:end].view(form)
+                self.grads[name] = self.grad[begin:end].view(form)
         self.there, self.sent, self.job, self.waiting = True, False, None, len(named)
 
     def views(self, rows: Tensor) -> dict[str, Tensor]:
@@ -452,6 +453,8 @@ class Sharder:
         for unit in self.units:
             unit.job.result()
             unit.sent, unit.waiting = False, len(unit.named)
+            for name, piece in unit.pieces.items():  # again, as an optimizer may have put another there
+                piece.grad = unit.grads[name]
 
     @torch.no_grad()
     def spread(self) -> None:
@@ -692,30 +695,37 @@ def one_forward_one_backward(stage: int, stages: int, micro: int) -> list[tuple[
 SCHEDULES = {"gpipe": gpipe, "1f1b": one_forward_one_backward}
 
 
-def timeline(schedule: str, stages: int, micro: int) -> tuple[list[str], float]:
-    """A line of text a stage, time from left to right, and the share of idle time; a backward pass takes two units.
+def timeline(schedule: str, stages: int, micro: int) -> list[str]:
+    """What each stage does, time from left to right: forward 0 1 2, backward aa bb cc (twice as long), idle dots.
 
-    >>> print("\\n".join(timeline("1f1b", 2, 3)[0]))
-    0  1     0 0 2 1 1   2 2
-       0 0 0 1 1 1 2 2 2
+    >>> timeline("1f1b", 2, 3)
+    ['01..aa2bb.cc', '.0aa1bb2cc']
     """
     plans = [SCHEDULES[schedule](stage, stages, micro) for stage in range(stages)]
-    ended, free, at = {}, [0] * stages, [0] * stages
-    lines = [""] * stages
-    while any(at[s] < len(plans[s]) for s in range(stages)):
-        for s in range(stages):
-            if at[s] == len(plans[s]):
-                continue
-            kind, i = plans[s][at[s]]
-            first = s == (0 if kind == "F" else stages - 1)
-            needs = (kind, i, s - 1 if kind == "F" else s + 1) if not first else (("F", i, s) if kind == "B" else None)
-            if needs and needs not in ended:
-                continue
-            begin, long = max(free[s], ended.get(needs, 0)), 1 if kind == "F" else 2
-            lines[s] += "  " * (begin - free[s]) + f"{i % 10}{'' if kind == 'F' else '*'}".ljust(2) * long
-            free[s] = ended[kind, i, s] = begin + long
-            at[s] += 1
-    return lines, 1 - 3 * micro / max(free)
+    lines, ended = [""] * stages, {}
+    while any(plans):
+        for stage, plan in enumerate(plans):
+            while plan:
+                kind, i = plan[0]
+                before = stage - 1 if kind == "F" else stage + 1  # who must have done the same to the same
+                if 0 <= before < stages and (kind, i, before) not in ended:
+                    break
+                plan.pop(0)
+                idle = ended.get((kind, i, before), 0) - len(lines[stage])
+                lines[stage] += "." * idle + (str(i % 10) if kind == "F" else 2 * chr(97 + i % 26))
+                ended[kind, i, stage] = len(lines[stage])
+    return lines
+
+
+def show_schedule(stages: int, micro: int) -> None:
+    """Draw the schedules; idle time of p stages and m micro-batches is (p - 1) / (m + p - 1) of the whole."""
+    for schedule in SCHEDULES:
+        lines = timeline(schedule, stages, micro)
+        longest = max(map(len, lines))
+        idle = 1 - 3 * micro / longest
+        formula = (stages - 1) / (micro + stages - 1)
+        print(f"{schedule}: {stages} stages, {micro} micro-batches; idle {idle:.1%}, by the formula {formula:.1%}")
+        print(*(f"  {line.ljust(longest, '.')}" for line in lines), sep="\n")
 
 
 class Absent(nn.Module):
@@ -798,19 +808,20 @@ class Split:
             whole = self.tied if self.tied and name in ("embedding.weight", "head.weight") else name
             axes = [axis for axis, *_ in self.cuts[whole]]
             lots.setdefault("experts" if "ep" in axes else whole if whole == self.tied else "", set()).add(name)
+        whole = o.optimizer != "adamw" or config.ngram > 1  # what works on matrices, and on rows of tables
         self.sharders = []
         for lot, names in sorted(lots.items()):
             group = mesh.group("dp", "cp") if lot == "experts" else both
-            self.sharders.append(Sharder(gpt, group, o.stage, o.bucket * 2**20, o.overlap, o.optimizer != "adamw",
-                                         names=names))
+            self.sharders.append(Sharder(gpt, group, o.stage, o.bucket * 2**20, o.overlap, whole, names=names))
             if o.stage == 3:
                 objective.register_forward_pre_hook(self.sharders[-1].begin)
-        self.pieces, self.begins, self.copies = {}, {}, {}  # copies: how many ranks have the same numbers
+        self.pieces, self.begins, self.shapes, self.copies = {}, {}, {}, {}  # copies: ranks with the same numbers
         for sharder in self.sharders:
             for unit in sharder.units:
                 for own, piece in unit.pieces.items():
                     name = self.tied if self.tied and own == "head.weight" else own
                     self.pieces[name], self.begins[name] = piece, unit.begins[own]
+                    self.shapes[name] = unit.spans[own][1]
                     same = 1 if o.stage else sharder.group.size
                     same *= self.tp.size ** (not self.cuts[name])
                     self.copies[name] = same * (1 + (name == self.tied))
@@ -865,15 +876,26 @@ class Split:
             grad = self.pieces[self.tied].grad
             grad.copy_(self.ends.all_reduce(grad))
 
-    def norm(self) -> float:
-        """The norm of the gradient of the whole model"""
-        squares = [piece.grad.square().sum().double() / self.copies[name] for name, piece in self.pieces.items()]
-        return self.every.all_reduce(torch.stack(squares).sum()).sqrt().item()
+    def norm(self, without: tuple = ()) -> float:
+        """The norm of the gradient of the whole model (without some parameters)"""
+        total = torch.zeros(1, dtype=torch.float64)
+        for name in self.pieces.keys() - {*without}:
+            total += self.pieces[name].grad.square().sum().item() / self.copies[name]
+        return self.every.all_reduce(total).sqrt().item()
 
     def spread(self) -> None:
         """Parameters, changed by their owners, to all that use them"""
         for sharder in self.sharders:
             sharder.spread()
+
+    def own(self, name: str, x: Tensor) -> Tensor:
+        """Of a tensor as large as a parameter of the whole model, what belongs to this rank's piece"""
+        for axis, dim, sizes in self.cuts[name]:
+            x = cut(x, dim, sizes, self.mesh.size[axis], self.mesh.at[axis])
+        piece, begin = self.pieces[name], self.begins[name]
+        if x.numel() != self.shapes[name].numel():  # one number for each row, which is never cut
+            return x
+        return x.flatten()[begin:begin + piece.numel()].view(piece.shape)
 
     def on_whole(self, name: str, update: Callable) -> Callable:
         """An optimizer's update of a matrix, for a rank that has a part: on all of it, then cut again."""
@@ -900,12 +922,41 @@ class Split:
 
     def export(self, state: dict[str, list[Tensor]]) -> dict:
         """This rank's part of a checkpoint: its place, and of each piece where it begins, its numbers, and `state`"""
-        shapes = {name: p.shape for sharder in self.sharders for unit in sharder.units for name, p in unit.named.items()}
         pieces = {}
         for name, piece in self.pieces.items():
-            own = name if name in shapes else "head.weight"
-            pieces[name] = self.begins[name], list(shapes[own]), [piece.detach(), *state.get(name, [])]
+            pieces[name] = self.begins[name], list(self.shapes[name]), [piece.detach(), *state.get(name, [])]
         return dict(at=self.mesh.at, mesh=self.mesh.text, pieces=pieces)
+
+
+    def whole(self, state: dict[str, list[Tensor]]) -> tuple[dict, dict]:
+        """Weights and optimizer state of the whole model at rank 0; others have nothing"""
+        rank, world = dist.get_rank(), dist.get_world_size()
+        parts = None if rank else [None] * world
+        dist.gather_object(self.export(state), parts)
+        weights, states = assemble(parts, self.config, world) if parts else ({}, {})
+        if parts and self.config.tie_embeddings:
+            weights["head.weight"] = weights["embedding.weight"]
+        return self.gpt.state_dict() | weights, states  # the former for its buffers
+
+
+KINDS = {  # by the name that train.py's --parallel gives
+    "ddp": "--mesh=dp{n}",
+    "zero1": "--mesh=dp{n} --stage=1",
+    "zero2": "--mesh=dp{n} --stage=2",
+    "fsdp": "--mesh=dp{n} --stage=3",
+    "tp": "--mesh=tp{n}",
+    "pp": "--mesh=pp{n}",
+    "cp": "--mesh=cp{n}",
+    "ep": "--mesh=ep{n}",
+}
+
+
+def split(objective: nn.Module, kind: str, optimizer: str, batch: int) -> Split:
+    """The part of a model that this rank trains: by a key of KINDS, or a mesh such as dp2,tp2."""
+    n = dist.get_world_size()
+    words = KINDS.get(kind, f"--mesh={kind}").format(n=n).split()
+    o = options(Options, [*words, f"--optimizer={optimizer}"])
+    return Split(objective, Mesh(o.mesh, n), o, batch)
 
 
 def assemble(parts: list[dict], config: Config, world: int) -> tuple[dict, dict]:
@@ -1104,18 +1155,157 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
 
 
-def work(rank: int, world: int, port: int, words: list[str]) -> None:
-    """A process of the harness"""
-    o = options(Options, words)
+# ---- collectives against torch's, by size
+
+def bench_collectives() -> None:
+    """Time of each collective, ours and torch's, and what fits best: latency + bytes / bandwidth"""
+    n, me = dist.get_world_size(), dist.get_rank()
+    group = Mesh(f"dp{n}", n).group("dp")
+    # name: ours, torch's, share of the bytes that a rank sends (bus bandwidth: what any link must carry)
+    table = {
+        "broadcast": (group.broadcast, lambda x: dist.broadcast(x, 0), 1),
+        "all_reduce": (group.all_reduce, dist.all_reduce, 2 * (n - 1) / n),
+        "all_gather": (lambda x: group.all_gather(x.view(n, -1)),
+                       lambda x: dist.all_gather(list(x.view(n, -1)), x.view(n, -1)[me].clone()), (n - 1) / n),
+        "reduce_scatter": (lambda x: group.reduce_scatter(x.view(n, -1)),
+                           lambda x: dist.reduce_scatter(x.view(n, -1)[me].clone(), list(x.view(n, -1))), (n - 1) / n),
+    }
+    print(f"{n} ranks, gloo; microseconds of ours and of torch's, bandwidth of ours: bytes a second, and on the bus")
+    for name, (ours, theirs, share) in table.items():
+        points = []
+        for size in (2**10, 2**14, 2**18, 2**22):
+            x = torch.zeros(size // 4 // n * n, dtype=torch.float32)
+            times = []
+            for call in (ours, theirs):
+                took = []
+                for _ in range(12):
+                    dist.barrier()
+                    began = time.perf_counter()
+                    call(x)
+                    took.append(time.perf_counter() - began)
+                times.append(sorted(took)[6])
+            points.append((x.nbytes, times[0]))
+            speed = x.nbytes / times[0] / 1e9
+            print(f"{name:15} {x.nbytes:9,} bytes {1e6 * times[0]:9.0f} {1e6 * times[1]:9.0f} us "
+                  f"{speed:7.3f} GB/s {share * speed:7.3f} on the bus", flush=True)
+        sizes, took = np.array(points).T
+        weights = 1 / took  # relative errors
+        rows = np.stack((np.ones_like(sizes), sizes), 1)
+        latency, slope = np.linalg.lstsq(rows * weights[:, None], took * weights, rcond=None)[0]
+        print(f"{name:15} about {1e6 * latency:.0f} us + bytes / {1e-9 / max(slope, 1e-18):.2f} GB/s")
+
+
+# ---- planning: what a mesh costs on a machine, before it is rented
+
+# FLOP/s in bf16, bytes of memory, bytes a second of a GPU within its node and between nodes, GPUs of a node
+MACHINES = {
+    "a100": (312e12, 80e9, 300e9, 25e9, 8),
+    "h100": (989e12, 80e9, 450e9, 50e9, 8),
+    "b200": (2250e12, 180e9, 900e9, 50e9, 8),
+}
+REACHED = 0.6  # of the peak in matrix products, of the links in large messages
+
+
+def plan_of(o: Options, tp: int, pp: int, stage: int, micro: int) -> dict | None:
+    """Memory, bytes on the wire and time of a step, or None where the mesh does not fit the model or the machine.
+
+    The model: width 128 times the layers, 12 width^2 parameters a layer. Memory: bf16 weights, fp32 gradients, 12
+    bytes of master weights and AdamW's moments a parameter, and 34 bytes a token, channel and layer of activations
+    (Korthikanti et al. 2022, attention not kept), for as many micro-batches of `micro` sequences as 1F1B keeps.
+    """
+    peak, room, inside, between, node = MACHINES[o.machine]
+    layers = max(1, round((o.params / 12 / 128**2) ** (1 / 3)))
+    width = (o.params / 12 / layers) ** 0.5
+    dp, left = divmod(o.gpus, tp * pp)
+    rows = o.batch_tokens / o.block_size / max(1, dp)
+    if left or tp > node or pp > layers or rows < micro or stage == 3 and pp > 1:
+        return None
+    steps, own = rows / micro, o.params / tp / pp
+    token = micro * o.block_size * width  # numbers of a layer's output, for a micro-batch
+    memory = dict(
+        weights=2 * own / (dp if stage > 2 else 1),
+        gradients=4 * own / (dp if stage > 1 else 1),
+        optimizer=12 * own / (dp if stage > 0 else 1),
+        activations=34 * token * layers / pp / tp * min(pp, steps),
+    )
+    if sum(memory.values()) > 0.9 * room:
+        return None
+    flops = (6 * o.params + 6 * layers * width * o.block_size) * o.batch_tokens / o.gpus
+    link = inside if tp * dp <= node else between
+    wire = dict(
+        tp=8 * 2 * token * (tp - 1) / tp * layers / pp * steps,  # gathers and sums, each twice a layer, both ways
+        pp=2 * 2 * token / tp * steps * (pp > 1),
+        dp=((4 if stage > 1 else 4 / steps) + (4 if stage > 2 else 2 / steps)) * steps * own * (dp - 1) / dp,
+    )
+    compute = flops / peak / REACHED
+    idle = (pp - 1) / (steps + pp - 1)
+    talk = wire["tp"] / inside / REACHED + wire["pp"] / between / REACHED
+    hidden = 2 / 3 * compute  # gradients travel beside the backward pass
+    seconds = (compute + talk) / (1 - idle) + max(0.0, wire["dp"] / link / REACHED - hidden)
+    return dict(
+        mesh=f"pp{pp},dp{dp},tp{tp}", stage=stage, micro=micro, memory=memory, wire=wire,
+        idle=idle, seconds=seconds, mfu=flops / peak / seconds,
+    )
+
+
+def plan(o: Options) -> None:
+    """Print the best meshes for a model, a machine and a number of tokens."""
+    require(o.machine in MACHINES, f"--machine={o.machine}: choose from {', '.join(MACHINES)}")
+    powers = [2**i for i in range(14)]
+    tried = [plan_of(o, tp, pp, stage, micro)
+             for tp in powers[:4] for pp in powers[:8] for stage in (0, 1, 2, 3) for micro in powers[:4]]
+    found = sorted(filter(None, tried), key=lambda row: row["seconds"])
+    require(found, f"{o.params:.3g} parameters in steps of {o.batch_tokens:.3g} tokens fit on no mesh of {o.gpus} GPUs")
+    print(f"{o.params:.3g} parameters, {o.tokens:.3g} tokens in steps of {o.batch_tokens:.3g}, {o.gpus} x {o.machine}")
+    print("mesh            stage micro  GB: weights gradients optimizer activations, idle, GB sent, s/step, MFU, days")
+    seen = set()
+    for row in found:
+        if row["mesh"] not in seen and len(seen) < 8:
+            seen.add(row["mesh"])
+            sizes = " ".join(f"{size / 1e9:6.1f}" for size in row["memory"].values())
+            days = row["seconds"] * o.tokens / o.batch_tokens / 86400
+            talk = sum(row["wire"].values()) / 1e9
+            print(f"{row['mesh']:15} {row['stage']:5} {row['micro']:5} {sizes} {row['idle']:6.1%} "
+                  f"{talk:7.1f} {row['seconds']:6.2f} {row['mfu']:6.1%} {days:5.1f}")
+
+
+# ---- checkpoints in parts
+
+def merge(folder: str, output: str) -> None:
+    """Join the parts that the ranks of a run wrote. Raises ValueError where some are missing or of another run."""
+    paths = sorted(Path(folder).glob("part-*.pt"))
+    require(paths, f"--merge={folder} holds no part-*.pt")
+    parts = [load_checkpoint(path) for path in paths]
+    runs = {(part["run"], part["step"], part["mesh"]) for part in parts}
+    require(len(runs) == 1, f"the parts in {folder} are of different runs or steps")
+    config = Config(**parts[0]["config"])
+    weights, states = assemble(parts, config, parts[0]["world"])
+    rest = {key: value for key, value in parts[0].items() if key not in ("at", "mesh", "pieces", "world", "run")}
+    gpt = GPT(config)
+    model.save_checkpoint(output, gpt, **rest | dict(weights=weights, optimizer=states))
+    print(f"{len(parts)} parts joined in {output}")
+
+
+# ---- processes
+
+def agree(*words: str) -> None:
+    """Raise ValueError unless all ranks were started with the same."""
+    every = [None] * dist.get_world_size()
+    dist.all_gather_object(every, words)
+    for rank, other in enumerate(every):
+        require(other == every[0], f"rank {rank} was started with {other}, rank 0 with {every[0]}")
+
+
+def work(rank: int, o: Options, words: list[str], file: str) -> None:
+    """One process: of torchrun's, or one that was started here and meets the others in a file."""
     torch.set_default_dtype(getattr(torch, o.dtype))
     torch.set_num_threads(1)
-    Group.timeout = limit = datetime.timedelta(seconds=o.timeout)
-    if "LOCAL_RANK" in os.environ:
-        dist.init_process_group("gloo", timeout=limit)
-    else:
-        dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world, timeout=limit)
+    Group.timeout = datetime.timedelta(seconds=o.timeout)
+    own = dict(init_method=f"file://{file}", rank=rank, world_size=o.ranks) if file else {}
+    dist.init_process_group("gloo", timeout=Group.timeout, **own)
     sys.stdout = open(os.devnull, "w") if dist.get_rank() else sys.stdout
-    fine = harness(o, words)
+    agree(*words)
+    fine = bench_collectives() is None if o.bench_collectives else harness(o, words)
     dist.barrier()
     dist.destroy_process_group()
     sys.exit(not fine)
@@ -1124,10 +1314,25 @@ def work(rank: int, world: int, port: int, words: list[str]) -> None:
 def main():
     words = sys.argv[1:]
     o = options(Options, words)
-    if "LOCAL_RANK" in os.environ:
-        work(0, 0, 0, words)
+    require(o.dtype in ("float64", "float32"), f"--dtype={o.dtype}: choose from float64, float32")
+    require(o.optimizer in ("adamw", "muon"), f"--optimizer={o.optimizer}: choose from adamw, muon")
+    require(o.ranks > 0 and o.steps > 0 and o.micro > 0, "--ranks, --steps and --micro must be 1 or more")
+    if o.plan:
+        plan(o)
+    elif o.show_schedule:
+        show_schedule(int(re.findall(r"pp(\d+)|$", o.mesh)[0] or 4), o.micro)
+    elif o.merge:
+        merge(o.merge, o.output)
+    elif "LOCAL_RANK" in os.environ:
+        work(0, o, words, "")
     else:
-        torch.multiprocessing.spawn(work, (o.ranks, 29511, words), o.ranks)
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                torch.multiprocessing.spawn(work, (o, words, f"{folder}/meet"), o.ranks)
+            except torch.multiprocessing.ProcessExitedException as error:
+                sys.exit(error.exit_code)
+            except torch.multiprocessing.ProcessRaisedException as error:
+                raise ValueError(str(error).strip().splitlines()[-1]) from error
 
 
 if __name__ == "__main__":

@@ -85,6 +85,7 @@ class Options(Config):
     device: str = ""  # cpu, cuda, mps (empty: the best there is)
     dtype: str = ""  # float32, float64, or autocast to bfloat16, float16 (empty: bfloat16 on cuda, else float32)
     compile: bool = False  # use torch.compile where it works
+    parallel: str = ""  # ddp, zero1, zero2, fsdp, tp, pp, cp, ep or a mesh such as dp2,tp2 by ddp.py (empty: simple ddp)
     noise_scale: bool = False  # measure the critical batch size; needs two micro-batches or ranks
     sample_tokens: int = 0  # tokens that the model writes at each evaluation
     profile: bool = False  # print where the time of a step goes, write OUTPUT/trace.json, then stop
@@ -580,21 +581,29 @@ class Run:
         if o.ckpt:  # a branch has a best of its own
             self.progress.best = math.inf
         self.roles, self.rates = self.gpt.roles(), self.gpt.rates(o.optimizer)
-        self.weights = dict(self.gpt.named_parameters())
-        tables = [name for name, role in self.roles.items() if role == "table"]  # of which a step uses few rows
+        self.objective = Objective(self.gpt, o.z_loss)
+        self.split = None
+        if o.parallel:
+            import ddp
+            self.split = ddp.split(self.objective, o.parallel, o.optimizer, o.batch_size)
+            self.rows = self.split.rows(o.batch_size)
+        self.weights = self.split.pieces if self.split else dict(self.gpt.named_parameters())
+        self.tables = tables = [name for name, role in self.roles.items() if role == "table"]  # of which a step uses few rows
         self.clipped = [weight for name, weight in self.weights.items() if name not in tables]
         for name in tables:
             sparse = self.device.type == "cpu" or self.device.type == "cuda" and world == 1  # NCCL adds up dense ones
-            self.gpt.get_submodule(name.rpartition(".")[0]).sparse = sparse and not o.compile
+            sparse = sparse and not (o.compile or self.split)
+            self.gpt.get_submodule(name.rpartition(".")[0]).sparse = sparse
         self.state = {name: [] for name in self.weights}
         for name, tensors in checkpoint.get("optimizer", {}).items():
-            self.state[name] = [tensor.to(self.device) for tensor in tensors]
+            if name in self.state:
+                own = [self.split.own(name, tensor) for tensor in tensors] if self.split else tensors
+                self.state[name] = [tensor.to(self.device, copy=True) for tensor in own]
         self.tokenizer, self.vocab_size = tokenizer, vocab_size
         self.bytes_of = np.array([len(token) for token in tokenizer.vocab] or [0] * vocab_size)
         self.bytes_of[list(tokenizer.special_tokens.values())] = 0
         half = precision(o, self.device)
         self.precision = torch.autocast(self.device.type, half or torch.bfloat16, enabled=half is not None)
-        self.objective = Objective(self.gpt, o.z_loss)
         self.writer, self.writing, self.paused = ThreadPoolExecutor(1), None, 0.0
         if o.compile:
             self.compile()
@@ -610,13 +619,17 @@ class Run:
             self.objective = usual
         self.gpt.zero_grad(set_to_none=True)
 
-    def loss(self, sources, which, starts):
-        """Loss sum and count of the windows at `starts` of the sources `which`: each token predicts the next."""
+    def windows(self, sources, which, starts):
+        """Tokens and targets of the windows at `starts` of the sources `which`: each token predicts the next."""
         windows = read_windows(sources, which, starts, self.o.block_size, self.vocab_size)
         if self.device.type == "cuda":
             windows = [part.pin_memory() for part in windows]  # so that the copy does not hold up the CPU
+        return [part.to(self.device, non_blocking=True) for part in windows]
+
+    def loss(self, sources, which, starts):
+        """Loss sum and count of some windows."""
         with self.precision:
-            return self.objective(*[part.to(self.device, non_blocking=True) for part in windows])
+            return self.objective(*self.windows(sources, which, starts))
 
     def train_step(self, sources, stop, mix=()):
         """One step: (mean loss, whether any rank was told to stop). Raises ValueError for a loss that is not finite.
@@ -628,7 +641,14 @@ class Run:
         sizes = [len(source.tokens) for source in sources]
         which, starts = batch_starts(o.seed, p.step, o.batch_size, sizes, o.block_size, mix)
         totals = torch.zeros(4, device=self.device)  # loss sum, count, told to stop, |gradient of a part|^2
-        for rows in np.split(self.rows, range(o.micro_batch, len(self.rows), o.micro_batch)):
+        parts = np.split(self.rows, range(o.micro_batch, len(self.rows), o.micro_batch))
+        if self.split:
+            windows = [self.windows(sources, which[rows], starts[rows]) for rows in parts]
+            with self.precision:
+                found = torch.tensor(self.split.backward(windows), device=self.device)
+            self.split.sync()
+            totals[2] = stop
+        for rows in parts if not self.split else ():
             keys = (o.seed % 2**20 << 40) + p.step * o.batch_size + rows
             self.gpt.noise["keys"] = torch.from_numpy(keys)
             loss, count = self.loss(sources, which[rows], starts[rows])
@@ -638,10 +658,11 @@ class Run:
             if o.noise_scale and not totals[3]:
                 size = nn.utils.get_total_norm([weight.grad for weight in self.clipped])
                 totals[3] = (size / (count * p.scale)).square()
-        sum_over_ranks([weight.grad for weight in self.weights.values()] + [totals])
+        sum_over_ranks([totals] if self.split else [weight.grad for weight in self.weights.values()] + [totals])
         loss, count, stop, part = totals.tolist()
-        count = max(1.0, count)  # a batch may have no target
+        loss, count = found.tolist() if self.split else (loss, count)
         require(math.isfinite(loss), f"the loss is not finite at step {p.step}; try a smaller --learning_rate")
+        count = max(1.0, count)  # a batch may have no target
         self.update(count)
         if o.noise_scale:
             self.compare(part / ranks()[1], o.micro_batch * o.block_size, o.batch_size * o.block_size)
@@ -685,7 +706,9 @@ class Run:
         speed = rate(p.step, o)
         for weight in self.weights.values():
             weight.grad = weight.grad / (count * p.scale)  # not in place: those of summed tables share numbers
-        p.grad_norm = nn.utils.clip_grad_norm_(self.clipped, o.grad_clip or math.inf).item()
+        size = self.split.norm(self.tables) if self.split else nn.utils.get_total_norm([weight.grad for weight in self.clipped])
+        p.grad_norm = float(size)
+        nn.utils.clip_grads_with_norm_(self.clipped, o.grad_clip or math.inf, torch.tensor(p.grad_norm))
         fine = math.isfinite(p.grad_norm)
         require(fine or o.dtype == "float16" and p.scale > 2**-24,
                 f"the gradient is not finite at step {p.step}; try a smaller --learning_rate")
@@ -697,8 +720,11 @@ class Run:
                 weight.mul_(1 - speed * o.weight_decay)
             other = adagrad if self.roles[name] == "table" else REST.get(o.optimizer, adamw)
             step = OPTIMIZERS[o.optimizer] if role.muon else other
+            step = self.split.on_whole(name, step) if self.split else step
             step(weight, self.state[name], speed * self.rates[name], p.step + 1, o)
         self.gpt.zero_grad(set_to_none=True)
+        if self.split:
+            self.split.spread()
 
     @torch.no_grad()
     def evaluate(self, sources):
@@ -709,12 +735,21 @@ class Run:
         self.gpt.eval()
         for source in sources:
             starts = np.arange(0, len(source.tokens) - 1, o.block_size)
-            for i in range(16 * rank, len(starts), 16 * world):
+            if self.split:  # all ranks take part in all windows, so the last batch is filled up with nothing
+                batch = 16 * o.batch_size
+                for i in range(0, len(starts), batch):
+                    part = np.full(batch, len(source.tokens) - 1)
+                    part[:len(starts[i:i + batch])] = starts[i:i + batch]
+                    part = part[self.split.rows(batch)]
+                    with self.precision:
+                        windows = self.windows([source], 0 * part, part)
+                        totals += torch.tensor(self.split.backward([windows], train=False))
+            for i in range(16 * rank, len(starts), 16 * world) if not self.split else ():
                 part = starts[i:i + 16]
                 totals += torch.stack(self.loss([source], 0 * part, part)).cpu()
             n_bytes += int(self.bytes_of[source.tokens[1:]] @ (source.mask[1:] > 0))
         self.gpt.train()
-        sum_over_ranks([totals])
+        sum_over_ranks([] if self.split else [totals])
         nats, count = totals.tolist()
         noise = dict(noise_scale=p.noise[0] / p.noise[1]) if o.noise_scale else {}
         return dict(
@@ -733,16 +768,17 @@ class Run:
 
     def save(self, name):
         """Write a checkpoint of this name, on rank 0, in a thread: training waits for a copy in memory alone."""
+        began = time.perf_counter()
+        weights, states = self.split.whole(self.state) if self.split else (self.gpt.state_dict(), self.state)
         if ranks()[0]:
             return
-        began = time.perf_counter()
         self.written()
 
         def copied(tensor):
             return tensor.to("cpu", copy=True)
         rest = dict(
-            weights={name: copied(tensor) for name, tensor in self.gpt.state_dict().items()},
-            optimizer={name: list(map(copied, tensors)) for name, tensors in self.state.items()},
+            weights={name: copied(tensor) for name, tensor in weights.items()},
+            optimizer={name: list(map(copied, tensors)) for name, tensors in states.items()},
             step=self.progress.step,
             progress=dict(vars(self.progress)),
             train=dict(vars(self.o)),
