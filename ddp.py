@@ -11,12 +11,11 @@ For real runs torch's own engine does the same with more care: `train.py --paral
 References: Rajbhandari et al. 2020 (ZeRO); Narayanan et al. 2021 (Megatron-LM); Liu et al. 2023 (ring attention).
 """
 import argparse
-import contextlib
 import dataclasses
 import datetime
 import difflib
-import hashlib
 import inspect
+import logging
 import math
 import os
 import re
@@ -36,14 +35,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import model
-from model import GPT, Config, load_checkpoint, replacing, require
-
 
 @dataclasses.dataclass
 class Options:
     ranks: int = 2  # processes to start here (under torchrun: its own)
     mesh: str = ""  # a product of splits, such as dp2,tp2: pp, dp, ep, cp, tp (empty: every form of the table)
+    only: str = ""  # of the table: forms with this in their name
     stage: int = 0  # what dp shards: 0 nothing, 1 the optimizer's state, 2 gradients too, 3 parameters too
     bucket: float = 25.0  # MiB of gradients that travel together
     overlap: bool = True  # while the backward pass goes on
@@ -66,6 +63,12 @@ class Options:
     batch_tokens: float = 4e6  # plan: of a step
     block_size: int = 8192  # plan: tokens of a sequence
     machine: str = "h100"  # plan: a key of MACHINES
+
+
+def require(holds: bool, reason: str) -> None:
+    """Raise ValueError(reason) unless `holds`."""
+    if not holds:
+        raise ValueError(reason)
 
 
 # ---- collectives, made of messages between two ranks
@@ -475,7 +478,7 @@ class Sharder:
 CUTS = {
     "tp": (
         (r"qkv\.weight$", 0, lambda c: [n * c.head_width for n in (c.n_head, *[c.n_kv_head or c.n_head] * 2)]),
-        (r"ffn\.up\.weight$", 0, lambda c: [c.inner] * model.FFNS[c.ffn][0]),
+        (r"ffn\.up\.weight$", 0, lambda c: [c.inner] * (1 + c.ffn.endswith("glu"))),
         (r"mixer\.out\.weight$", 1, lambda c: [c.n_head * c.head_width]),
         (r"ffn\.down\.weight$", 1, lambda c: [c.inner]),
         (r"^(embedding|head)\.weight$", 0, lambda c: [c.vocab_size]),
@@ -484,7 +487,7 @@ CUTS = {
 }
 
 
-def cuts_of(name: str, config: Config, mesh: Mesh) -> list[tuple]:
+def cuts_of(name: str, config: object, mesh: Mesh) -> list[tuple]:
     """How a parameter is cut: (axis, dimension, sizes), for each axis that has several ranks"""
     found = []
     for axis, rows in CUTS.items():
@@ -495,19 +498,19 @@ def cuts_of(name: str, config: Config, mesh: Mesh) -> list[tuple]:
     return found
 
 
-def cut(x: Tensor, dim: int, sizes: list[int], n: int, i: int) -> Tensor:
+def sliced(x: Tensor, dim: int, sizes: list[int], n: int, i: int) -> Tensor:
     """Part i of n of each block
 
-    >>> cut(torch.arange(8), 0, [4, 2, 2], 2, 1)
+    >>> sliced(torch.arange(8), 0, [4, 2, 2], 2, 1)
     tensor([2, 3, 5, 7])
     """
     return torch.cat([block.chunk(n, dim)[i] for block in x.split(sizes, dim)], dim)
 
 
-def join(parts: list[Tensor], dim: int, sizes: list[int]) -> Tensor:
+def joined(parts: list[Tensor], dim: int, sizes: list[int]) -> Tensor:
     """The tensor of which `parts` are all parts
 
-    >>> join([torch.tensor([0, 1, 4, 6]), torch.tensor([2, 3, 5, 7])], 0, [4, 2, 2])
+    >>> joined([torch.tensor([0, 1, 4, 6]), torch.tensor([2, 3, 5, 7])], 0, [4, 2, 2])
     tensor([0, 1, 2, 3, 4, 5, 6, 7])
     """
     small = [size // len(parts) for size in sizes]
@@ -515,7 +518,7 @@ def join(parts: list[Tensor], dim: int, sizes: list[int]) -> Tensor:
     return torch.cat([part for block in blocks for part in block], dim)
 
 
-def vocabulary_rows(gpt: GPT, group: Group) -> tuple[Callable, Callable]:
+def vocabulary_rows(gpt: nn.Module, group: Group) -> tuple[Callable, Callable]:
     """Embedding and loss of a vocabulary of which each rank has some rows: (ids -> vectors), (x, targets -> loss sum)"""
     size = gpt.config.vocab_size // group.size
     first = size * group.rank
@@ -536,7 +539,7 @@ def vocabulary_rows(gpt: GPT, group: Group) -> tuple[Callable, Callable]:
     return look_up, loss
 
 
-def tensor_parallel(gpt: GPT, objective: nn.Module, group: Group) -> None:
+def tensor_parallel(gpt: nn.Module, objective: nn.Module, group: Group) -> None:
     """Each rank has some heads, some hidden units, some of the vocabulary (Shoeybi et al. 2019).
 
     Between them, where all channels are needed, each has some of the tokens (sequence parallelism, Korthikanti 2022):
@@ -632,13 +635,23 @@ class Ring(torch.autograd.Function):
         return dq, *dkv, None
 
 
-def sequence_parallel(gpt: GPT, group: Group) -> None:
-    """Attention by Ring, and positions of the tokens that this rank has."""
+def sequence_parallel(gpt: nn.Module, group: Group) -> None:
+    """Attention by Ring, in place of model.ops while the model runs, and positions of the tokens that this rank has."""
+    import model
+
     def look(tokens, state):
         at = zigzag(tokens.shape[1] * group.size, group)[None].to(tokens.device)
         return tokens, at, at
-    gpt.look = look
-    model.ops = SimpleNamespace(norm=model.Fast.norm, attention=lambda q, k, v, mask: Ring.apply(q, k, v, group))
+    gpt.look, usual = look, gpt.hidden
+    ring = SimpleNamespace(norm=model.Fast.norm, attention=lambda q, k, v, mask: Ring.apply(q, k, v, group))
+
+    def hidden(*x):
+        before, model.ops = model.ops, ring
+        try:
+            return usual(*x)
+        finally:
+            model.ops = before
+    gpt.hidden = hidden
 
 
 def zigzag(T: int, group: Group) -> Tensor:
@@ -738,7 +751,7 @@ class Absent(nn.Module):
         return x if self.value is None else self.value
 
 
-def stage_of(gpt: GPT, group: Group) -> None:
+def stage_of(gpt: nn.Module, group: Group) -> None:
     """Leave a model the layers of one stage; the names of its parameters stay."""
     bounds = np.linspace(0, len(gpt.blocks), group.size + 1).round().astype(int)
     for layer in range(len(gpt.blocks)):
@@ -752,9 +765,9 @@ def stage_of(gpt: GPT, group: Group) -> None:
 
 # ---- the whole: a model on a mesh
 
-def refuse(config: Config, mesh: Mesh, o: Options, batch: int) -> None:
+def check_split(config: object, mesh: Mesh, o: Options, batch: int) -> None:
     """Raise ValueError, naming what to change, for a model that cannot be split so."""
-    size, plain = mesh.size, Config()
+    size, plain = mesh.size, type(config)()
     parts = (("tp", "n_head", config.n_head), ("tp", "n_kv_head", config.n_kv_head or config.n_head),
              ("tp", "n_inner", config.inner), ("tp", "vocab_size", config.vocab_size), ("ep", "n_expert", config.n_expert),
              ("tp", "block_size", config.block_size // size["cp"]), ("cp", "block_size", config.block_size // 2))
@@ -767,6 +780,7 @@ def refuse(config: Config, mesh: Mesh, o: Options, batch: int) -> None:
     require(batch % ways == 0, f"--mesh={mesh.text}: --batch_size={batch} is no multiple of dp x ep = {ways}")
     require(o.stage in (0, 1, 2, 3), f"--stage={o.stage}: choose from 0, 1, 2, 3")
     require(o.schedule in SCHEDULES, f"--schedule={o.schedule}: choose from {', '.join(SCHEDULES)}")
+    require(not config.recompute or size["cp"] == 1, "--recompute does not go with cp, which keeps little anyhow")
     require(o.stage < 3 or size["pp"] == size["ep"] == 1, "--stage=3 goes with dp, cp and tp; use 2 with pp and ep")
     require(not config.n_expert or size["tp"] == 1, "tp does not cut experts: use ep")
     if math.prod(size.values()) > size["dp"]:
@@ -783,7 +797,7 @@ class Split:
 
     def __init__(self, objective: nn.Module, mesh: Mesh, o: Options, batch: int):
         gpt, config = objective.gpt, objective.gpt.config
-        refuse(config, mesh, o, batch)
+        check_split(config, mesh, o, batch)
         self.objective, self.gpt, self.mesh, self.o, self.config = objective, gpt, mesh, o, config
         self.pp, self.cp, self.tp = mesh.group("pp"), mesh.group("cp"), mesh.group("tp")
         ep, both = mesh.group("ep"), mesh.group("dp", "ep", "cp")
@@ -793,15 +807,14 @@ class Split:
         self.cuts = {name: cuts_of(name, config, mesh) for name, _ in gpt.named_parameters()}
         for name, p in gpt.named_parameters():
             for axis, dim, sizes in self.cuts[name]:
-                p.data = cut(p.data, dim, sizes, mesh.size[axis], mesh.at[axis])
+                p.data = sliced(p.data, dim, sizes, mesh.size[axis], mesh.at[axis])
         stage_of(gpt, self.pp)
-        model.ops = model.Fast
         if self.tp.size > 1:
             tensor_parallel(gpt, objective, self.tp)
         if self.cp.size > 1:
             sequence_parallel(gpt, self.cp)
-        for ffn in [part for part in gpt.modules() if isinstance(part, model.Experts)] if ep.size > 1 else ():
-            ffn.work = partial(dispatch, ffn, ep, o.capacity)
+        for block in gpt.blocks if ep.size > 1 else ():
+            block.ffn.work = partial(dispatch, block.ffn, ep, o.capacity)
         # parameters in up to three lots: of these experts alone, in two stages, all others
         lots = {}
         for name, _ in gpt.named_parameters():
@@ -891,7 +904,7 @@ class Split:
     def own(self, name: str, x: Tensor) -> Tensor:
         """Of a tensor as large as a parameter of the whole model, what belongs to this rank's piece"""
         for axis, dim, sizes in self.cuts[name]:
-            x = cut(x, dim, sizes, self.mesh.size[axis], self.mesh.at[axis])
+            x = sliced(x, dim, sizes, self.mesh.size[axis], self.mesh.at[axis])
         piece, begin = self.pieces[name], self.begins[name]
         if x.numel() != self.shapes[name].numel():  # one number for each row, which is never cut
             return x
@@ -906,10 +919,10 @@ class Split:
         def whole(x):
             rows = x.new_empty(group.size, *x.shape)
             rows[group.rank] = x
-            return join(list(group.all_gather(rows)), dim, sizes)
+            return joined(list(group.all_gather(rows)), dim, sizes)
 
         def own(x):
-            return cut(x, dim, sizes, group.size, group.rank)
+            return sliced(x, dim, sizes, group.size, group.rank)
 
         @torch.no_grad()
         def run(weight, state, *rest):
@@ -951,7 +964,7 @@ KINDS = {  # by the name that train.py's --parallel gives
 }
 
 
-def split(objective: nn.Module, kind: str, optimizer: str, batch: int) -> Split:
+def split_model(objective: nn.Module, kind: str, optimizer: str, batch: int) -> Split:
     """The part of a model that this rank trains: by a key of KINDS, or a mesh such as dp2,tp2."""
     n = dist.get_world_size()
     words = KINDS.get(kind, f"--mesh={kind}").format(n=n).split()
@@ -959,7 +972,7 @@ def split(objective: nn.Module, kind: str, optimizer: str, batch: int) -> Split:
     return Split(objective, Mesh(o.mesh, n), o, batch)
 
 
-def assemble(parts: list[dict], config: Config, world: int) -> tuple[dict, dict]:
+def assemble(parts: list[dict], config: object, world: int) -> tuple[dict, dict]:
     """Weights and optimizer state of the whole model from all ranks' parts. Raises ValueError where one is missing."""
     require(len(parts) == world, f"{len(parts)} parts of {world} are there")
     weights, states = {}, {}
@@ -977,7 +990,7 @@ def assemble(parts: list[dict], config: Config, world: int) -> tuple[dict, dict]
             shape = pieces[0][1]
             columns.append([torch.cat([x.flatten() for x in column]).view(shape) if column[0].numel() == row_size else column[0]
                             for column in zip(*rows) for row_size in [rows[0][0].numel()]])
-        whole = [join(list(column), *cuts[0][1:]) if cuts else column[0] for column in zip(*columns)]
+        whole = [joined(list(column), *cuts[0][1:]) if cuts else column[0] for column in zip(*columns)]
         weights[name], states[name] = whole[0], whole[1:]
     return weights, states
 
@@ -1012,7 +1025,7 @@ FORMS = {  # name: options; n is the number of ranks, h half of it
 ADAM = SimpleNamespace(beta1=0.9, beta2=0.95, momentum=0.95)
 
 
-def batches(o: Options, step: int) -> tuple[Tensor, Tensor]:
+def windows_of(o: Options, step: int) -> tuple[Tensor, Tensor]:
     """Tokens and targets (BATCH, T) of a step: text in which a token says much about the next"""
     draw = torch.Generator().manual_seed(step)
     T, V = SHAPE["block_size"], SHAPE["vocab_size"]
@@ -1024,6 +1037,7 @@ def batches(o: Options, step: int) -> tuple[Tensor, Tensor]:
 def objective_of(o: Options) -> nn.Module:
     """A model with its loss, the same on all ranks"""
     import train
+    from model import GPT, Config
     torch.manual_seed(0)
     experts = 4 * ("ep" in o.mesh)
     config = Config(**SHAPE, n_expert=experts, recompute=o.recompute, init="gpt2")
@@ -1032,21 +1046,22 @@ def objective_of(o: Options) -> nn.Module:
 
 def move(named: dict, state: dict, roles: dict, norm: float, count: float, t: int, o: Options, wrap: Callable) -> None:
     """A step of the optimizer on gradients of the loss sum, clipped to a norm of 1"""
+    import model
     import train
     for name, weight in named.items():
-        update = train.OPTIMIZERS[o.optimizer] if model.ROLES[roles[name]].muon else train.adamw
+        matrix = o.optimizer != "adamw" and model.ROLES[roles[name]].muon
+        update = wrap(name, train.OPTIMIZERS[o.optimizer]) if matrix else train.adamw
         weight.grad /= count * max(1.0, norm / count)
-        wrap(name, update)(weight, state[name], 0.01, t, ADAM)
+        update(weight, state[name], 0.01, t, ADAM)
 
 
 def alone(o: Options) -> tuple[list, dict]:
     """Losses and weights of one process"""
     objective = objective_of(o)
-    model.ops = model.Fast
     named = dict(objective.gpt.named_parameters())
     state, losses, roles = {name: [] for name in named}, [], objective.gpt.roles()
     for step in range(o.steps):
-        tokens, targets = batches(o, step)
+        tokens, targets = windows_of(o, step)
         loss, count = objective(tokens, targets)
         loss.backward()
         norm = torch.stack([p.grad.square().sum() for p in named.values()]).sum().sqrt().item()
@@ -1079,7 +1094,7 @@ def measure(o: Options) -> dict:
     far = 0.0
     for step in range(o.steps):
         began, sent = time.perf_counter(), Group.sent
-        tokens, targets = (x[own] for x in batches(o, step))
+        tokens, targets = (x[own] for x in windows_of(o, step))
         loss, count = split.backward(list(zip(tokens.chunk(micro), targets.chunk(micro))))
         split.sync()
         move(split.pieces, state, roles, split.norm(), count, step + 1, o, split.on_whole)
@@ -1099,13 +1114,13 @@ def harness(o: Options, words: list[str]) -> bool:
     """Print a row for each form; whether all are exact"""
     n = dist.get_world_size()
     limit = 1e-9 if o.dtype == "float64" else 1e-4
-    forms = {o.mesh: ""} if o.mesh else {k: FORMS[k] for k in FORMS if os.environ.get("ONLY", "") in k}
+    forms = {o.mesh: ""} if o.mesh else {name: form for name, form in FORMS.items() if o.only in name}
     fine = True
     print(f"{n} ranks, {o.steps} steps, {o.dtype}; against one process: difference of loss, of weights")
     print(f"{'form':36} {'loss':>8} {'weights':>8} {'KiB sent':>9} {'MiB':>6} {'ms':>7}")
     for name, form in forms.items():
         form = form.format(n=n, h=n // 2)
-        if "1" in re.findall(r"[a-z]{2}(\d+)", form)[:2] and "," in form:
+        if re.search(r",[a-z]{2}1\b|=[a-z]{2}1,", form):  # a product with 1
             continue
         row = measure(options(Options, form.split() + words))
         exact = row["loss"] < limit and row["weights"] < (limit if o.dtype == "float64" else 1e-2)
@@ -1273,6 +1288,7 @@ def plan(o: Options) -> None:
 
 def merge(folder: str, output: str) -> None:
     """Join the parts that the ranks of a run wrote. Raises ValueError where some are missing or of another run."""
+    from model import GPT, Config, load_checkpoint, save_checkpoint
     paths = sorted(Path(folder).glob("part-*.pt"))
     require(paths, f"--merge={folder} holds no part-*.pt")
     parts = [load_checkpoint(path) for path in paths]
@@ -1282,7 +1298,7 @@ def merge(folder: str, output: str) -> None:
     weights, states = assemble(parts, config, parts[0]["world"])
     rest = {key: value for key, value in parts[0].items() if key not in ("at", "mesh", "pieces", "world", "run")}
     gpt = GPT(config)
-    model.save_checkpoint(output, gpt, **rest | dict(weights=weights, optimizer=states))
+    save_checkpoint(output, gpt, **rest | dict(weights=weights, optimizer=states))
     print(f"{len(parts)} parts joined in {output}")
 
 
@@ -1296,7 +1312,7 @@ def agree(*words: str) -> None:
         require(other == every[0], f"rank {rank} was started with {other}, rank 0 with {every[0]}")
 
 
-def work(rank: int, o: Options, words: list[str], file: str) -> None:
+def process(rank: int, o: Options, words: list[str], file: str) -> None:
     """One process: of torchrun's, or one that was started here and meets the others in a file."""
     torch.set_default_dtype(getattr(torch, o.dtype))
     torch.set_num_threads(1)
@@ -1326,13 +1342,14 @@ def main():
     elif "LOCAL_RANK" in os.environ:
         work(0, o, words, "")
     else:
+        logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
         with tempfile.TemporaryDirectory() as folder:
             try:
-                torch.multiprocessing.spawn(work, (o, words, f"{folder}/meet"), o.ranks)
+                torch.multiprocessing.spawn(process, (o, words, f"{folder}/meet"), o.ranks)
             except torch.multiprocessing.ProcessExitedException as error:
                 sys.exit(error.exit_code)
             except torch.multiprocessing.ProcessRaisedException as error:
-                raise ValueError(str(error).strip().splitlines()[-1]) from error
+                raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
 
 
 if __name__ == "__main__":

@@ -585,7 +585,7 @@ class Run:
         self.split = None
         if o.parallel:
             import ddp
-            self.split = ddp.split(self.objective, o.parallel, o.optimizer, o.batch_size)
+            self.split = ddp.split_model(self.objective, o.parallel, o.optimizer, o.batch_size)
             self.rows = self.split.rows(o.batch_size)
         self.weights = self.split.pieces if self.split else dict(self.gpt.named_parameters())
         self.tables = tables = [name for name, role in self.roles.items() if role == "table"]  # of which a step uses few rows
@@ -720,7 +720,8 @@ class Run:
                 weight.mul_(1 - speed * o.weight_decay)
             other = adagrad if self.roles[name] == "table" else REST.get(o.optimizer, adamw)
             step = OPTIMIZERS[o.optimizer] if role.muon else other
-            step = self.split.on_whole(name, step) if self.split else step
+            if self.split and role.muon and o.optimizer != "adamw":
+                step = self.split.on_whole(name, step)
             step(weight, self.state[name], speed * self.rates[name], p.step + 1, o)
         self.gpt.zero_grad(set_to_none=True)
         if self.split:

@@ -1,0 +1,321 @@
+"""ddp.py: every collective against torch.distributed's, every form against one process, bytes against the formulas.
+
+The processes are real, over gloo; one world of two and one of four serve all tests, as starting them takes longest.
+"""
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import ddp
+from conftest import ROOT
+from model import GPT, Config
+
+EXACT = 1e-9
+
+
+def in_world(task, n, tmp_path, *more):
+    """Run task(*more) in n processes; returns what each gave."""
+    torch.multiprocessing.spawn(member, (task, n, str(tmp_path), more), n)
+    return [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(n)]
+
+
+def member(rank, task, n, folder, more):
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=n, timeout=ddp.datetime.timedelta(seconds=60))
+    torch.save(task(*more), f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+# ------------------------------------------------------------------------------------------------------------ collectives
+
+def collectives(n):
+    """(name, largest difference from torch's or from the definition, bytes sent)"""
+    rank, group = dist.get_rank(), ddp.Mesh(f"dp{n}", n).group("dp")
+    draw = torch.Generator().manual_seed(0)
+    all_x = torch.randn(n, n, 3, 5, generator=draw)  # rank's own, in n rows
+    x, found = all_x[rank], []
+
+    def add(name, ours, right):
+        found.append((name, (ours - right).abs().max().item() if right is not None else 0.0, ddp.Group.sent))
+        ddp.Group.sent = 0
+    ddp.Group.sent = 0
+    for root in range(n):
+        add("broadcast", group.broadcast(x.clone(), root), all_x[root])
+        theirs = x.clone()
+        dist.reduce(theirs, root)
+        ours = group.reduce(x.clone(), root)
+        add("reduce", ours, theirs if rank == root else ours)
+        add("scatter", group.scatter(x.clone() if rank == root else None, torch.empty(3, 5), root), all_x[root][rank])
+        rows = group.gather(x[0].contiguous(), root)
+        assert (rows is None) == (rank != root)
+        add("gather", rows if rank == root else x, all_x[:, 0] if rank == root else x)
+    theirs = x.clone()
+    dist.all_reduce(theirs)
+    add("all_reduce", group.all_reduce(x), theirs)
+    odd = torch.arange(7.0) * (rank + 1)  # no multiple of n
+    add("all_reduce, odd", group.all_reduce(odd), torch.arange(7.0) * (n * (n + 1) / 2))
+    own = torch.zeros_like(x)
+    own[rank] = x[rank]
+    add("all_gather", group.all_gather(own), torch.stack([all_x[r][r] for r in range(n)]))
+    add("reduce_scatter", group.reduce_scatter(x.clone()), all_x[:, rank].sum(0))
+    theirs = torch.empty(n, 3, 5)
+    dist.all_to_all(list(theirs), list(x.clone()))
+    add("all_to_all", group.all_to_all(list(x[:, None]), [1] * n), theirs)
+    ragged = [torch.full((r + 1, 2), float(10 * rank + r)) for r in range(n)]  # rank r gets r + 1 rows from each
+    right = torch.cat([torch.full((rank + 1, 2), float(10 * r + rank)) for r in range(n)])
+    add("all_to_all, ragged", group.all_to_all(ragged, [rank + 1] * n), right)
+    return found
+
+
+def sharded_module():
+    """Any module and any optimizer: a convolution and a list of layers, one of which is not used, under SGD"""
+    def build():
+        torch.manual_seed(dist.get_rank() if dist.is_initialized() else 0)  # Sharder makes them alike
+        return nn.ModuleDict(dict(first=nn.Conv1d(2, 3, 3), layers=nn.ModuleList(nn.Linear(3, 3) for _ in range(3)),
+                                  unused=nn.Linear(2, 2)))
+
+    def run(module, x):
+        x = module["first"](x).mT
+        for layer in module["layers"]:
+            x = layer(x).tanh()
+        return x.square().sum()
+    n, rank = dist.get_world_size(), dist.get_rank()
+    group = ddp.Mesh(f"dp{n}", n).group("dp")
+    data = torch.randn(4, 2 * n, 2, 9, generator=torch.Generator().manual_seed(1))
+    found = {}
+    for stage in (0, 1, 2, 3):
+        for overlap in (False, True):
+            module = build()
+            sharder = ddp.Sharder(module, group, stage, bucket=100.0, overlap=overlap)
+            optimizer = torch.optim.SGD(sharder.pieces.values(), 0.1, momentum=0.9)
+            for x in data:
+                for half, last in ((x[2 * rank:2 * rank + 1], False), (x[2 * rank + 1:2 * rank + 2], True)):
+                    sharder.last = last
+                    sharder.begin()
+                    run(module, half).backward()
+                sharder.sync()
+                optimizer.step()
+                sharder.spread()
+            sharder.begin()
+            for unit in sharder.units:
+                sharder.need(unit)
+            found[stage, overlap] = {name: p.detach().clone() for name, p in module.named_parameters()}
+    torch.manual_seed(0)
+    alone = build() if rank == 0 else None
+    if alone:
+        optimizer = torch.optim.SGD(alone.parameters(), 0.1, momentum=0.9)
+        for x in data:
+            run(alone, x).backward()
+            for p in alone["unused"].parameters():
+                p.grad = torch.zeros_like(p)
+            optimizer.step()
+            optimizer.zero_grad()
+        found["alone"] = {name: p.detach() for name, p in alone.named_parameters()}
+    return found
+
+
+def everything(n):
+    return dict(collectives=collectives(n), sharded=sharded_module())
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
+    """What three processes found: the odd number is the harder one"""
+    return in_world(everything, 3, tmp_path_factory.mktemp("three"), 3)
+
+
+def test_collectives_equal_those_of_torch(three):
+    assert all(len(one["collectives"]) == 4 * 3 + 6 for one in three)
+    for rank in three:
+        assert [name for name, far, _ in rank["collectives"] if far > 1e-12] == []
+
+
+def test_bytes_of_collectives_are_those_of_the_formulas(three):
+    n, row = 3, 15 * 8
+    for sent in zip(*([(name, size) for name, _, size in one["collectives"]] for one in three)):
+        name, sizes = sent[0][0], [size for _, size in sent]
+        if name in ("all_gather", "reduce_scatter", "all_to_all"):
+            assert sizes == [(n - 1) * row] * n, name
+        if name == "all_reduce":
+            assert sizes == [2 * (n - 1) * row] * n
+        if name in ("broadcast", "reduce"):
+            assert sum(sizes) == (n - 1) * n * row  # a tree has n - 1 edges
+        if name in ("scatter", "gather"):
+            assert sum(sizes) == (n - 1) * row
+
+
+def test_any_module_with_any_optimizer(three):
+    right = three[0]["sharded"].pop("alone")
+    for one in three:
+        assert len(one["sharded"]) == 8
+        for how, weights in one["sharded"].items():
+            assert max((weights[name] - right[name]).abs().max() for name in right) < EXACT, how
+
+
+# ------------------------------------------------------------------------------------------------- forms, by the harness
+
+def harness(n, words, tmp_path, **env):
+    done = subprocess.run([sys.executable, str(ROOT / "ddp.py"), f"--ranks={n}", *words], cwd=tmp_path, text=True, capture_output=True,
+                          timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1", **env})
+    rows = {}
+    for line in done.stdout.splitlines()[2:]:
+        found = re.match(r"(.{36}) +(\S+) +(\S+) +([\d.]+) +([\d.]+) +([\d.]+)", line)
+        if found:
+            rows[found[1].strip()] = tuple(map(float, found.groups()[1:]))
+    return done, rows
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    return harness(2, ["--steps=3"], tmp_path_factory.mktemp("two"))
+
+
+def test_every_form_is_exact_on_two_ranks(two):
+    done, rows = two
+    assert done.returncode == 0, done.stderr
+    assert [name for name in ddp.FORMS if " x " not in name] == list(rows)
+    assert max(max(row[:2]) for row in rows.values()) < EXACT
+
+
+def parameters():
+    return sum(p.numel() for p in GPT(Config(**ddp.SHAPE)).parameters())
+
+
+def test_bytes_of_forms_are_those_of_the_formulas(two):
+    """KiB a rank and step in float64; the two micro-batches of a step each gather and scatter with stages 2 and 3"""
+    _, rows = two
+    n, P = 2, parameters()
+    norm_and_totals = 8 + 16  # all-reduces of 1 and of 2 numbers between two ranks
+    kib = {name: row[2] for name, row in rows.items()}
+    once = P * 8 * (n - 1) / n
+    near = dict(rel=0.01, abs=0.6)  # buckets are filled up to a multiple of n
+    for name in ("ddp, one message a parameter, after", "ddp, one message, after", "ddp, in buckets", "zero1"):
+        assert kib[name] == pytest.approx((2 * once + norm_and_totals) / 1024, **near), name
+    assert kib["zero2"] == pytest.approx((3 * once + norm_and_totals) / 1024, **near)
+    embedding = 64 * 32 + 32  # and the last gain: fetched once a pass forward, not again for the way back
+    blocks = 8 * (P - embedding) / 2
+    rest = 8 * embedding / 2
+    assert kib["fsdp"] == pytest.approx((2 * 3 * blocks + (1 + 2) * rest + norm_and_totals) / 1024, rel=0.02)
+    B, T, C, layers = 8, 32, 32, 4
+    stream = B * T * C * 8 / 2 / 1024
+    assert kib["pp, 1f1b"] == pytest.approx(B * T * C * 8 / 1024 + 64 * 32 * 8 / 1024, rel=0.02)  # and the tied matrix
+    heads = 2 * 4 * 4  # of keys and values, by their width
+    ring = 3 * layers * B * T / 2 * heads * 8 / 1024
+    assert kib["cp"] == pytest.approx(ring + kib["ddp, one message, after"], rel=0.01)
+    gains = sum(p.numel() for name, p in GPT(Config(**ddp.SHAPE)).named_parameters() if "norm" in name) * 8 / 1024
+    loss = 3.5 * B * T * 8 / 1024  # the maximum is gathered, two sums go both ways: 1/2 x ... in float64
+    assert kib["tp"] == pytest.approx((8 * layers + 4) * stream + 2 * gains + loss, rel=0.02)
+
+
+def test_memory_of_shards(two):
+    """Weights, gradients and Adam's moments in float64; the gradient of all parameters is freed between steps"""
+    _, rows = two
+    P = parameters() * 8 / 2**20
+    mib = {name: row[3] for name, row in rows.items()}
+    assert mib["ddp, one message, after"] == pytest.approx(4 * P, rel=0.1)
+    assert mib["zero1"] == pytest.approx(P + 3 * P / 2, rel=0.1)
+    assert mib["zero2"] == pytest.approx(P + 3 * P / 2, rel=0.1)
+    assert mib["fsdp"] == pytest.approx(4 * P / 2, rel=0.1)
+
+
+def test_products_are_exact_on_four_ranks(tmp_path):
+    done, rows = harness(4, ["--steps=2", "--only= x "], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert list(rows) == [name for name in ddp.FORMS if " x " in name]
+    assert max(max(row[:2]) for row in rows.values()) < EXACT
+
+
+def test_the_harness_sees_a_wrong_collective(tmp_path):
+    wrong = tmp_path / "wrong.py"
+    text = (ROOT / "ddp.py").read_text().replace("rows[(me - turn - 2) % self.size] += new", "rows[(me - turn - 2) % self.size] += 1.001 * new")
+    wrong.write_text(text)
+    done = subprocess.run([sys.executable, str(wrong), "--steps=2", "--mesh=dp2"], cwd=ROOT, text=True, capture_output=True, timeout=120,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 1 and "not exact" in done.stdout
+
+
+# ----------------------------------------------------------------------------------------------------------- without ranks
+
+def test_layout_holds_every_number_once():
+    for sizes in ([5, 3, 8, 1], [4], [7, 7, 7, 7, 7]):
+        for n in (1, 2, 3):
+            for whole in (False, True):
+                length, starts = ddp.layout(sizes, n, whole)
+                places = [place for start, size in zip(starts, sizes) for place in range(start, start + size)]
+                assert len(set(places)) == sum(sizes) and max(places) < n * length
+                if whole:
+                    assert all(start // length == (start + size - 1) // length for start, size in zip(starts, sizes))
+                else:
+                    assert length == -(-sum(sizes) // n)
+
+
+def test_rules_cut_every_matrix_of_the_default_model():
+    config = Config(**ddp.SHAPE)
+    mesh = ddp.SimpleNamespace(size=dict.fromkeys(ddp.AXES, 2))
+    for name, p in GPT(config).named_parameters():
+        cuts = ddp.cuts_of(name, config, mesh)
+        assert len(cuts) == (p.ndim == 2), name
+        for axis, dim, sizes in cuts:
+            assert sum(sizes) == p.shape[dim], name
+            parts = [ddp.sliced(p, dim, sizes, 2, i) for i in range(2)]
+            assert ddp.joined(parts, dim, sizes).equal(p)
+
+
+@pytest.mark.parametrize("schedule", ddp.SCHEDULES)
+def test_schedules(schedule):
+    for stages in (1, 2, 3, 4):
+        for micro in (1, 2, 4, 7):
+            for stage in range(stages):
+                plan = ddp.SCHEDULES[schedule](stage, stages, micro)
+                assert sorted(plan) == sorted([(kind, i) for kind in "FB" for i in range(micro)])
+                held = most = 0
+                for kind, i in plan:
+                    held += 1 if kind == "F" else -1
+                    most = max(most, held)
+                assert most == (micro if schedule == "gpipe" else min(micro, stages - stage))
+            lines = ddp.timeline(schedule, stages, micro)
+            longest = max(map(len, lines))
+            assert 1 - 3 * micro / longest == pytest.approx((stages - 1) / (micro + stages - 1))
+
+
+def test_every_rank_of_the_ring_has_as_much_to_do():
+    for n in (2, 3, 4):
+        for rank in range(n):
+            group = ddp.SimpleNamespace(size=n, rank=rank)
+            pairs = [pair for turn in range(n) for pair in ddp.Ring.pairs(group, turn)]
+            assert sum(0.5 if causal else 1 for _, _, causal in pairs) == 2 * n  # of (2n)^2 / 2 in all
+
+
+def test_plan():
+    o = ddp.Options(gpus=64, params=7e9, tokens=1e11, block_size=4096, batch_tokens=4e6)
+    row = ddp.plan_of(o, 1, 1, 1, 1)
+    assert row["memory"]["weights"] == 2 * 7e9 and row["memory"]["optimizer"] == pytest.approx(12 * 7e9 / 64)
+    assert row["wire"]["dp"] == pytest.approx(6 * 7e9 * 63 / 64) and row["wire"]["tp"] == row["wire"]["pp"] == row["idle"] == 0
+    assert ddp.plan_of(o, 1, 1, 0, 1) is None  # 7e9 parameters in full: 126 GB
+    assert ddp.plan_of(o, 16, 1, 1, 1) is None  # more than a node
+    piped = ddp.plan_of(o, 1, 4, 1, 1)
+    steps = 4e6 / 4096 / 16
+    assert piped["idle"] == pytest.approx(3 / (steps + 3))
+    assert 0 < row["mfu"] < 0.6
+
+
+@pytest.mark.parametrize("words, said", [
+    (["--mesh=tp3", "--ranks=3"], "does not divide --n_head (8; [2, 4, 8] do)"),
+    (["--mesh=dp3"], "is for 3 ranks, there are 2"),
+    (["--mesh=dp2,xy1"], "from pp, dp, ep, cp, tp"),
+    (["--mesh=ep2", "--stage=3"], "use 2 with pp and ep"),
+    (["--optimizer=lion"], "choose from adamw, muon"),
+    (["--plan", "--params=1e13", "--gpus=2"], "fit on no mesh of 2 GPUs"),
+    (["--merge=nowhere"], "holds no part-*.pt"),
+])
+def test_mistakes_end_in_one_line(words, said, tmp_path):
+    done, _ = harness(2, words, tmp_path)
+    assert done.returncode == 1 and said in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
