@@ -84,17 +84,27 @@ class Group:
     sent = 0  # by this process, in all its groups
 
     def __init__(self, ranks: list[int], channel: dist.ProcessGroup | None = None):
-        self.ranks, self.size, self.rank, self.channel = ranks, len(ranks), ranks.index(dist.get_rank()), channel
+        self.ranks, self.channel = ranks, channel
+        self.size = len(ranks)
+        self.rank = ranks.index(dist.get_rank())  # this one's place among them
 
-    def start(self, out: Tensor | None, to: int, into: Tensor | None = None, source: int = 0) -> list:
+    def start(
+        self,
+        out: Tensor | None,
+        to: int,
+        into: Tensor | None = None,
+        source: int = 0,
+    ) -> list:
         """Begin to send `out` to a rank, and to fill `into` with what another sends; what to wait for."""
         jobs = []
         if out is not None:
-            jobs.append(dist.P2POp(dist.isend, out.contiguous(), self.ranks[to % self.size], self.channel))
+            other = self.ranks[to % self.size]
+            jobs.append(dist.P2POp(dist.isend, out.contiguous(), other, self.channel))
             Group.sent += out.nbytes
             time.sleep(self.delay * out.nbytes)
         if into is not None:
-            jobs.append(dist.P2POp(dist.irecv, into, self.ranks[source % self.size], self.channel))
+            other = self.ranks[source % self.size]
+            jobs.append(dist.P2POp(dist.irecv, into, other, self.channel))
         return dist.batch_isend_irecv(jobs)
 
     def exchange(self, *message) -> None:
@@ -104,17 +114,21 @@ class Group:
 
     def tree(self, root: int) -> Iterator[tuple[bool, int]]:
         """The messages of a binomial tree from its root on: (whether this rank sends, the other rank)."""
-        place = (self.rank - root) % self.size
-        for span in (1 << i for i in range(self.size.bit_length())):
+        place, span = (self.rank - root) % self.size, 1
+        while span < self.size:  # those before `span` know; each tells another
             if place < span and place + span < self.size:
                 yield True, self.rank + span
             elif span <= place < 2 * span:
                 yield False, self.rank - span
+            span *= 2
 
     def broadcast(self, x: Tensor, root: int = 0) -> Tensor:
         """x of the root, in place, in log2(n) rounds"""
         for sends, other in self.tree(root):
-            self.exchange(*(x, other) if sends else (None, 0, x, other))
+            if sends:
+                self.exchange(x, other)
+            else:
+                self.exchange(None, 0, x, other)
         return x
 
     def reduce(self, x: Tensor, root: int = 0) -> Tensor:
@@ -148,35 +162,39 @@ class Group:
 
     def all_gather(self, rows: Tensor) -> Tensor:
         """Row r of rank r to all, in place in (n, ...): n - 1 times round the ring, each rank passes on what it got"""
-        me = self.rank
-        for turn in range(self.size - 1):
-            self.exchange(rows[(me - turn) % self.size], me + 1, rows[(me - turn - 1) % self.size], me - 1)
+        me, n = self.rank, self.size
+        for turn in range(n - 1):
+            known, new = rows[(me - turn) % n], rows[(me - turn - 1) % n]
+            self.exchange(known, me + 1, new, me - 1)
         return rows
 
     def reduce_scatter(self, rows: Tensor) -> Tensor:
         """The sum over all ranks of row r, at rank r; `rows` (n, ...) is used up: sums grow on their way round"""
-        me, new = self.rank, torch.empty_like(rows[0])
-        for turn in range(self.size - 1):
-            self.exchange(rows[(me - turn - 1) % self.size], me + 1, new, me - 1)
-            rows[(me - turn - 2) % self.size] += new
+        me, n = self.rank, self.size
+        new = torch.empty_like(rows[0])
+        for turn in range(n - 1):
+            self.exchange(rows[(me - turn - 1) % n], me + 1, new, me - 1)
+            rows[(me - turn - 2) % n] += new
         return rows[me]
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum of all x: 2 (n - 1) / n of its bytes a rank, whatever n"""
-        rows = F.pad(x.flatten(), (0, -x.numel() % self.size)).view(self.size, -1).clone()
-        if self.size > 1:
-            self.reduce_scatter(rows)
-            self.all_gather(rows)
-        return rows.flatten()[:x.numel()].view_as(x)
+        size = x.numel()
+        rows = x.new_zeros(self.size, -(-size // self.size))
+        rows.flatten()[:size] = x.flatten()
+        self.reduce_scatter(rows)
+        self.all_gather(rows)
+        return rows.flatten()[:size].view_as(x)
 
     def all_to_all(self, parts: list[Tensor], sizes: list[int]) -> Tensor:
         """parts[r] to each rank r; what the ranks sent, sizes[r] rows from rank r, one behind the other"""
+        me, n = self.rank, self.size
         out = parts[0].new_empty(sum(sizes), *parts[0].shape[1:])
         into = out.split(sizes)
-        into[self.rank].copy_(parts[self.rank])
-        for far in range(1, self.size):
-            self.exchange(parts[(self.rank + far) % self.size], self.rank + far,
-                          into[(self.rank - far) % self.size], self.rank - far)
+        into[me].copy_(parts[me])
+        for far in range(1, n):
+            there, here = parts[(me + far) % n], into[(me - far) % n]
+            self.exchange(there, me + far, here, me - far)
         return out
 
 
@@ -205,13 +223,18 @@ def scattered(x: Tensor, group: Group, dim: int) -> Tensor:
     return group.reduce_scatter(torch.stack(x.chunk(group.size, dim)))
 
 
-# what the forward pass gathers, the backward pass scatters, and the other way round
 def gather_grad(x: Tensor, group: Group, dim: int) -> Tensor:
-    return Through.apply(x, lambda x: gathered(x, group, dim), lambda grad: scattered(grad, group, dim))
+    """`gathered`; what the forward pass gathers, the backward pass scatters."""
+    ahead = partial(gathered, group=group, dim=dim)
+    back = partial(scattered, group=group, dim=dim)
+    return Through.apply(x, ahead, back)
 
 
 def scatter_grad(x: Tensor, group: Group, dim: int) -> Tensor:
-    return Through.apply(x, lambda x: scattered(x, group, dim), lambda grad: gathered(grad, group, dim))
+    """`scattered`; what the forward pass scatters, the backward pass gathers."""
+    ahead = partial(scattered, group=group, dim=dim)
+    back = partial(gathered, group=group, dim=dim)
+    return Through.apply(x, ahead, back)
 
 
 def summed(x: Tensor, group: Group) -> Tensor:
@@ -226,15 +249,18 @@ class Mesh:
     """Ranks as the points of a box, such as dp2,tp2."""
 
     def __init__(self, text: str, world: int):
-        found = dict(re.findall(r"([a-z]+)(\d+)", text))
-        require(re.fullmatch(r"[a-z]+[1-9]\d*(,[a-z]+[1-9]\d*)*", text) and found.keys() <= {*AXES},
-                f"--mesh={text}: write axes with their sizes, such as dp2,tp2, from {', '.join(AXES)}")
-        self.size = {axis: int(found.get(axis, 1)) for axis in AXES}
+        self.text, self.size = text, dict.fromkeys(AXES, 1)
+        for word in text.split(","):
+            found = re.fullmatch(r"([a-z]+)([1-9]\d*)", word)
+            require(found and found[1] in AXES,
+                    f"--mesh={text}: write axes with their sizes, such as dp2,tp2, from {', '.join(AXES)}")
+            self.size[found[1]] = int(found[2])
         shape = list(self.size.values())
-        require(math.prod(shape) == world, f"--mesh={text} is for {math.prod(shape)} ranks, there are {world}")
-        self.text = text
+        needed = math.prod(shape)
+        require(needed == world, f"--mesh={text} is for {needed} ranks, there are {world}")
         self.grid = np.arange(world).reshape(shape)
-        self.at = dict(zip(AXES, map(int, np.argwhere(self.grid == dist.get_rank())[0])))
+        place = np.argwhere(self.grid == dist.get_rank())[0]
+        self.at = dict(zip(AXES, place.tolist()))  # this rank's place on each axis
 
     def group(self, *axes: str, ends: bool = False) -> Group | None:
         """The ranks that differ from this one along these axes alone (ends: of them the first and the last).
@@ -242,9 +268,10 @@ class Mesh:
         None: this rank is between the ends. All ranks must ask for the same groups in the same order.
         """
         places = [AXES.index(axis) for axis in axes]
-        rows = np.moveaxis(self.grid, places, range(-len(axes), 0)).reshape(-1, *[self.grid.shape[i] for i in places])
+        size = math.prod(self.size[axis] for axis in axes)
+        rows = np.moveaxis(self.grid, places, range(-len(axes), 0))
         mine = None
-        for row in rows.reshape(len(rows), -1).tolist():
+        for row in rows.reshape(-1, size).tolist():
             ranks = sorted({row[0], row[-1]}) if ends else row
             key = (*axes, ends, *ranks)  # two groups may talk at once only if their names differ
             if len(ranks) > 1 and key not in CHANNELS:
@@ -268,16 +295,16 @@ def layout(sizes: list[int], n: int, whole: bool) -> tuple[int, list[int]]:
     ((5, [0, 2, 5]), (5, [8, 5, 0]))
     """
     if not whole:
-        return -(-sum(sizes) // n), [sum(sizes[:i]) for i in range(len(sizes))]
-    rows = [[] for _ in range(n)]
+        ends = np.cumsum([0, *sizes]).tolist()
+        return -(-ends[-1] // n), ends[:-1]
+    filled, places = [0] * n, {}
     for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        min(rows, key=lambda row: sum(sizes[j] for j in row)).append(i)
-    length = max(sum(sizes[i] for i in row) for row in rows)
-    starts = {}
-    for number, row in enumerate(rows):
-        for place, i in enumerate(row):
-            starts[i] = number * length + sum(sizes[j] for j in row[:place])
-    return length, [starts[i] for i in range(len(sizes))]
+        row = filled.index(min(filled))
+        places[i] = row, filled[row]
+        filled[row] += sizes[i]
+    length = max(filled)
+    starts = [row * length + start for _, (row, start) in sorted(places.items())]
+    return length, starts
 
 
 class Unit:
@@ -287,13 +314,22 @@ class Unit:
     sharding there is one row, which all ranks own.
     """
 
-    def __init__(self, named: dict[str, nn.Parameter], group: Group, stage: int, whole: bool, low: torch.dtype | None):
+    def __init__(
+        self,
+        named: dict[str, nn.Parameter],
+        group: Group,
+        stage: int,
+        whole: bool,
+        low: torch.dtype | None,
+    ):
         self.named, self.stage, self.group = named, stage, group
         n, self.row = (group.size, group.rank) if stage else (1, 0)
-        length, starts = layout([p.numel() for p in named.values()], n, whole)
+        sizes = [p.numel() for p in named.values()]
+        length, starts = layout(sizes, n, whole)
         first = next(iter(named.values()))
         self.full = first.new_zeros(n, length, dtype=low or first.dtype)
-        self.spans = {name: (start, p.shape) for (name, p), start in zip(named.items(), starts)}
+        shapes = [p.shape for p in named.values()]
+        self.spans = dict(zip(named, zip(starts, shapes)))  # where each begins in the rows, its shape
         wide = first.new_zeros(n, length)
         for name, view in self.views(wide).items():
             view.copy_(named[name].data)
@@ -305,19 +341,27 @@ class Unit:
         self.master = own.clone() if stage == 3 or low else own
         self.grad = torch.zeros_like(self.master)
         self.pieces, self.grads, self.begins = {}, {}, {}  # by name; where in its parameter a piece begins
+        left = self.row * length
         for name, (start, shape) in self.spans.items():
-            begin, end = (max(0, min(length, at - self.row * length)) for at in (start, start + shape.numel()))
+            size = shape.numel()
+            begin, end = np.clip((start - left, start + size - left), 0, length).tolist()
             if begin < end:
-                self.begins[name] = begin + self.row * length - start
-                form = shape if end - begin == shape.numel() else (end - begin,)
-                self.pieces[name] = nn.Parameter(self.master[begin:end].view(form))
+                self.begins[name] = begin + left - start
+                form = shape if end - begin == size else (end - begin,)
+                own = self.master[begin:end].view(form)
+                self.pieces[name] = nn.Parameter(own)
                 self.grads[name] = self.grad[begin:end].view(form)
-        self.there, self.sent, self.job, self.waiting = True, False, None, len(named)
+        self.there = True  # the parameters of all rows
+        self.sent = False  # the gradients of this step
+        self.job = None  # what is under way
+        self.waiting = len(named)  # gradients that are not there yet
 
     def views(self, rows: Tensor) -> dict[str, Tensor]:
         """The parameters, or what stands in their place, in a buffer"""
-        return {name: rows.flatten()[start:start + shape.numel()].view(shape)
-                for name, (start, shape) in self.spans.items()}
+        flat, found = rows.flatten(), {}
+        for name, (start, shape) in self.spans.items():
+            found[name] = flat[start:start + shape.numel()].view(shape)
+        return found
 
     def collect(self) -> None:
         """Parameters of all rows, from their owners"""
@@ -332,8 +376,8 @@ class Unit:
 
     def reduce(self, rows: Tensor) -> None:
         """Add the sum of gradients over all ranks to those of the pieces"""
-        total = self.group.reduce_scatter(rows) if self.stage else self.group.all_reduce(rows)
-        self.grad += total.view_as(self.grad)
+        add = self.group.reduce_scatter if self.stage else self.group.all_reduce
+        self.grad += add(rows).view_as(self.grad)
 
 
 WIRE = ThreadPoolExecutor(1)  # sends for all sharders of a process, one message after the other: the same order on all
@@ -351,18 +395,28 @@ class Sharder:
     goes on. `whole`: no parameter is cut, for optimizers that work on matrices (their owner computes).
     """
 
-    def __init__(self, module: nn.Module, group: Group, stage: int = 0, bucket: float = 25 * 2**20,
-                 overlap: bool = True, whole: bool = False, low: torch.dtype | None = None,
-                 names: set[str] | None = None):
-        self.group, self.stage, self.overlap, self.last = group, stage, overlap, True
-        self.backward = False
+    def __init__(
+        self,
+        module: nn.Module,
+        group: Group,
+        stage: int = 0,
+        bucket: float = 25 * 2**20,
+        overlap: bool = True,
+        whole: bool = False,
+        low: torch.dtype | None = None,
+        names: set[str] | None = None,
+    ):
+        self.group, self.stage, self.overlap = group, stage, overlap
+        self.last = True  # micro-batch of a step
+        self.backward = False  # is going on
         unit = partial(Unit, group=group, stage=stage, whole=whole, low=low)
-        named = {name: p for name, p in module.named_parameters() if names is None or name in names}
-        lists = [part for part in module.modules() if isinstance(part, nn.ModuleList)] if stage == 3 else []
+        named = dict(module.named_parameters())
+        named = {name: named[name] for name in named if names is None or name in names}
         self.units, blocks = [], []
-        for block in [block for part in lists for block in part]:
-            own = {id(p) for p in block.parameters()}
-            mine = {name: named.pop(name) for name in list(named) if id(named[name]) in own}
+        lists = filter(lambda part: isinstance(part, nn.ModuleList), module.modules())
+        for block in [block for part in lists for block in part] if stage == 3 else ():
+            own = {*block.parameters()}
+            mine = {name: named.pop(name) for name in list(named) if named[name] in own}
             if mine:
                 self.units.append(unit(mine))
                 blocks.append(block)
@@ -373,8 +427,9 @@ class Sharder:
                 rest, size = {}, 0
             rest[name], size = p, size + p.nbytes
         self.units += [unit(rest)] if rest else []
-        self.pieces = {name: piece for unit in self.units for name, piece in unit.pieces.items()}
+        self.pieces = {}
         for unit in self.units:
+            self.pieces |= unit.pieces
             for p in unit.named.values():
                 p.register_post_accumulate_grad_hook(partial(self.arrived, unit))
         self.blocks = len(blocks)  # these units are first
