@@ -198,6 +198,8 @@ class Group:
         return out
 
 
+# In a backward pass sums become copies and copies sums: each collective that a model needs has one that undoes it.
+
 class Through(torch.autograd.Function):
     """ahead(x) in the forward pass; back(gradient) in the backward pass."""
 
@@ -281,13 +283,13 @@ class Mesh:
         return mine
 
 
-CHANNELS = {}
+CHANNELS = {}  # process groups: they take long to make, so the same are used again
 
 
 # ---- data parallel: ranks with other rows of the batch; what all would keep alike may be sharded (Rajbhandari 2020)
 
 def layout(sizes: list[int], n: int, whole: bool) -> tuple[int, list[int]]:
-    """Length of each of n rows that hold tensors of these sizes, and where in the rows, one behind the other, each begins.
+    """How long n equal rows must be to hold tensors of these sizes, and where in the rows (as one) each begins.
 
     `whole`: none lies in two rows (the largest first, to the emptiest row); else they lie one behind the other.
 
@@ -380,7 +382,9 @@ class Unit:
         self.grad += add(rows).view_as(self.grad)
 
 
-WIRE = ThreadPoolExecutor(1)  # sends for all sharders of a process, one message after the other: the same order on all
+# One thread sends for all sharders of a process, one message after the other. So the order is the same on all ranks,
+# for they all compute the same layers in the same order.
+WIRE = ThreadPoolExecutor(1)
 
 
 class Sharder:
@@ -529,10 +533,16 @@ class Sharder:
 
 # ---- parts of a model: what each axis of the mesh cuts
 
+def qkv_blocks(c: object) -> list[int]:
+    """Rows of queries, keys and values in their one matrix"""
+    groups = c.n_kv_head or c.n_head
+    return [heads * c.head_width for heads in (c.n_head, groups, groups)]
+
+
 # axis: which parameters, along which dimension, and the sizes of the blocks there, of which each rank gets a part
 CUTS = {
     "tp": (
-        (r"qkv\.weight$", 0, lambda c: [n * c.head_width for n in (c.n_head, *[c.n_kv_head or c.n_head] * 2)]),
+        (r"qkv\.weight$", 0, qkv_blocks),
         (r"ffn\.up\.weight$", 0, lambda c: [c.inner] * (1 + c.ffn.endswith("glu"))),
         (r"mixer\.out\.weight$", 1, lambda c: [c.n_head * c.head_width]),
         (r"ffn\.down\.weight$", 1, lambda c: [c.inner]),
@@ -559,7 +569,8 @@ def sliced(x: Tensor, dim: int, sizes: list[int], n: int, i: int) -> Tensor:
     >>> sliced(torch.arange(8), 0, [4, 2, 2], 2, 1)
     tensor([2, 3, 5, 7])
     """
-    return torch.cat([block.chunk(n, dim)[i] for block in x.split(sizes, dim)], dim)
+    parts = [block.chunk(n, dim)[i] for block in x.split(sizes, dim)]
+    return torch.cat(parts, dim)
 
 
 def joined(parts: list[Tensor], dim: int, sizes: list[int]) -> Tensor:
@@ -574,23 +585,34 @@ def joined(parts: list[Tensor], dim: int, sizes: list[int]) -> Tensor:
 
 
 def vocabulary_rows(gpt: nn.Module, group: Group) -> tuple[Callable, Callable]:
-    """Embedding and loss of a vocabulary of which each rank has some rows: (ids -> vectors), (x, targets -> loss sum)"""
+    """Embedding and loss where each rank has some rows of the vocabulary: (ids -> vectors), (x, targets -> loss sum).
+
+    The softmax over all of it needs three numbers a token from each rank: the highest logit, the sum of exp(logit less
+    that), and the right one's logit, which is 0 at all ranks but one.
+    """
     size = gpt.config.vocab_size // group.size
     first = size * group.rank
 
+    def here(ids):
+        near = ids - first
+        mine = (near >= 0) & (near < size)
+        return near.clamp(0, size - 1), mine
+
     def look_up(ids):
-        near, mine = (ids - first).clamp(0, size - 1), (ids >= first) & (ids < first + size)
-        rows = F.embedding(near, gpt.embedding.weight) * mine[..., None]  # the others' rows are 0
-        return scatter_grad(rows, group, 1)  # (B, T / n, C)
+        near, mine = here(ids)
+        rows = F.embedding(near, gpt.embedding.weight)
+        return scatter_grad(rows * mine[..., None], group, 1)  # (B, T / n, C): the others' rows are 0
 
     def loss(x, targets):
         logits = gpt.head(x)  # (R, V / n)
-        highest = gathered(logits.detach().amax(1), group, 0).view(group.size, -1).amax(0)  # (R)
+        highest = gathered(logits.detach().amax(1)[None], group, 0).amax(0)  # (n, R) -> (R)
         logits = logits - highest[:, None]
-        near, mine = (targets - first).clamp(0, size - 1), (targets >= first) & (targets < first + size)
+        near, mine = here(targets)
         right = logits.gather(1, near[:, None])[:, 0] * mine
-        total, right = summed(torch.stack((logits.exp().sum(1), right)), group)
-        return ((total.log() - right) * (targets >= 0)).sum()
+        both = torch.stack((logits.exp().sum(1), right))  # (2, R)
+        total, right = summed(both, group)
+        losses = total.log() - right
+        return losses[targets >= 0].sum()
     return look_up, loss
 
 
@@ -600,18 +622,21 @@ def tensor_parallel(gpt: nn.Module, objective: nn.Module, group: Group) -> None:
     Between them, where all channels are needed, each has some of the tokens (sequence parallelism, Korthikanti 2022):
     a layer gathers the tokens and scatters sums, in all as much as one all-reduce.
     """
-    def here(part):
-        return not isinstance(part, Absent)
+    def before(layer, x):
+        return gather_grad(x[0], group, 1), *x[1:]
+
+    def after(layer, x, y):
+        return scatter_grad(y, group, 1)
     look_up, objective.rows = vocabulary_rows(gpt, group)
-    if here(gpt.embedding):
+    if type(gpt.embedding) is not Absent:  # another stage of a pipeline has it
         gpt.embedding.forward = look_up
-    for block in filter(here, gpt.blocks):
+    if type(gpt.norm) is not Absent:
+        gpt.norm.register_forward_hook(lambda _, x, y: gather_grad(y, group, 1))
+    for block in [block for block in gpt.blocks if type(block) is not Absent]:
         block.mixer.heads = tuple(n // group.size for n in block.mixer.heads)
         for layer in (block.mixer, block.ffn):
-            layer.register_forward_pre_hook(lambda _, x: (gather_grad(x[0], group, 1), *x[1:]))
-            layer.register_forward_hook(lambda _, x, y: scatter_grad(y, group, 1))
-    if here(gpt.norm):
-        gpt.norm.register_forward_hook(lambda _, x, y: gather_grad(y, group, 1))
+            layer.register_forward_pre_hook(before)
+            layer.register_forward_hook(after)
     for name, p in gpt.named_parameters():
         if "norm" in name:  # which sees some of the tokens, or some of the heads
             p.register_hook(group.all_reduce)
@@ -629,19 +654,19 @@ class Ring(torch.autograd.Function):
     @staticmethod
     def pairs(group, turn):
         """(queries' half, keys' half, whether the mask is causal) after some turns of the ring"""
-        def number(rank, half):
-            return 2 * group.size - 1 - rank if half else rank
+        last = 2 * group.size - 1
         source = (group.rank - turn) % group.size
-        for i, j in ((0, 0), (0, 1), (1, 0), (1, 1)):
-            mine, theirs = number(group.rank, i), number(source, j)
-            if theirs <= mine:
-                yield i, j, mine == theirs
+        for i, mine in enumerate((group.rank, last - group.rank)):
+            for j, theirs in enumerate((source, last - source)):
+                if theirs <= mine:
+                    yield i, j, mine == theirs
 
     @staticmethod
     def scores(q, k, causal):
-        """(B, H, T, hd) and (B, H_kv, S, hd) -> (B, H, T, S)"""
-        s = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT / q.shape[3] ** 0.5
-        return s.masked_fill(torch.ones_like(s[0, 0]).triu(1).bool(), -math.inf) if causal else s
+        """(B, H, T, hd) and (B, H, S, hd) -> (B, H, T, S)"""
+        s = q @ k.mT / q.shape[3] ** 0.5
+        later = torch.ones_like(s[0, 0]).triu(1).bool()
+        return s.masked_fill(later, -math.inf) if causal else s
 
     @staticmethod
     def round(x, group, way):
@@ -652,20 +677,21 @@ class Ring(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, group):
-        out = torch.zeros_like(q)
-        lse = q.new_full(q.shape[:3], -math.inf)
+        shared = q.shape[1] // k.shape[1]  # query heads of a key head
+        out, lse = torch.zeros_like(q), q.new_full(q.shape[:3], -math.inf)
+        queries, outs, lses = (x.chunk(2, 2) for x in (q, out, lse))  # halves
         kv = torch.stack((k, v))
         for turn in range(group.size):
             for i, j, causal in Ring.pairs(group, turn):
-                half_out, half_lse = out.chunk(2, 2)[i], lse.chunk(2, 2)[i]
-                k, v = kv.chunk(2, 3)[j]
-                s = Ring.scores(q.chunk(2, 2)[i], k, causal)
-                new = torch.logaddexp(half_lse, s.logsumexp(-1))
-                v = v.repeat_interleave(q.shape[1] // v.shape[1], 1)
-                half_out.mul_((half_lse - new).exp()[..., None]).add_((s - new[..., None]).exp() @ v)
-                half_lse.copy_(new)
-            kv = Ring.round(kv, group, 1) if turn < group.size - 1 else kv
-        ctx.group = group
+                k, v = kv.chunk(2, 3)[j].repeat_interleave(shared, 2)
+                s = Ring.scores(queries[i], k, causal)
+                new = torch.logaddexp(lses[i], s.logsumexp(-1))
+                outs[i].mul_((lses[i] - new).exp()[..., None])
+                outs[i].add_((s - new[..., None]).exp() @ v)
+                lses[i].copy_(new)
+            if turn < group.size - 1:
+                kv = Ring.round(kv, group, 1)
+        ctx.group, ctx.shared = group, shared
         ctx.save_for_backward(q, kv, out, lse)
         return out
 
@@ -674,17 +700,16 @@ class Ring(torch.autograd.Function):
         q, kv, out, lse = ctx.saved_tensors
         group, dq, dkv = ctx.group, torch.zeros_like(q), torch.zeros_like(kv)
         along = (grad * out).sum(-1)
-        H_kv = kv.shape[2]
+        halves = list(zip(*(x.chunk(2, 2) for x in (q, grad, lse, along, dq))))
         for turn in reversed(range(group.size)):  # kv is where the last turn left it
             for i, j, causal in Ring.pairs(group, turn):
-                qi, gi, li, ai = (x.chunk(2, 2)[i] for x in (q, grad, lse, along))
-                (k, v), (dk, dv) = kv.chunk(2, 3)[j], dkv.chunk(2, 3)[j]
-                p = (Ring.scores(qi, k, causal) - li[..., None]).exp()
-                shared = q.shape[1] // H_kv
-                ds = p * (gi @ v.repeat_interleave(shared, 1).mT - ai[..., None]) / q.shape[3] ** 0.5
-                dq.chunk(2, 2)[i].add_(ds @ k.repeat_interleave(shared, 1))
-                dk.add_((ds.mT @ qi).unflatten(1, (H_kv, shared)).sum(2))
-                dv.add_((p.mT @ gi).unflatten(1, (H_kv, shared)).sum(2))
+                queries, g, low, a, dqueries = halves[i]
+                k, v = kv.chunk(2, 3)[j].repeat_interleave(ctx.shared, 2)
+                p = (Ring.scores(queries, k, causal) - low[..., None]).exp()
+                ds = p * (g @ v.mT - a[..., None]) / q.shape[3] ** 0.5
+                dqueries += ds @ k
+                both = torch.stack((ds.mT @ queries, p.mT @ g))  # (2, B, H, S, hd)
+                dkv.chunk(2, 3)[j].add_(both.unflatten(2, (-1, ctx.shared)).sum(3))
             if turn:  # gradients travel with what they are of
                 kv, dkv = Ring.round(torch.cat((kv, dkv)), group, -1).chunk(2)
         return dq, *dkv, None
@@ -695,10 +720,14 @@ def sequence_parallel(gpt: nn.Module, group: Group) -> None:
     import model
 
     def look(tokens, state):
-        at = zigzag(tokens.shape[1] * group.size, group)[None].to(tokens.device)
+        at = zigzag(tokens.shape[1] * group.size, group)
+        at = at[None].to(tokens.device)
         return tokens, at, at
+
+    def attention(q, k, v, mask):
+        return Ring.apply(q, k, v, group)
     gpt.look, usual = look, gpt.hidden
-    ring = SimpleNamespace(norm=model.Fast.norm, attention=lambda q, k, v, mask: Ring.apply(q, k, v, group))
+    ring = SimpleNamespace(norm=model.Fast.norm, attention=attention)
 
     def hidden(*x):
         before, model.ops = model.ops, ring
@@ -731,33 +760,40 @@ def dispatch(ffn: nn.Module, group: Group, capacity: float, x: Tensor, ends: Ten
         counts = counts.clamp(max=most)
     to = counts.view(group.size, -1)  # rows to each expert of each rank
     come = group.all_to_all(list(to[:, None]), [1] * group.size)  # from each rank, to each expert here
-    out, into = to.sum(1).tolist(), come.sum(1).tolist()
+    out = to.sum(1).tolist()
+    into = come.sum(1).tolist()
 
     def there(x):
         return group.all_to_all(x.split(out), into)
 
     def back(x):
         return group.all_to_all(x.split(into), out)
-    own = torch.arange(come.shape[1], device=x.device).repeat(group.size).repeat_interleave(come.flatten())
-    order = own.argsort(stable=True)  # by expert, no longer by rank
+    experts = torch.arange(come.shape[1], device=x.device).repeat(group.size)
+    order = experts.repeat_interleave(come.flatten()).argsort(stable=True)  # by expert, no longer by rank
     rows = Through.apply(x[kept], there, back)
-    done = type(ffn).work(ffn, rows[order], come.sum(0).cumsum(0))
+    ends = come.sum(0).cumsum(0)
+    done = type(ffn).work(ffn, rows[order], ends)
     done = torch.zeros_like(done).index_copy(0, order, done)
-    return torch.zeros_like(x).index_copy(0, kept, Through.apply(done, back, there))
+    returned = Through.apply(done, back, there)
+    return torch.zeros_like(x).index_copy(0, kept, returned)
 
 
 # ---- pipeline: ranks with other layers, which micro-batches pass one behind the other
 
 def gpipe(stage: int, stages: int, micro: int) -> list[tuple[str, int]]:
     """All forward passes, then all backward passes (Huang et al. 2019)."""
-    return [("F", i) for i in range(micro)] + [("B", i) for i in range(micro)]
+    order = range(micro)
+    return [("F", i) for i in order] + [("B", i) for i in order]
 
 
 def one_forward_one_backward(stage: int, stages: int, micro: int) -> list[tuple[str, int]]:
     """As soon as there is something to go back, by turns: no more than `stages` micro-batches are kept (2021)."""
     ahead = min(micro, stages - stage - 1)
-    turns = [action for i in range(micro - ahead) for action in (("F", ahead + i), ("B", i))]
-    return [("F", i) for i in range(ahead)] + turns + [("B", i) for i in range(micro - ahead, micro)]
+    plan = [("F", i) for i in range(ahead)]
+    for i in range(micro):
+        plan += [("F", ahead + i)] if ahead + i < micro else []
+        plan += [("B", i)]
+    return plan
 
 
 SCHEDULES = {"gpipe": gpipe, "1f1b": one_forward_one_backward}
@@ -780,7 +816,8 @@ def timeline(schedule: str, stages: int, micro: int) -> list[str]:
                     break
                 plan.pop(0)
                 idle = ended.get((kind, i, before), 0) - len(lines[stage])
-                lines[stage] += "." * idle + (str(i % 10) if kind == "F" else 2 * chr(97 + i % 26))
+                sign = str(i % 10) if kind == "F" else 2 * chr(97 + i % 26)
+                lines[stage] += "." * idle + sign
                 ended[kind, i, stage] = len(lines[stage])
     return lines
 
@@ -808,10 +845,9 @@ class Absent(nn.Module):
 
 def stage_of(gpt: nn.Module, group: Group) -> None:
     """Leave a model the layers of one stage; the names of its parameters stay."""
-    bounds = np.linspace(0, len(gpt.blocks), group.size + 1).round().astype(int)
-    for layer in range(len(gpt.blocks)):
-        if not bounds[group.rank] <= layer < bounds[group.rank + 1]:
-            gpt.blocks[layer] = Absent()
+    mine = np.array_split(range(len(gpt.blocks)), group.size)[group.rank]
+    for layer in {*range(len(gpt.blocks))} - {*mine.tolist()}:
+        gpt.blocks[layer] = Absent()
     if group.rank < group.size - 1:
         gpt.norm, gpt.head = Absent(), Absent()
     if group.rank:
@@ -823,13 +859,20 @@ def stage_of(gpt: nn.Module, group: Group) -> None:
 def check_split(config: object, mesh: Mesh, o: Options, batch: int) -> None:
     """Raise ValueError, naming what to change, for a model that cannot be split so."""
     size, plain = mesh.size, type(config)()
-    parts = (("tp", "n_head", config.n_head), ("tp", "n_kv_head", config.n_kv_head or config.n_head),
-             ("tp", "n_inner", config.inner), ("tp", "vocab_size", config.vocab_size), ("ep", "n_expert", config.n_expert),
-             ("tp", "block_size", config.block_size // size["cp"]), ("cp", "block_size", config.block_size // 2))
+    parts = (
+        ("tp", "n_head", config.n_head),
+        ("tp", "n_kv_head", config.n_kv_head or config.n_head),
+        ("tp", "n_inner", config.inner),
+        ("tp", "vocab_size", config.vocab_size),
+        ("tp", "block_size", config.block_size // size["cp"]),
+        ("cp", "block_size", config.block_size // 2),
+        ("ep", "n_expert", config.n_expert),
+    )
     for axis, name, value in parts:
-        divisors = [n for n in range(2, value + 1) if value % n == 0][:8]
-        require(value % size[axis] == 0 and (value or size[axis] == 1),
-                f"--mesh={mesh.text}: {axis}{size[axis]} does not divide --{name} ({value}; {divisors} do)")
+        n = size[axis]
+        divisors = [d for d in range(2, value + 1) if value % d == 0][:8]
+        require(n == 1 or value and value % n == 0,
+                f"--mesh={mesh.text}: {axis}{n} does not divide --{name} ({value}; {divisors} do)")
     require(size["pp"] <= config.n_layer, f"--mesh={mesh.text}: more stages than --n_layer={config.n_layer}")
     ways = size["dp"] * size["ep"]
     require(batch % ways == 0, f"--mesh={mesh.text}: --batch_size={batch} is no multiple of dp x ep = {ways}")
@@ -853,14 +896,18 @@ class Split:
     def __init__(self, objective: nn.Module, mesh: Mesh, o: Options, batch: int):
         gpt, config = objective.gpt, objective.gpt.config
         check_split(config, mesh, o, batch)
-        self.objective, self.gpt, self.mesh, self.o, self.config = objective, gpt, mesh, o, config
-        self.pp, self.cp, self.tp = mesh.group("pp"), mesh.group("cp"), mesh.group("tp")
-        ep, both = mesh.group("ep"), mesh.group("dp", "ep", "cp")
-        self.totals, self.every = mesh.group("pp", "dp", "ep", "cp"), mesh.group(*AXES)
+        self.objective, self.gpt, self.config = objective, gpt, config
+        self.mesh, self.o = mesh, o
+        self.device = next(gpt.parameters()).device
+        self.pp, self.cp, self.tp, ep = map(mesh.group, ("pp", "cp", "tp", "ep"))
+        data = mesh.group("dp", "ep", "cp")  # ranks with other tokens and the same parameters
+        self.totals = mesh.group("pp", "dp", "ep", "cp")
+        self.every = mesh.group(*AXES)
         self.tied = "embedding.weight" if config.tie_embeddings and self.pp.size > 1 else ""
         self.ends = mesh.group("pp", ends=True)
-        self.cuts = {name: cuts_of(name, config, mesh) for name, _ in gpt.named_parameters()}
+        self.cuts = {}
         for name, p in gpt.named_parameters():
+            self.cuts[name] = cuts_of(name, config, mesh)
             for axis, dim, sizes in self.cuts[name]:
                 p.data = sliced(p.data, dim, sizes, mesh.size[axis], mesh.at[axis])
         stage_of(gpt, self.pp)
@@ -870,34 +917,40 @@ class Split:
             sequence_parallel(gpt, self.cp)
         for block in gpt.blocks if ep.size > 1 else ():
             block.ffn.work = partial(dispatch, block.ffn, ep, o.capacity)
-        # parameters in up to three lots: of these experts alone, in two stages, all others
-        lots = {}
-        for name, _ in gpt.named_parameters():
-            whole = self.tied if self.tied and name in ("embedding.weight", "head.weight") else name
-            axes = [axis for axis, *_ in self.cuts[whole]]
-            lots.setdefault("experts" if "ep" in axes else whole if whole == self.tied else "", set()).add(name)
-        whole = o.optimizer != "adamw" or config.ngram > 1  # what works on matrices, and on rows of tables
+        self.shard(data, mesh.group("dp", "cp"))
+
+    def shard(self, data: Group, few: Group) -> None:
+        """Up to three lots of parameters: experts, what two stages have, all others; a Sharder for each"""
+        o, lots = self.o, {}
+        for own, _ in self.gpt.named_parameters():
+            name = self.tied if own == "head.weight" and self.tied else own
+            experts = any(axis == "ep" for axis, *_ in self.cuts[name])
+            lot = "experts" if experts else name if name == self.tied else ""
+            lots.setdefault(lot, set()).add(own)
+        whole = o.optimizer != "adamw" or self.config.ngram > 1  # what works on matrices, and on rows of tables
         self.sharders = []
+        self.pieces, self.begins, self.shapes = {}, {}, {}
+        self.copies = {}  # of a piece: how many ranks have the same numbers
         for lot, names in sorted(lots.items()):
-            group = mesh.group("dp", "cp") if lot == "experts" else both
-            self.sharders.append(Sharder(gpt, group, o.stage, o.bucket * 2**20, o.overlap, whole, names=names))
+            group = few if lot == "experts" else data
+            sharder = Sharder(self.gpt, group, o.stage, o.bucket * 2**20, o.overlap, whole, names=names)
+            self.sharders.append(sharder)
             if o.stage == 3:
-                objective.register_forward_pre_hook(self.sharders[-1].begin)
-        self.pieces, self.begins, self.shapes, self.copies = {}, {}, {}, {}  # copies: ranks with the same numbers
-        for sharder in self.sharders:
+                self.objective.register_forward_pre_hook(sharder.begin)
             for unit in sharder.units:
                 for own, piece in unit.pieces.items():
-                    name = self.tied if self.tied and own == "head.weight" else own
+                    name = self.tied if own == "head.weight" and self.tied else own
                     self.pieces[name], self.begins[name] = piece, unit.begins[own]
                     self.shapes[name] = unit.spans[own][1]
-                    same = 1 if o.stage else sharder.group.size
-                    same *= self.tp.size ** (not self.cuts[name])
-                    self.copies[name] = same * (1 + (name == self.tied))
+                    self.copies[name] = 1 if o.stage else group.size
+                    self.copies[name] *= 1 if self.cuts[name] else self.tp.size
+                    self.copies[name] *= 1 + (name == self.tied)
 
     def rows(self, batch: int) -> np.ndarray:
         """Which rows of a batch are for this rank"""
         size, at = self.mesh.size, self.mesh.at
-        return np.arange(at["dp"] * size["ep"] + at["ep"], batch, size["dp"] * size["ep"])
+        first = at["dp"] * size["ep"] + at["ep"]
+        return np.arange(first, batch, size["dp"] * size["ep"])
 
     def part(self, x: Tensor) -> Tensor:
         """Which tokens of its rows (B, T) are for this rank"""
@@ -905,21 +958,24 @@ class Split:
 
     def backward(self, parts: list[tuple[Tensor, Tensor]], train: bool = True) -> tuple[float, float]:
         """Gradients of micro-batches (tokens, targets) of this rank's rows; loss sum and count of the whole batch."""
-        micro, totals = len(parts), torch.zeros(2, dtype=torch.float64)
+        micro = len(parts)
+        totals = torch.zeros(2, dtype=torch.float64, device=self.device)
         parts = [tuple(map(self.part, part)) for part in parts]
         actions = SCHEDULES[self.o.schedule](self.pp.rank, self.pp.size, micro)
         first, last = self.pp.rank == 0, self.pp.rank == self.pp.size - 1
-        kept, sent = {}, []
+        kept, sent = {}, []  # what a backward pass needs of each micro-batch; messages under way
         for kind, i in actions if train else [action for action in actions if action[0] == "F"]:
             tokens, targets = parts[i]
             if kind == "F":
-                x = None
+                x = None  # of the stage before
                 if not first:
-                    x = torch.empty(len(tokens), tokens.shape[1] // self.tp.size, self.config.n_embd)
+                    shape = len(tokens), tokens.shape[1] // self.tp.size, self.config.n_embd
+                    x = torch.empty(shape, device=self.device)
                     self.pp.exchange(None, 0, x, self.pp.rank - 1)
                     self.gpt.embedding.value = x.requires_grad_(train)
                 y, count = self.objective(tokens, targets) if last else (self.gpt.hidden(tokens), 0)
-                totals += torch.tensor([y.item(), count]) if last else 0.0
+                if last:
+                    totals += torch.stack((y.detach(), count))
                 sent += [] if last else self.pp.start(y.detach(), self.pp.rank + 1)
                 kept[i] = (x, y) if train else None
             else:
@@ -946,7 +1002,7 @@ class Split:
 
     def norm(self, without: tuple = ()) -> float:
         """The norm of the gradient of the whole model (without some parameters)"""
-        total = torch.zeros(1, dtype=torch.float64)
+        total = torch.zeros(1, dtype=torch.float64, device=self.device)
         for name in self.pieces.keys() - {*without}:
             total += self.pieces[name].grad.square().sum().item() / self.copies[name]
         return self.every.all_reduce(total).sqrt().item()
@@ -1028,33 +1084,47 @@ def split_model(objective: nn.Module, kind: str, optimizer: str, batch: int) -> 
 
 
 def assemble(parts: list[dict], config: object, world: int) -> tuple[dict, dict]:
-    """Weights and optimizer state of the whole model from all ranks' parts. Raises ValueError where one is missing."""
-    require(len(parts) == world, f"{len(parts)} parts of {world} are there")
-    weights, states = {}, {}
-    for name in {name: 0 for part in parts for name in part["pieces"]}:
-        size = {axis: 1 + max(part["at"][axis] for part in parts) for axis in AXES}
-        cuts = cuts_of(name, config, SimpleNamespace(size=size))
-        found = {}  # place on the axis that cuts it -> beginning -> numbers
-        for part in [part for part in parts if name in part["pieces"]]:
-            begin, shape, tensors = part["pieces"][name]
+    """Weights and optimizer state of the whole model from all ranks' parts. Raises ValueError where one is missing.
+
+    Pieces of one shard follow each other, as flat numbers; then the shards that an axis cut are joined.
+    """
+    require(len(parts) == world, f"{len(parts)} parts are there, {world} were written")
+    size = {axis: 1 + max(part["at"][axis] for part in parts) for axis in AXES}
+    found = {}  # name -> place on the axis that cuts it -> where a piece begins -> its tensors
+    for part in parts:
+        for name, (begin, shape, tensors) in part["pieces"].items():
+            cuts = cuts_of(name, config, SimpleNamespace(size=size))
             place = part["at"][cuts[0][0]] if cuts else 0
-            found.setdefault(place, {})[begin] = tensors, shape
-        columns = []
-        for place, pieces in sorted(found.items()):
-            rows = [pieces[begin][0] for begin in sorted(pieces)]
-            shape = pieces[0][1]
-            columns.append([torch.cat([x.flatten() for x in column]).view(shape) if column[0].numel() == row_size else column[0]
-                            for column in zip(*rows) for row_size in [rows[0][0].numel()]])
-        whole = [joined(list(column), *cuts[0][1:]) if cuts else column[0] for column in zip(*columns)]
+            pieces = found.setdefault(name, (cuts, shape, {}))[2]
+            pieces.setdefault(place, {})[begin] = tensors
+    weights, states = {}, {}
+    for name, (cuts, shape, places) in found.items():
+        shards = []
+        for _, pieces in sorted(places.items()):
+            rows = [pieces[begin] for begin in sorted(pieces)]
+            shards.append([merged(column, shape) for column in zip(*rows)])
+        columns = [list(column) for column in zip(*shards)]
+        whole = [joined(column, *cuts[0][1:]) if cuts else column[0] for column in columns]
         weights[name], states[name] = whole[0], whole[1:]
     return weights, states
+
+
+def merged(pieces: tuple[Tensor], shape: list[int]) -> Tensor:
+    """Pieces one behind the other in this shape; one that is whole has its own, such as a number for each row."""
+    if len(pieces) == 1 and pieces[0].numel() != math.prod(shape):
+        return pieces[0]
+    flat = torch.cat([piece.flatten() for piece in pieces])
+    require(flat.numel() == math.prod(shape), "a part is missing, or is of another run")
+    return flat.view(shape)
 
 
 # ---- the harness: each form against one process with the same batches
 
 SHAPE = dict(vocab_size=64, block_size=32, n_layer=4, n_head=8, n_kv_head=4, n_embd=32, balance_loss=0.0, router_z=0.0)
 BATCH = 8
-FORMS = {  # name: options; n is the number of ranks, h half of it
+# Each form is what a user could write; n is the number of ranks, h half of it. The first four are data parallel with
+# other settings: how much travels at a time, and when.
+FORMS = {
     "ddp, one message a parameter, after": "--mesh=dp{n} --bucket=1e-6 --overlap=False",
     "ddp, one message, after": "--mesh=dp{n} --bucket=1e6 --overlap=False",
     "ddp, one message a parameter": "--mesh=dp{n} --bucket=1e-6",
@@ -1147,7 +1217,7 @@ def measure(o: Options) -> dict:
     state, own, seconds = {name: [] for name in split.pieces}, split.rows(BATCH), []
     micro = min(o.micro if split.pp.size > 1 else 2, len(own))
     far = 0.0
-    for step in range(o.steps):
+    for step in range(o.steps):  # all ranks draw the whole batch and take their rows
         began, sent = time.perf_counter(), Group.sent
         tokens, targets = (x[own] for x in windows_of(o, step))
         loss, count = split.backward(list(zip(tokens.chunk(micro), targets.chunk(micro))))
@@ -1157,8 +1227,8 @@ def measure(o: Options) -> dict:
         far = max(far, abs(loss / count - losses[step]))
         seconds.append(time.perf_counter() - began)
     sent = Group.sent - sent
-    parts = [None] * dist.get_world_size()
     memory = live_bytes() - before
+    parts = [None] * dist.get_world_size()
     dist.all_gather_object(parts, split.export(state))
     whole, _ = assemble(parts, config, len(parts))
     apart = max((whole[name] - weights[name]).abs().max().item() for name in weights)
@@ -1259,9 +1329,10 @@ def bench_collectives() -> None:
             print(f"{name:15} {x.nbytes:9,} bytes {1e6 * times[0]:9.0f} {1e6 * times[1]:9.0f} us "
                   f"{speed:7.3f} GB/s {share * speed:7.3f} on the bus", flush=True)
         sizes, took = np.array(points).T
-        weights = 1 / took  # relative errors
         rows = np.stack((np.ones_like(sizes), sizes), 1)
-        latency, slope = np.linalg.lstsq(rows * weights[:, None], took * weights, rcond=None)[0]
+        weights = 1 / took  # for relative errors
+        best = np.linalg.lstsq(rows * weights[:, None], took * weights, rcond=None)
+        latency, slope = best[0]
         print(f"{name:15} about {1e6 * latency:.0f} us + bytes / {1e-9 / max(slope, 1e-18):.2f} GB/s")
 
 
@@ -1284,6 +1355,7 @@ def plan_of(o: Options, tp: int, pp: int, stage: int, micro: int) -> dict | None
     (Korthikanti et al. 2022, attention not kept), for as many micro-batches of `micro` sequences as 1F1B keeps.
     """
     peak, room, inside, between, node = MACHINES[o.machine]
+    # the shape: N = 12 L (128 L)^2
     layers = max(1, round((o.params / 12 / 128**2) ** (1 / 3)))
     width = (o.params / 12 / layers) ** 0.5
     dp, left = divmod(o.gpus, tp * pp)
@@ -1303,18 +1375,26 @@ def plan_of(o: Options, tp: int, pp: int, stage: int, micro: int) -> dict | None
     flops = (6 * o.params + 6 * layers * width * o.block_size) * o.batch_tokens / o.gpus
     link = inside if tp * dp <= node else between
     wire = dict(
+        # bytes a rank sends in a step; of activations 2 bytes a number
         tp=8 * 2 * token * (tp - 1) / tp * layers / pp * steps,  # gathers and sums, each twice a layer, both ways
         pp=2 * 2 * token / tp * steps * (pp > 1),
         dp=((4 if stage > 1 else 4 / steps) + (4 if stage > 2 else 2 / steps)) * steps * own * (dp - 1) / dp,
     )
     compute = flops / peak / REACHED
     idle = (pp - 1) / (steps + pp - 1)
+    # gathers within a layer wait for each other, so they hold up; gradients travel beside the backward pass
     talk = wire["tp"] / inside / REACHED + wire["pp"] / between / REACHED
-    hidden = 2 / 3 * compute  # gradients travel beside the backward pass
+    hidden = 2 / 3 * compute
     seconds = (compute + talk) / (1 - idle) + max(0.0, wire["dp"] / link / REACHED - hidden)
     return dict(
-        mesh=f"pp{pp},dp{dp},tp{tp}", stage=stage, micro=micro, memory=memory, wire=wire,
-        idle=idle, seconds=seconds, mfu=flops / peak / seconds,
+        mesh=f"pp{pp},dp{dp},tp{tp}",
+        stage=stage,
+        micro=micro,
+        memory=memory,
+        wire=wire,
+        idle=idle,
+        seconds=seconds,
+        mfu=flops / peak / seconds,
     )
 
 
@@ -1351,9 +1431,10 @@ def merge(folder: str, output: str) -> None:
     require(len(runs) == 1, f"the parts in {folder} are of different runs or steps")
     config = Config(**parts[0]["config"])
     weights, states = assemble(parts, config, parts[0]["world"])
-    rest = {key: value for key, value in parts[0].items() if key not in ("at", "mesh", "pieces", "world", "run")}
-    gpt = GPT(config)
-    save_checkpoint(output, gpt, **rest | dict(weights=weights, optimizer=states))
+    own = ("at", "mesh", "pieces", "world", "run")
+    rest = {key: value for key, value in parts[0].items() if key not in own}
+    rest |= dict(weights=weights, optimizer=states)
+    save_checkpoint(output, GPT(config), **rest)
     print(f"{len(parts)} parts joined in {output}")
 
 
@@ -1372,8 +1453,12 @@ def process(rank: int, o: Options, words: list[str], file: str) -> None:
     torch.set_default_dtype(getattr(torch, o.dtype))
     torch.set_num_threads(1)
     Group.timeout = datetime.timedelta(seconds=o.timeout)
-    own = dict(init_method=f"file://{file}", rank=rank, world_size=o.ranks) if file else {}
-    dist.init_process_group("gloo", timeout=Group.timeout, **own)
+    own = dict(
+        init_method=f"file://{file}",
+        rank=rank,
+        world_size=o.ranks,
+    )
+    dist.init_process_group("gloo", timeout=Group.timeout, **own if file else {})
     sys.stdout = open(os.devnull, "w") if dist.get_rank() else sys.stdout
     agree(*words)
     fine = bench_collectives() is None if o.bench_collectives else harness(o, words)

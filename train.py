@@ -85,7 +85,7 @@ class Options(Config):
     device: str = ""  # cpu, cuda, mps (empty: the best there is)
     dtype: str = ""  # float32, float64, or autocast to bfloat16, float16 (empty: bfloat16 on cuda, else float32)
     compile: bool = False  # use torch.compile where it works
-    parallel: str = ""  # ddp, zero1, zero2, fsdp, tp, pp, cp, ep or a mesh such as dp2,tp2 by ddp.py (empty: simple ddp)
+    parallel: str = ""  # split by ddp.py: ddp, zero1, zero2, fsdp, tp, pp, cp, ep, or a mesh such as dp2,tp2
     noise_scale: bool = False  # measure the critical batch size; needs two micro-batches or ranks
     sample_tokens: int = 0  # tokens that the model writes at each evaluation
     profile: bool = False  # print where the time of a step goes, write OUTPUT/trace.json, then stop
@@ -465,6 +465,11 @@ def refuse(o: Options, sources: list[Source]):
         require(value >= least.get(name, 0), f"--{name}={value} must be at least {least.get(name, 0)}")
     require(max(o.beta1, o.beta2, o.momentum) < 1, "--beta1, --beta2 and --momentum must be below 1")
     require(o.decay_from < o.max_iters, f"--decay_from={o.decay_from} is not before --max_iters={o.max_iters}")
+    if o.parallel:
+        require(dist.is_initialized(), "--parallel needs processes: torchrun --nproc_per_node=2 train.py ...")
+        for name in ("compile", "noise_scale", "z_loss", "dropout"):
+            require(not getattr(o, name), f"--{name} does not go with --parallel")
+        require(o.dtype != "float16", "--dtype=float16 does not go with --parallel; bfloat16 does")
     for tokens, _ in sources:
         reason = f"{len(tokens)} training tokens are too few for --block_size={o.block_size}"
         require(len(tokens) > o.block_size, reason)
@@ -588,7 +593,8 @@ class Run:
             self.split = ddp.split_model(self.objective, o.parallel, o.optimizer, o.batch_size)
             self.rows = self.split.rows(o.batch_size)
         self.weights = self.split.pieces if self.split else dict(self.gpt.named_parameters())
-        self.tables = tables = [name for name, role in self.roles.items() if role == "table"]  # of which a step uses few rows
+        # tables, of which a step uses few rows
+        self.tables = tables = [name for name, role in self.roles.items() if role == "table"]
         self.clipped = [weight for name, weight in self.weights.items() if name not in tables]
         for name in tables:
             sparse = self.device.type == "cpu" or self.device.type == "cuda" and world == 1  # NCCL adds up dense ones
@@ -645,7 +651,7 @@ class Run:
         if self.split:
             windows = [self.windows(sources, which[rows], starts[rows]) for rows in parts]
             with self.precision:
-                found = torch.tensor(self.split.backward(windows), device=self.device)
+                found = self.split.backward(windows)
             self.split.sync()
             totals[2] = stop
         for rows in parts if not self.split else ():
@@ -660,7 +666,7 @@ class Run:
                 totals[3] = (size / (count * p.scale)).square()
         sum_over_ranks([totals] if self.split else [weight.grad for weight in self.weights.values()] + [totals])
         loss, count, stop, part = totals.tolist()
-        loss, count = found.tolist() if self.split else (loss, count)
+        loss, count = found if self.split else (loss, count)
         require(math.isfinite(loss), f"the loss is not finite at step {p.step}; try a smaller --learning_rate")
         count = max(1.0, count)  # a batch may have no target
         self.update(count)
@@ -706,8 +712,8 @@ class Run:
         speed = rate(p.step, o)
         for weight in self.weights.values():
             weight.grad = weight.grad / (count * p.scale)  # not in place: those of summed tables share numbers
-        size = self.split.norm(self.tables) if self.split else nn.utils.get_total_norm([weight.grad for weight in self.clipped])
-        p.grad_norm = float(size)
+        norm = nn.utils.get_total_norm([weight.grad for weight in self.clipped])
+        p.grad_norm = self.split.norm(self.tables) if self.split else norm.item()
         nn.utils.clip_grads_with_norm_(self.clipped, o.grad_clip or math.inf, torch.tensor(p.grad_norm))
         fine = math.isfinite(p.grad_norm)
         require(fine or o.dtype == "float16" and p.scale > 2**-24,

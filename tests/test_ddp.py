@@ -242,6 +242,47 @@ def test_the_harness_sees_a_wrong_collective(tmp_path):
     assert done.returncode == 1 and "not exact" in done.stdout
 
 
+# ------------------------------------------------------------------------------------------------------------- in train.py
+
+@pytest.fixture
+def tokens(tmp_path):
+    import numpy as np
+    folder = tmp_path / "tokens"
+    folder.mkdir()
+    ids = (np.cumsum(np.random.default_rng(0).integers(0, 3, 3000)) % 64).astype(np.uint16)
+    np.save(folder / "train.npy", ids[:2500])
+    np.save(folder / "val.npy", ids[2500:])
+    return folder
+
+
+def test_a_run_goes_on_in_another_form(tokens, tmp_path):
+    """Four steps sharded, then four cut by heads, are eight steps of one process; the checkpoint is the same file."""
+    shape = ["--n_layer=2", "--n_head=4", "--n_embd=32", "--block_size=32", "--ngram=0", "--vocab_size=64", "--batch_size=8",
+             "--eval_interval=4", "--decay_from=4", "--dtype=float64", f"--data={tokens}"]
+
+    def train(ranks, output, *words):
+        start = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"] if ranks > 1 else []
+        done = subprocess.run([sys.executable, *start, str(ROOT / "train.py"), *shape, f"--output={tmp_path / output}", *words],
+                              text=True, capture_output=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr
+    train(1, "one", "--max_iters=8")
+    train(2, "two", "--max_iters=8", "--parallel=fsdp", "--eval_interval=8")
+    one, two = (torch.load(tmp_path / name / "ckpt.pt", weights_only=True) for name in ("one", "two"))
+    train(1, "three", "--max_iters=5", "--schedule=constant")
+    train(2, "three", "--max_iters=8", "--schedule=constant", "--resume", "--parallel=tp")
+    train(1, "four", "--max_iters=8", "--schedule=constant")
+    three, four = (torch.load(tmp_path / name / "ckpt.pt", weights_only=True) for name in ("three", "four"))
+    for a, b in ((one, two), (four, three)):
+        assert a["weights"].keys() == b["weights"].keys() and a["optimizer"].keys() == b["optimizer"].keys()
+        assert max((a["weights"][name] - b["weights"][name]).abs().max() for name in a["weights"]) < EXACT
+        assert max((x - y).abs().max() for name in a["optimizer"] for x, y in zip(a["optimizer"][name], b["optimizer"][name])) < EXACT
+
+
+def test_train_refuses_what_cannot_be_split(tokens, tmp_path, run_script):
+    done = run_script("train.py", f"--data={tokens}", "--parallel=fsdp", f"--output={tmp_path / 'out'}", cwd=tmp_path)
+    assert done.returncode == 1 and "torchrun" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
 # ----------------------------------------------------------------------------------------------------------- without ranks
 
 def test_layout_holds_every_number_once():
