@@ -887,6 +887,18 @@ def check_split(config: object, mesh: Mesh, o: Options, batch: int) -> None:
             require(same, f"--mesh={mesh.text} is for --{name}={getattr(plain, name)}; others go with dp alone")
 
 
+def whole_update(update: Callable, whole: Callable, own: Callable) -> Callable:
+    """An optimizer's update on all of a matrix of which a rank has a part: put together, moved, cut again."""
+    @torch.no_grad()
+    def run(weight, state, *rest):
+        every, states = nn.Parameter(whole(weight)), [whole(x) for x in state]
+        every.grad = whole(weight.grad)
+        update(every, states, *rest)
+        weight.copy_(own(every))
+        state[:] = [own(x) for x in states]
+    return run
+
+
 class Split:
     """What one rank of a mesh holds of `objective`: a module with `gpt` and `rows`, as train.py's Objective.
 
@@ -1034,15 +1046,7 @@ class Split:
 
         def own(x):
             return sliced(x, dim, sizes, group.size, group.rank)
-
-        @torch.no_grad()
-        def run(weight, state, *rest):
-            all_of_it = nn.Parameter(whole(weight))
-            all_of_it.grad, states = whole(weight.grad), [whole(x) for x in state]
-            update(all_of_it, states, *rest)
-            weight.copy_(own(all_of_it))
-            state[:] = [own(x) for x in states]
-        return run
+        return whole_update(update, whole, own)
 
     def export(self, state: dict[str, list[Tensor]]) -> dict:
         """This rank's part of a checkpoint: its place, and of each piece where it begins, its numbers, and `state`"""
@@ -1051,6 +1055,14 @@ class Split:
             pieces[name] = self.begins[name], list(self.shapes[name]), [piece.detach(), *state.get(name, [])]
         return dict(at=self.mesh.at, mesh=self.mesh.text, pieces=pieces)
 
+
+    def save(self, folder: Path, state: dict[str, list[Tensor]], **rest) -> None:
+        """Write this rank's part of a checkpoint; `python ddp.py --merge=FOLDER` joins them. Raises OSError."""
+        import model
+        folder.mkdir(parents=True, exist_ok=True)
+        part = dict(version=model.CHECKPOINT_VERSION, world=self.every.size, config=vars(self.config))
+        with model.replacing(folder / f"part-{dist.get_rank()}.pt") as file:
+            torch.save(part | rest | self.export(state), file)
 
     def whole(self, state: dict[str, list[Tensor]]) -> tuple[dict, dict]:
         """Weights and optimizer state of the whole model at rank 0; others have nothing"""
@@ -1063,6 +1075,88 @@ class Split:
         return self.gpt.state_dict() | weights, states  # the former for its buffers
 
 
+class Torch:
+    """torch's own engine, DistributedDataParallel or FSDP2, behind the calls of Split: for real runs.
+
+    Pieces are what FSDP2 calls local shards, of the first dimension; with DDP they are the parameters.
+    """
+
+    def __init__(self, objective: nn.Module, shards: bool):
+        from torch.distributed import fsdp
+        self.objective, self.gpt = objective, objective.gpt
+        device = next(objective.parameters()).device
+        self.world, self.shards = dist.get_world_size(), shards
+        if shards:
+            mesh = dist.device_mesh.init_device_mesh(device.type, (self.world,))
+            for part in (*self.gpt.blocks, objective):
+                fsdp.fully_shard(part, mesh=mesh)
+                part.set_gradient_divide_factor(1.0)  # sums, not means
+        self.run = objective if shards else nn.parallel.DistributedDataParallel(objective)
+        self.weights = dict(self.gpt.named_parameters())
+        self.pieces = {name: nn.Parameter(p.to_local()) if shards else p for name, p in self.weights.items()}
+
+    def rows(self, batch: int) -> np.ndarray:
+        """Which rows of a batch are for this rank"""
+        return np.arange(dist.get_rank(), batch, self.world)
+
+    def backward(self, parts: list[tuple[Tensor, Tensor]], train: bool = True) -> tuple[float, float]:
+        """Gradients of micro-batches, summed over the ranks as they come; loss sum and count of the whole batch."""
+        totals = torch.zeros(2, dtype=torch.float64, device=parts[0][0].device)
+        for tokens, targets in parts:
+            loss, count = (self.run if train else self.objective)(tokens, targets)
+            if train:
+                loss.backward()
+            totals += torch.stack((loss.detach(), count))
+        dist.all_reduce(totals)
+        return tuple(totals.tolist())
+
+    def sync(self) -> None:
+        """Hand the gradients on: FSDP2's are sums, as it was told; DDP's are means."""
+        for name, p in self.weights.items():
+            grad = p.grad if p.grad is not None else torch.zeros_like(p)
+            self.pieces[name].grad = grad.to_local() if self.shards else grad * self.world
+
+    def norm(self, without: tuple = ()) -> float:
+        """The norm of the gradient of the whole model (without some parameters)"""
+        names = self.pieces.keys() - {*without}
+        total = sum(self.pieces[name].grad.square().sum().double() for name in sorted(names))
+        if self.shards:
+            dist.all_reduce(total)
+        return total.sqrt().item()
+
+    def spread(self) -> None:
+        """FSDP fetches what has changed by itself, and DDP's ranks have all changed the same."""
+        for p in self.weights.values():
+            p.grad = None
+
+    def full(self, name: str, x: Tensor) -> Tensor:
+        """Of a piece's numbers, those of all ranks"""
+        p = self.weights[name]
+        if not self.shards or x.shape != self.pieces[name].shape:
+            return x
+        tensor = dist.tensor.DTensor.from_local(x, p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
+        return tensor.full_tensor()
+
+    def own(self, name: str, x: Tensor) -> Tensor:
+        """Of a tensor as large as a parameter, what belongs to this rank's piece"""
+        p = self.weights[name]
+        if not self.shards or x.shape != p.shape:
+            return x
+        return dist.tensor.distribute_tensor(x, p.device_mesh, p.placements).to_local()
+
+    def on_whole(self, name: str, update: Callable) -> Callable:
+        """An optimizer's update of a matrix, for a rank that has some of its rows"""
+        return whole_update(update, partial(self.full, name), partial(self.own, name)) if self.shards else update
+
+    def whole(self, state: dict[str, list[Tensor]]) -> tuple[dict, dict]:
+        """Weights and optimizer state of the whole model"""
+        weights = {name: self.full(name, piece.detach()) for name, piece in self.pieces.items()}
+        states = {name: [self.full(name, x) for x in tensors] for name, tensors in state.items()}
+        if "embedding.weight" in weights and "head.weight" not in weights:  # tied
+            weights["head.weight"] = weights["embedding.weight"]
+        return self.gpt.state_dict() | weights, states
+
+
 KINDS = {  # by the name that train.py's --parallel gives
     "ddp": "--mesh=dp{n}",
     "zero1": "--mesh=dp{n} --stage=1",
@@ -1072,15 +1166,23 @@ KINDS = {  # by the name that train.py's --parallel gives
     "pp": "--mesh=pp{n}",
     "cp": "--mesh=cp{n}",
     "ep": "--mesh=ep{n}",
+    "torch_ddp": "--mesh=torch_ddp",
+    "torch_fsdp": "--mesh=torch_fsdp",
 }
 
 
-def split_model(objective: nn.Module, kind: str, optimizer: str, batch: int) -> Split:
-    """The part of a model that this rank trains: by a key of KINDS, or a mesh such as dp2,tp2."""
-    n = dist.get_world_size()
-    words = KINDS.get(kind, f"--mesh={kind}").format(n=n).split()
+def engine(objective: nn.Module, o: Options, batch: int) -> Split | Torch:
+    """The part of a model that this rank trains, on --mesh"""
+    if o.mesh in ("torch_ddp", "torch_fsdp"):
+        return Torch(objective, o.mesh == "torch_fsdp")
+    return Split(objective, Mesh(o.mesh, dist.get_world_size()), o, batch)
+
+
+def split_model(objective: nn.Module, kind: str, optimizer: str, batch: int) -> Split | Torch:
+    """The same by a key of KINDS, or a mesh such as dp2,tp2"""
+    words = KINDS.get(kind, f"--mesh={kind}").format(n=dist.get_world_size()).split()
     o = options(Options, [*words, f"--optimizer={optimizer}"])
-    return Split(objective, Mesh(o.mesh, n), o, batch)
+    return engine(objective, o, batch)
 
 
 def assemble(parts: list[dict], config: object, world: int) -> tuple[dict, dict]:
@@ -1134,6 +1236,8 @@ FORMS = {
     "fsdp": "--mesh=dp{n} --stage=3",
     "fsdp, recompute": "--mesh=dp{n} --stage=3 --recompute",
     "fsdp, muon": "--mesh=dp{n} --stage=3 --optimizer=muon",
+    "torch's DDP": "--mesh=torch_ddp",
+    "torch's FSDP2": "--mesh=torch_fsdp",
     "tp": "--mesh=tp{n}",
     "tp, muon": "--mesh=tp{n} --optimizer=muon",
     "pp, gpipe": "--mesh=pp{n} --schedule=gpipe",
@@ -1211,11 +1315,10 @@ def measure(o: Options) -> dict:
     losses, weights = alone(o)
     before = live_bytes()
     objective = objective_of(o)
-    roles, config = objective.gpt.roles(), objective.gpt.config
-    mesh = Mesh(o.mesh, dist.get_world_size())
-    split = Split(objective, mesh, o, BATCH)
+    roles = objective.gpt.roles()
+    split = engine(objective, o, BATCH)
     state, own, seconds = {name: [] for name in split.pieces}, split.rows(BATCH), []
-    micro = min(o.micro if split.pp.size > 1 else 2, len(own))
+    micro = min(o.micro if "pp" in o.mesh else 2, len(own))
     far = 0.0
     for step in range(o.steps):  # all ranks draw the whole batch and take their rows
         began, sent = time.perf_counter(), Group.sent
@@ -1228,10 +1331,10 @@ def measure(o: Options) -> dict:
         seconds.append(time.perf_counter() - began)
     sent = Group.sent - sent
     memory = live_bytes() - before
-    parts = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, split.export(state))
-    whole, _ = assemble(parts, config, len(parts))
-    apart = max((whole[name] - weights[name]).abs().max().item() for name in weights)
+    whole, _ = split.whole(state)  # at rank 0
+    apart = 0.0
+    for name in weights if dist.get_rank() == 0 else ():
+        apart = max(apart, (whole[name] - weights[name]).abs().max().item())
     return dict(loss=far, weights=apart, sent=sent, memory=memory, seconds=sorted(seconds)[len(seconds) // 2])
 
 
@@ -1427,13 +1530,14 @@ def merge(folder: str, output: str) -> None:
     paths = sorted(Path(folder).glob("part-*.pt"))
     require(paths, f"--merge={folder} holds no part-*.pt")
     parts = [load_checkpoint(path) for path in paths]
-    runs = {(part["run"], part["step"], part["mesh"]) for part in parts}
+    runs = {str([part.get(key) for key in ("world", "mesh", "step", "train", "corpus")]) for part in parts}
     require(len(runs) == 1, f"the parts in {folder} are of different runs or steps")
     config = Config(**parts[0]["config"])
     weights, states = assemble(parts, config, parts[0]["world"])
-    own = ("at", "mesh", "pieces", "world", "run")
-    rest = {key: value for key, value in parts[0].items() if key not in own}
-    rest |= dict(weights=weights, optimizer=states)
+    if config.tie_embeddings:
+        weights["head.weight"] = weights["embedding.weight"]
+    rest = {key: value for key, value in parts[0].items() if key not in ("at", "mesh", "pieces", "world")}
+    rest |= dict(weights=GPT(config).state_dict() | weights, optimizer=states)
     save_checkpoint(output, GPT(config), **rest)
     print(f"{len(parts)} parts joined in {output}")
 

@@ -86,6 +86,7 @@ class Options(Config):
     dtype: str = ""  # float32, float64, or autocast to bfloat16, float16 (empty: bfloat16 on cuda, else float32)
     compile: bool = False  # use torch.compile where it works
     parallel: str = ""  # split by ddp.py: ddp, zero1, zero2, fsdp, tp, pp, cp, ep, or a mesh such as dp2,tp2
+    parts: bool = False  # with --parallel: each rank writes its part of ckpt.pt to OUTPUT/parts, for ddp.py --merge
     noise_scale: bool = False  # measure the critical batch size; needs two micro-batches or ranks
     sample_tokens: int = 0  # tokens that the model writes at each evaluation
     profile: bool = False  # print where the time of a step goes, write OUTPUT/trace.json, then stop
@@ -466,6 +467,7 @@ def refuse(o: Options, sources: list[Source]):
     require(max(o.beta1, o.beta2, o.momentum) < 1, "--beta1, --beta2 and --momentum must be below 1")
     require(o.decay_from < o.max_iters, f"--decay_from={o.decay_from} is not before --max_iters={o.max_iters}")
     if o.parallel:
+        require(not o.parts or not o.parallel.startswith("torch"), "--parts is for the forms of ddp.py")
         require(dist.is_initialized(), "--parallel needs processes: torchrun --nproc_per_node=2 train.py ...")
         for name in ("compile", "noise_scale", "z_loss", "dropout"):
             require(not getattr(o, name), f"--{name} does not go with --parallel")
@@ -775,7 +777,17 @@ class Run:
 
     def save(self, name):
         """Write a checkpoint of this name, on rank 0, in a thread: training waits for a copy in memory alone."""
-        began = time.perf_counter()
+        began, p, o = time.perf_counter(), self.progress, self.o
+        rest = dict(
+            step=p.step,
+            progress=dict(vars(p)),
+            train=dict(vars(o)),
+            corpus=self.corpus,
+            tokenizer=self.tokenizer.to_dict(),
+            source=source_texts(),
+        )
+        if self.split and o.parts:
+            return self.split.save(Path(o.output) / "parts", self.state, **rest) if name == "ckpt.pt" else None
         weights, states = self.split.whole(self.state) if self.split else (self.gpt.state_dict(), self.state)
         if ranks()[0]:
             return
@@ -783,15 +795,9 @@ class Run:
 
         def copied(tensor):
             return tensor.to("cpu", copy=True)
-        rest = dict(
+        rest |= dict(
             weights={name: copied(tensor) for name, tensor in weights.items()},
             optimizer={name: list(map(copied, tensors)) for name, tensors in states.items()},
-            step=self.progress.step,
-            progress=dict(vars(self.progress)),
-            train=dict(vars(self.o)),
-            corpus=self.corpus,
-            tokenizer=self.tokenizer.to_dict(),
-            source=source_texts(),
         )
         path = Path(self.o.output) / name
         self.writing = self.writer.submit(model.save_checkpoint, path, self.gpt, **rest)
@@ -881,7 +887,7 @@ def profile(module: nn.Module, action: Callable[[], None], path: str | os.PathLi
 def show_sample(ckpt: Path, tokens: int):
     """Print what the model of a checkpoint writes, by sample.py where it is."""
     sampler = Path(__file__).parent / "sample.py"
-    if tokens and sampler.exists() and ranks()[0] == 0:
+    if tokens and sampler.exists() and ckpt.exists() and ranks()[0] == 0:
         sys.stdout.flush()
         subprocess.run([sys.executable, sampler, f"--ckpt={ckpt}", f"--max_new_tokens={tokens}"])
 
@@ -1065,7 +1071,9 @@ def main():
     print(f"checkpoints held training up for {training.paused / training.progress.seconds:.2%} of its time")
     if o.leaderboard:
         print(table_row(record, words))
-    if tokenizer.vocab:
+    if o.parts:
+        print(f"next: python ddp.py --merge={ckpt.parent / 'parts'} --output={ckpt}")
+    elif tokenizer.vocab:
         show_sample(ckpt, 200)
         print(f"next: python sample.py --ckpt={ckpt} --prompt='{'The' if o.data else 'def'}'")
     if dist.is_initialized():

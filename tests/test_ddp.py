@@ -268,11 +268,19 @@ def test_a_run_goes_on_in_another_form(tokens, tmp_path):
     train(1, "one", "--max_iters=8")
     train(2, "two", "--max_iters=8", "--parallel=fsdp", "--eval_interval=8")
     one, two = (torch.load(tmp_path / name / "ckpt.pt", weights_only=True) for name in ("one", "two"))
+    train(2, "parts", "--max_iters=8", "--parallel=dp1,tp2", "--parts")
+    merge = [sys.executable, str(ROOT / "ddp.py"), f"--merge={tmp_path / 'parts' / 'parts'}", f"--output={tmp_path / 'parts' / 'ckpt.pt'}"]
+    done = subprocess.run(merge, text=True, capture_output=True)
+    assert done.returncode == 0 and "2 parts joined" in done.stdout, done.stderr
+    parts = torch.load(tmp_path / "parts" / "ckpt.pt", weights_only=True)
+    os.remove(tmp_path / "parts" / "parts" / "part-1.pt")
+    done = subprocess.run(merge, text=True, capture_output=True)
+    assert done.returncode == 1 and "1 parts are there, 2 were written" in done.stderr
     train(1, "three", "--max_iters=5", "--schedule=constant")
     train(2, "three", "--max_iters=8", "--schedule=constant", "--resume", "--parallel=tp")
     train(1, "four", "--max_iters=8", "--schedule=constant")
     three, four = (torch.load(tmp_path / name / "ckpt.pt", weights_only=True) for name in ("three", "four"))
-    for a, b in ((one, two), (four, three)):
+    for a, b in ((one, two), (one, parts), (four, three)):
         assert a["weights"].keys() == b["weights"].keys() and a["optimizer"].keys() == b["optimizer"].keys()
         assert max((a["weights"][name] - b["weights"][name]).abs().max() for name in a["weights"]) < EXACT
         assert max((x - y).abs().max() for name in a["optimizer"] for x, y in zip(a["optimizer"][name], b["optimizer"][name])) < EXACT
