@@ -11,6 +11,7 @@ For real runs torch's own engine does the same with more care: `train.py --paral
 References: Rajbhandari et al. 2020 (ZeRO); Narayanan et al. 2021 (Megatron-LM); Liu et al. 2023 (ring attention).
 """
 import argparse
+import contextlib
 import dataclasses
 import datetime
 import difflib
@@ -73,6 +74,16 @@ def require(holds: bool, reason: str) -> None:
 
 # ---- collectives, made of messages between two ranks
 
+@contextlib.contextmanager
+def talking() -> Iterator[None]:
+    """Raise ConnectionError, which ends in one line, where a message fails: then another rank has ended or hangs."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConnectionError(f"another rank is gone or does not answer ({reason:.150})") from error
+
+
 class Group:
     """Some ranks that talk to each other; `sent` counts the bytes of this one.
 
@@ -105,12 +116,15 @@ class Group:
         if into is not None:
             other = self.ranks[source % self.size]
             jobs.append(dist.P2POp(dist.irecv, into, other, self.channel))
-        return dist.batch_isend_irecv(jobs)
+        with talking():
+            return dist.batch_isend_irecv(jobs)
 
     def exchange(self, *message) -> None:
         """As start, to the end."""
-        for job in self.start(*message):
-            job.wait()
+        jobs = self.start(*message)
+        with talking():
+            for job in jobs:
+                job.wait()
 
     def tree(self, root: int) -> Iterator[tuple[bool, int]]:
         """The messages of a binomial tree from its root on: (whether this rank sends, the other rank)."""
@@ -999,8 +1013,9 @@ class Split:
                     sharder.last = i == micro - 1
                 y.backward(grad)
                 sent += [] if first else self.pp.start(x.grad, self.pp.rank - 1)
-        for job in sent:
-            job.wait()
+        with talking():
+            for job in sent:
+                job.wait()
         loss, count = self.totals.all_reduce(totals).tolist()
         return loss, count
 
@@ -1591,6 +1606,8 @@ def main():
             try:
                 torch.multiprocessing.spawn(process, (o, words, f"{folder}/meet"), o.ranks)
             except torch.multiprocessing.ProcessExitedException as error:
+                if error.signal_name:
+                    raise ValueError(f"rank {error.error_index} was ended by {error.signal_name}") from error
                 sys.exit(error.exit_code)
             except torch.multiprocessing.ProcessRaisedException as error:
                 raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
