@@ -410,7 +410,9 @@ class Sharder:
     stage: 0 nothing is sharded, 1 the optimizer's state, 2 gradients, 3 parameters too: these are fetched before a
     module of `module`'s lists is used, the next one's meanwhile, and freed after. Gradients travel in buckets of
     `bucket` bytes (stage 3: those of a module together), `overlap`: as soon as they are there, while the backward pass
-    goes on. `whole`: no parameter is cut, for optimizers that work on matrices (their owner computes).
+    goes on. `whole`: no parameter is cut, for optimizers that work on matrices (their owner computes). `low`: a type
+    for the parameters, such as bfloat16, in which they travel; pieces and sums of gradients keep their own. `names`:
+    those of the parameters that it is for.
     """
 
     def __init__(
@@ -427,7 +429,7 @@ class Sharder:
         self.group, self.stage, self.overlap = group, stage, overlap
         self.last = True  # micro-batch of a step
         self.backward = False  # is going on
-        unit = partial(Unit, group=group, stage=stage, whole=whole, low=low)
+        make = partial(Unit, group=group, stage=stage, whole=whole, low=low)
         named = dict(module.named_parameters())
         named = {name: named[name] for name in named if names is None or name in names}
         self.units, blocks = [], []
@@ -436,15 +438,15 @@ class Sharder:
             own = {*block.parameters()}
             mine = {name: named.pop(name) for name in list(named) if named[name] in own}
             if mine:
-                self.units.append(unit(mine))
+                self.units.append(make(mine))
                 blocks.append(block)
         rest, size = {}, 0
         for name, p in reversed(named.items()):  # gradients come from the last layer on
             if rest and stage < 3 and size + p.nbytes > bucket:
-                self.units.append(unit(rest))
+                self.units.append(make(rest))
                 rest, size = {}, 0
             rest[name], size = p, size + p.nbytes
-        self.units += [unit(rest)] if rest else []
+        self.units += [make(rest)] if rest else []
         self.pieces = {}
         for unit in self.units:
             self.pieces |= unit.pieces
@@ -691,6 +693,11 @@ class Ring(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, group):
+        """q (B, H, T / n, hd), k and v (B, H_kv, T / n, hd) -> (B, H, T / n, hd)
+
+        With O over some of the keys and L the log of its denominator, S the scores of further ones and
+        L' = log(exp L + sum exp S): O' = exp(L - L') O + exp(S - L') V.
+        """
         shared = q.shape[1] // k.shape[1]  # query heads of a key head
         out, lse = torch.zeros_like(q), q.new_full(q.shape[:3], -math.inf)
         queries, outs, lses = (x.chunk(2, 2) for x in (q, out, lse))  # halves
@@ -711,6 +718,7 @@ class Ring(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        """P = exp(S - L) is computed again; dS = P (dO V^T - sum dO O) / sqrt(hd) (Dao et al. 2022)."""
         q, kv, out, lse = ctx.saved_tensors
         group, dq, dkv = ctx.group, torch.zeros_like(q), torch.zeros_like(kv)
         along = (grad * out).sum(-1)
@@ -858,7 +866,10 @@ class Absent(nn.Module):
 
 
 def stage_of(gpt: nn.Module, group: Group) -> None:
-    """Leave a model the layers of one stage; the names of its parameters stay."""
+    """Leave a model the layers of one stage; the names of its parameters stay.
+
+    The first stage has the embedding, the last the final norm and the head.
+    """
     mine = np.array_split(range(len(gpt.blocks)), group.size)[group.rank]
     for layer in {*range(len(gpt.blocks))} - {*mine.tolist()}:
         gpt.blocks[layer] = Absent()

@@ -108,6 +108,27 @@ def sharded_module():
             for unit in sharder.units:
                 sharder.need(unit)
             found[stage, overlap] = {name: p.detach().clone() for name, p in module.named_parameters()}
+    for stage in (1, 3):
+        module = build()
+        sharder = ddp.Sharder(module, group, stage, low=torch.bfloat16)
+        before = {name: piece.detach().clone() for name, piece in sharder.pieces.items()}
+        sharder.begin()
+        run(module, data[0][rank:rank + 1].bfloat16()).backward()
+        sharder.sync()
+        torch.optim.SGD(sharder.pieces.values(), 0.1).step()
+        sharder.spread()
+        sharder.begin()
+        for unit in sharder.units:
+            sharder.need(unit)
+        named = dict(module.named_parameters())
+        assert {p.dtype for p in named.values()} == {torch.bfloat16} and {x.dtype for x in sharder.pieces.values()} == {torch.float64}
+        moved = 0
+        for unit in sharder.units:
+            for name, piece in unit.pieces.items():
+                begin = unit.begins[name]
+                assert named[name].flatten()[begin:begin + piece.numel()].equal(piece.flatten().bfloat16())
+                moved += not piece.equal(before[name])
+        assert moved
     torch.manual_seed(0)
     alone = build() if rank == 0 else None
     if alone:
