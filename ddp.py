@@ -905,7 +905,7 @@ def check_split(config: object, mesh: Mesh, o: Options, batch: int) -> None:
     require(o.schedule in SCHEDULES, f"--schedule={o.schedule}: choose from {', '.join(SCHEDULES)}")
     require(not config.recompute or size["cp"] == 1, "--recompute does not go with cp, which keeps little anyhow")
     require(o.stage < 3 or size["pp"] == size["ep"] == 1, "--stage=3 goes with dp, cp and tp; use 2 with pp and ep")
-    require(not config.n_expert or size["tp"] == 1, "tp does not cut experts: use ep")
+    require(not config.n_expert or size["tp"] == size["pp"] == 1, "experts go with dp, cp and ep, not with tp and pp")
     if math.prod(size.values()) > size["dp"]:
         for name in ("mixer", "position", "ngram", "end_token", "bias", "qkv_bias", "residual", "dropout"):
             same = getattr(config, name) in (getattr(plain, name), 1 if name == "ngram" else None)

@@ -256,8 +256,10 @@ def test_products_are_exact_on_four_ranks(tmp_path):
 
 def test_the_harness_sees_a_wrong_collective(tmp_path):
     wrong = tmp_path / "wrong.py"
-    text = (ROOT / "ddp.py").read_text().replace("rows[(me - turn - 2) % self.size] += new", "rows[(me - turn - 2) % self.size] += 1.001 * new")
-    wrong.write_text(text)
+    text = (ROOT / "ddp.py").read_text()
+    right = "rows[(me - turn - 2) % n] += new"
+    assert text.count(right) == 1
+    wrong.write_text(text.replace(right, "rows[(me - turn - 2) % n] += 1.001 * new"))
     done = subprocess.run([sys.executable, str(wrong), "--steps=2", "--mesh=dp2"], cwd=ROOT, text=True, capture_output=True, timeout=120,
                           env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
     assert done.returncode == 1 and "not exact" in done.stdout
@@ -277,9 +279,9 @@ def tokens(tmp_path):
 
 
 def test_a_run_goes_on_in_another_form(tokens, tmp_path):
-    """Four steps sharded, then four cut by heads, are eight steps of one process; the checkpoint is the same file."""
+    """Four steps sharded, then four cut by heads and written in parts, are eight steps of one process."""
     shape = ["--n_layer=2", "--n_head=4", "--n_embd=32", "--block_size=32", "--ngram=0", "--vocab_size=64", "--batch_size=8",
-             "--eval_interval=4", "--decay_from=4", "--dtype=float64", f"--data={tokens}"]
+             "--eval_interval=4", "--schedule=constant", "--dtype=float64", f"--data={tokens}"]
 
     def train(ranks, output, *words):
         start = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"] if ranks > 1 else []
@@ -287,24 +289,20 @@ def test_a_run_goes_on_in_another_form(tokens, tmp_path):
                               text=True, capture_output=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})
         assert done.returncode == 0, done.stderr
     train(1, "one", "--max_iters=8")
-    train(2, "two", "--max_iters=8", "--parallel=fsdp", "--eval_interval=8")
-    one, two = (torch.load(tmp_path / name / "ckpt.pt", weights_only=True) for name in ("one", "two"))
-    train(2, "parts", "--max_iters=8", "--parallel=dp1,tp2", "--parts")
-    merge = [sys.executable, str(ROOT / "ddp.py"), f"--merge={tmp_path / 'parts' / 'parts'}", f"--output={tmp_path / 'parts' / 'ckpt.pt'}"]
+    train(2, "two", "--max_iters=4", "--parallel=fsdp")
+    train(2, "two", "--max_iters=8", "--parallel=dp1,tp2", "--resume", "--parts")
+    parts = tmp_path / "two" / "parts"
+    merge = [sys.executable, str(ROOT / "ddp.py"), f"--merge={parts}", f"--output={tmp_path / 'two.pt'}"]
     done = subprocess.run(merge, text=True, capture_output=True)
     assert done.returncode == 0 and "2 parts joined" in done.stdout, done.stderr
-    parts = torch.load(tmp_path / "parts" / "ckpt.pt", weights_only=True)
-    os.remove(tmp_path / "parts" / "parts" / "part-1.pt")
+    one, two = (torch.load(path, weights_only=True) for path in (tmp_path / "one" / "ckpt.pt", tmp_path / "two.pt"))
+    assert one["step"] == two["step"] == 8
+    assert one["weights"].keys() == two["weights"].keys() and one["optimizer"].keys() == two["optimizer"].keys()
+    assert max((one["weights"][name] - two["weights"][name]).abs().max() for name in one["weights"]) < EXACT
+    assert max((x - y).abs().max() for name, xs in one["optimizer"].items() for x, y in zip(xs, two["optimizer"][name])) < EXACT
+    os.remove(parts / "part-1.pt")
     done = subprocess.run(merge, text=True, capture_output=True)
     assert done.returncode == 1 and "1 parts are there, 2 were written" in done.stderr
-    train(1, "three", "--max_iters=5", "--schedule=constant")
-    train(2, "three", "--max_iters=8", "--schedule=constant", "--resume", "--parallel=tp")
-    train(1, "four", "--max_iters=8", "--schedule=constant")
-    three, four = (torch.load(tmp_path / name / "ckpt.pt", weights_only=True) for name in ("three", "four"))
-    for a, b in ((one, two), (one, parts), (four, three)):
-        assert a["weights"].keys() == b["weights"].keys() and a["optimizer"].keys() == b["optimizer"].keys()
-        assert max((a["weights"][name] - b["weights"][name]).abs().max() for name in a["weights"]) < EXACT
-        assert max((x - y).abs().max() for name in a["optimizer"] for x, y in zip(a["optimizer"][name], b["optimizer"][name])) < EXACT
 
 
 def test_train_refuses_what_cannot_be_split(tokens, tmp_path, run_script):
@@ -374,14 +372,11 @@ def test_plan():
     piped = ddp.plan_of(o, 1, 4, 1, 1)
     steps = 4e6 / 4096 / 16
     assert piped["idle"] == pytest.approx(3 / (steps + 3))
-    assert 0 < row["mfu"] < 0.6
+    assert 0 < piped["mfu"] < row["mfu"] <= ddp.REACHED
 
 
 @pytest.mark.parametrize("words, said", [
-    (["--mesh=tp3", "--ranks=3"], "does not divide --n_head (8; [2, 4, 8] do)"),
     (["--mesh=dp3"], "is for 3 ranks, there are 2"),
-    (["--mesh=dp2,xy1"], "from pp, dp, ep, cp, tp"),
-    (["--mesh=ep2", "--stage=3"], "use 2 with pp and ep"),
     (["--optimizer=lion"], "choose from adamw, muon"),
     (["--plan", "--params=1e13", "--gpus=2"], "fit on no mesh of 2 GPUs"),
     (["--merge=nowhere"], "holds no part-*.pt"),
@@ -389,3 +384,23 @@ def test_plan():
 def test_mistakes_end_in_one_line(words, said, tmp_path):
     done, _ = harness(2, words, tmp_path)
     assert done.returncode == 1 and said in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+def test_what_cannot_be_split_is_refused():
+    def check(said, mesh="dp2", n=2, stage=0, **shape):
+        size = dict.fromkeys(ddp.AXES, 1) | {word[:2]: int(word[2:]) for word in mesh.split(",")}
+        config = Config(**{**ddp.SHAPE, **shape})
+        with pytest.raises(ValueError, match=re.escape(said)):
+            ddp.check_split(config, ddp.SimpleNamespace(size=size, text=mesh), ddp.Options(stage=stage), 8)
+    check("tp3 does not divide --n_head (8; [2, 4, 8] do)", "tp3")
+    check("tp2 does not divide --vocab_size (65; [5, 13, 65] do)", "tp2", vocab_size=65)
+    check("ep2 does not divide --n_expert", "ep2")
+    check("not with tp and pp", "pp2", n_expert=4)
+    check("use 2 with pp and ep", "pp2", stage=3)
+    check("more stages than --n_layer=4", "pp5")
+    check("--batch_size=8 is no multiple of dp x ep = 3", "dp3")
+    check("--recompute does not go with cp", "cp2", recompute=True)
+    check("is for --mixer=attention", "tp2", mixer="mamba2")
+    for words in ("dp2,xy1", "dp", "dp0", ""):
+        with pytest.raises(ValueError, match="from pp, dp, ep, cp, tp"):
+            ddp.Mesh(words, 2)
