@@ -748,6 +748,8 @@ class Reply(Request):
 class Server(http.server.ThreadingHTTPServer):
     """Listens at o.host and o.port, and decodes; serve_forever() answers."""
 
+    request_queue_size = 128
+
     def __init__(self, model: GPT, tokenizer: Tokenizer | None, o: "Options"):
         self.o, self.name = o, Path(o.ckpt).resolve().parent.name
         self.tokenizer = tokenizer or MUTE
@@ -755,21 +757,29 @@ class Server(http.server.ThreadingHTTPServer):
         self.key = os.environ.get("API_KEY", "")
         self.silent = {}  # connections that have sent no request, the oldest first
         self.statuses = collections.Counter()
-        self.lock, self.wake = threading.Lock(), threading.Event()
+        self.lock, self.wake, self.closing = threading.Lock(), threading.Event(), False
+        self.decoder = threading.Thread(target=self.decode, daemon=True)
+        self.decoder.start()
         super().__init__((o.host, o.port), Handler)
-        threading.Thread(target=self.decode, daemon=True).start()
 
     def decode(self):
-        """Step the engine while it has requests, for ever."""
-        while self.wake.wait():
+        """Step the engine while it has requests, until the server closes."""
+        while self.wake.wait() and not self.closing:
             self.wake.clear()  # before it looks: a request that comes later sets it again
             try:
                 for reply, text in stream(self.engine, self.tokenizer):
                     reply.said = reply.said[0] + text, len(reply.output), reply.done
+                    if self.closing:
+                        return
             except Exception as error:  # of any kind: what is going fails, what comes next does not
                 self.engine = Engine(self.engine.model, (), self.engine.vocab_size)
                 print(f"decoding failed: {error}", file=sys.stderr)
 
+    def server_close(self):
+        super().server_close()
+        self.closing = True
+        self.wake.set()
+        self.decoder.join()  # a process does not end well with a thread inside torch
 
 class Handler(http.server.BaseHTTPRequestHandler):
     """One request. With HTTP/1.0 the connection ends with the reply, and nothing that was not read stays in it."""
@@ -784,8 +794,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         silent = self.server.silent
         silent[self.connection] = None
         with contextlib.suppress(OSError):
-            if len(silent) > SILENT:
-                [*silent][0].shutdown(socket.SHUT_RDWR)  # its thread reads the end of the input
+            while len(silent) > SILENT:
+                oldest = [*silent][0]
+                silent.pop(oldest, None)
+                oldest.shutdown(socket.SHUT_RDWR)  # its thread reads the end of the input
         with contextlib.suppress(OSError):  # the client left, or is too slow
             super().handle()
         silent.pop(self.connection, None)
@@ -976,7 +988,7 @@ main { flex: 1; overflow-y: auto; padding: 0 .7rem } article span:hover { backgr
 article { white-space: pre-wrap; overflow-wrap: anywhere; margin: .6rem 0; padding: .5rem .8rem; border-radius: .8rem }
 .user { background: var(--soft); margin-left: 15% } .error { border: 1px solid #d33 }
 button, select, input, textarea { font: inherit; padding: .2rem .6rem; border-radius: .5rem } textarea { flex: 1 }
-#send { background: var(--blue); color: #fff } #length { width: 5rem }
+#send { background: var(--blue); color: #fff } #length, #heat { width: 5rem }
 </style>
 <header><select id="mode" aria-label="mode"><option value="chat">chat<option value="text">continue a text</select>
 <label>temperature <input id="heat" type="range" max="2" step=".05" value=".8"> <output id="shown">0.8</output></label>
