@@ -1074,6 +1074,8 @@ def serve(model: GPT, tokenizer: Tokenizer | None, o: "Options") -> None:
     with Server(model, tokenizer, o) as server, contextlib.suppress(KeyboardInterrupt):
         print(f"http://{o.host}:{server.server_port}/ has a page; below /v1 is OpenAI's API; Ctrl-C ends", flush=True)
         server.serve_forever()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # one is enough
     print(f"ended: {server.engine.report()}", file=sys.stderr)
 
 

@@ -87,7 +87,7 @@ def slow(gpt, tokenizer):
         yield server
 
 
-def wait_for(condition, seconds=10):
+def wait_for(condition, seconds=30):
     """Wait until a condition holds; the seconds are a limit for a broken program, not a measure."""
     until = time.monotonic() + seconds
     while not condition() and time.monotonic() < until:
