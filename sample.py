@@ -678,13 +678,12 @@ PARAMETERS = {  # of a request: types, bounds of the value or of its length; the
     "model user": ((str,), 0, BODY),  # any, as there is one model
     "stream": ((bool,), 0, 1),
     "stream_options": ((dict,), 0, 9),
-    "max_tokens max_completion_tokens": ((int,), 1, 10**6),
-    "n": ((int,), 1, 128),
+    "max_tokens max_completion_tokens n": ((int,), 1, 10**6),
     "logprobs": ((int, bool), 0, 5),
     "top_k seed": ((int,), -2**63, 2**63),
     "temperature top_p min_p presence_penalty": ((int, float), -100, 100),
     "repetition_penalty": ((int, float), 0.01, 100),
-    "frequency_penalty top_logprobs": ((int, float), 0, 0),  # there are none
+    "frequency_penalty": ((int, float), 0, 0),  # there is none
 }
 
 
@@ -730,19 +729,19 @@ class Reply(Request):
         text, count, done = self.said
         (start, first), last = self.sent, count - (done == "end")
         self.sent = len(text), count
-        text, ids = text[start:], self.output[first:last]
-        finish = {"": None, "length": "length"}.get(done, "stop")
-        out = dict(finish_reason=finish, token_ids=ids, logprobs=None)
+        ids, chances = self.output[first:last], self.logprobs[first:last]
+        out = dict(finish_reason={"": None, "length": "length"}.get(done, "stop"), token_ids=ids, logprobs=None)
         if body.get("logprobs", False) is not False:
-            chances, spelled = self.logprobs[first:last], [decode([token]) for token in ids]
-            names = [data.decode("utf-8", "replace") for data in spelled]
-            rows = [dict(token=name, bytes=[*data], logprob=chance, top_logprobs=[])
-                    for name, data, chance in zip(names, spelled, chances)]
+            rows = []
+            for token, chance in zip(ids, chances):
+                data = decode([token])
+                rows.append(dict(token=data.decode("utf-8", "replace"), bytes=[*data], logprob=chance, top_logprobs=[]))
+            names = [row["token"] for row in rows]
             out["logprobs"] = dict(tokens=names, token_logprobs=chances, content=rows)  # of texts, and of chats
         if not chat:
-            return out | dict(text=text)
+            return out | dict(text=text[start:])
         role = {} if first else dict(role="assistant")
-        return out | {"delta" if body.get("stream") else "message": role | dict(content=text)}
+        return out | {"delta" if body.get("stream") else "message": role | dict(content=text[start:])}
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -757,29 +756,21 @@ class Server(http.server.ThreadingHTTPServer):
         self.key = os.environ.get("API_KEY", "")
         self.silent = {}  # connections that have sent no request, the oldest first
         self.statuses = collections.Counter()
-        self.lock, self.wake, self.closing = threading.Lock(), threading.Event(), False
-        self.decoder = threading.Thread(target=self.decode, daemon=True)
-        self.decoder.start()
+        self.lock, self.wake = threading.Lock(), threading.Event()
         super().__init__((o.host, o.port), Handler)
+        threading.Thread(target=self.decode, daemon=True).start()
 
     def decode(self):
-        """Step the engine while it has requests, until the server closes."""
-        while self.wake.wait() and not self.closing:
+        """Step the engine while it has requests, for ever."""
+        while self.wake.wait():
             self.wake.clear()  # before it looks: a request that comes later sets it again
             try:
                 for reply, text in stream(self.engine, self.tokenizer):
                     reply.said = reply.said[0] + text, len(reply.output), reply.done
-                    if self.closing:
-                        return
             except Exception as error:  # of any kind: what is going fails, what comes next does not
                 self.engine = Engine(self.engine.model, (), self.engine.vocab_size)
                 print(f"decoding failed: {error}", file=sys.stderr)
 
-    def server_close(self):
-        super().server_close()
-        self.closing = True
-        self.wake.set()
-        self.decoder.join()  # a process does not end well with a thread inside torch
 
 class Handler(http.server.BaseHTTPRequestHandler):
     """One request. With HTTP/1.0 the connection ends with the reply, and nothing that was not read stays in it."""
@@ -832,11 +823,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         with self.server.lock:
             self.server.statuses[status] += 1
         self.send_response(status)
-        headers = {"Content-Type": kind, "X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
-        headers |= {"Content-Length": len(data)} if data else {}
+        headers = {"Content-Type": kind, "X-Content-Type-Options": "nosniff"}
+        headers |= {"Content-Length": len(data)} if data else {"Cache-Control": "no-store"}
         headers |= {"Retry-After": 1} if status == 429 else {}
-        for name, value in headers.items():
-            self.send_header(name, str(value))
+        for header in headers.items():
+            self.send_header(*header)
         self.end_headers()
         self.wfile.write(data)
 
@@ -845,9 +836,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         status, message, more = error.args if isinstance(error, Refusal) else (400, str(error).lstrip("-"), {})
         kind = "invalid_request_error" if status < 429 else "server_error"
         content = dict(error=dict(message=message, type=kind, param=None, code=None) | more)
-        if self.streaming:
-            return self.event(content)
-        self.reply(content, status=status)
+        self.event(content) if self.streaming else self.reply(content, status=status)
 
     def send_error(self, code, message=None, explain=None):
         """What the base class finds: a request that is no HTTP"""
@@ -896,8 +885,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         insist(name in body, 400, f"{name} is missing", param=name)
         given = body[name]
         given = [given] if chat or isinstance(given, str) or type(given[0]) is int else given
-        text = chat or any(isinstance(one, str) for one in given)
-        insist(not text or server.tokenizer is not MUTE, 400, "the checkpoint has no tokenizer: prompt is token ids")
+        insist(len(given) * body.get("n", 1) <= QUEUE, 400, f"at most {QUEUE} texts can be asked for", param=name)
+        silent = server.tokenizer is MUTE and (chat or any(isinstance(one, str) for one in given))
+        insist(not silent, 400, "the checkpoint has no tokenizer: a prompt is token ids, and there are no messages")
         with server.lock:  # the tokenizer's cache is not for several threads
             if chat:
                 given = [render(given[0], server.o.template, server.tokenizer, reply=True)[0]]
@@ -980,15 +970,14 @@ PAGE = r"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>sample.py</title>
 <meta http-equiv="Content-Security-Policy" content="default-src 'unsafe-inline'; connect-src 'self'">
 <style>
-:root { color-scheme: light dark; --soft: color-mix(in srgb, CanvasText 9%, Canvas); --blue: #2f62c4 }
+:root { color-scheme: light dark; --soft: color-mix(in srgb, CanvasText 9%, Canvas) }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 46rem; height: 100dvh; margin: auto }
 body, header, form { display: flex; flex-wrap: wrap; gap: .5rem 1rem } body { flex-flow: column }
 header, form { padding: .7rem; align-items: center } #state { width: 100%; opacity: .7 }
 main { flex: 1; overflow-y: auto; padding: 0 .7rem } article span:hover { background: var(--soft) }
 article { white-space: pre-wrap; overflow-wrap: anywhere; margin: .6rem 0; padding: .5rem .8rem; border-radius: .8rem }
-.user { background: var(--soft); margin-left: 15% } .error { border: 1px solid #d33 }
+.user { background: var(--soft); margin-left: 15% } .error { border: 1px solid #d33 } #length, #heat { width: 5rem }
 button, select, input, textarea { font: inherit; padding: .2rem .6rem; border-radius: .5rem } textarea { flex: 1 }
-#send { background: var(--blue); color: #fff } #length, #heat { width: 5rem }
 </style>
 <header><select id="mode" aria-label="mode"><option value="chat">chat<option value="text">continue a text</select>
 <label>temperature <input id="heat" type="range" max="2" step=".05" value=".8"> <output id="shown">0.8</output></label>
@@ -1022,16 +1011,15 @@ async function* ask(path, body, signal) {
   }
 }
 async function answer(text, chat) {
-  const path = chat ? "/v1/chat/completions" : "/v1/completions", begun = Date.now(), mine = messages
-  if (chat) add(log, "article", "user", text)
-  if (chat) mine.push({role: "user", content: text})
+  const mine = messages, begun = Date.now()
+  if (chat) add(log, "article", "user", text), mine.push({role: "user", content: text})
   const article = add(log, "article", "assistant", chat ? "" : text), what = chat ? {messages: mine} : {prompt: text}
   const body = {...what, stream: true, logprobs: true, temperature: +at("heat").value, max_tokens: +at("length").value}
   let said = "", count = 0
   try {
-    for await (const {error, choices: [choice] = []} of ask(path, body, running.signal)) {
-      if (error) throw error
-      const piece = chat ? choice.delta.content : choice.text, rows = choice.logprobs.content
+    for await (const event of ask(chat ? "/v1/chat/completions" : "/v1/completions", body, running.signal)) {
+      if (event.error) throw event.error
+      const {delta, text, logprobs} = event.choices[0], rows = logprobs.content, piece = chat ? delta.content : text
       const chances = rows.map(row => `${JSON.stringify(row.token)} ${(100 * Math.exp(row.logprob)).toFixed(1)}%`)
       add(article, "span", "", piece, chances.join("\n"))
       said += piece
@@ -1066,17 +1054,17 @@ at("fresh").onclick = () => [running?.abort(), messages = [], log.replaceChildre
 
 
 def serve(model: GPT, tokenizer: Tokenizer | None, o: "Options") -> None:
-    """Answer over HTTP until Ctrl-C or SIGTERM, which end it in one line."""
+    """Answer over HTTP until Ctrl-C or SIGTERM, which end the process in one line."""
     require(0 <= o.port < 1 << 16, f"--port={o.port} must be from 0 to {(1 << 16) - 1}")
     if tokenizer:
         render([], o.template, tokenizer)  # what it refuses is refused now
+    server = Server(model, tokenizer, o)
+    print(f"http://{o.host}:{server.server_port}/ has a page; below /v1 is OpenAI's API; Ctrl-C ends", flush=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with Server(model, tokenizer, o) as server, contextlib.suppress(KeyboardInterrupt):
-        print(f"http://{o.host}:{server.server_port}/ has a page; below /v1 is OpenAI's API; Ctrl-C ends", flush=True)
+    with contextlib.suppress(KeyboardInterrupt):
         server.serve_forever()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # one is enough
-    print(f"ended: {server.engine.report()}", file=sys.stderr)
+    print(f"ended: {server.engine.report()}", file=sys.stderr, flush=True)
+    os._exit(0)  # at once, while a thread is decoding, too
 
 
 # ---- loading, the command line

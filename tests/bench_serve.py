@@ -6,7 +6,8 @@ Part 1: random arrivals for so many seconds; of the requests a tenth is cancelle
 reset right after it was sent. Every reply that is read to its end must be, token for token, what the engine decodes offline.
 Prints replies, cancels, resets, what was lost or mixed, and the server's memory at the start, in the middle, at the end.
 Part 2: 64 clients without pauses against offline decoding of the same requests with 64 slots, by turns: useful tokens
-over the seconds that the engine works, and over all seconds.
+over the seconds that the engine works, over all seconds, and, as cores may be shared, over the processor time of the
+thread that decodes and of the whole process.
 Part 3: the command line's time from its start to the first sampled text.
 """
 import asyncio
@@ -54,12 +55,12 @@ def make_checkpoint(path, layers):
 def make_work(tokenizer, count):
     """Requests (prompt ids, new tokens) that all differ."""
     rng = random.Random(0)
-    return [([rng.randrange(tokenizer.vocab_size) for _ in range(rng.randint(4, 48))], rng.choice((8, 16, 32, 64, 128))) for _ in range(count)]
+    return [([rng.randrange(tokenizer.vocab_size) for _ in range(rng.randint(4, 48))], rng.randint(8, 128)) for _ in range(count)]
 
 
 def offline(gpt, tokenizer, work):
-    """(outputs, seconds of the engine, all seconds)"""
-    started = time.perf_counter()
+    """Outputs; seconds of the engine, all seconds, processor time of the thread, and of the process."""
+    started, cpu = time.perf_counter(), (time.thread_time(), time.process_time())
     end = tokenizer.special_tokens[sample.END]
     requests = [sample.Request(ids, count, sample.Sampling(0, 0), end=end) for ids, count in work]
     engine = sample.Engine(gpt, (), tokenizer.vocab_size, CLIENTS)
@@ -67,8 +68,8 @@ def offline(gpt, tokenizer, work):
         engine.submit(request)
     while engine.step():
         pass
-    seconds = time.perf_counter() - started
-    return [request.output[:-1] if request.done == "end" else request.output for request in requests], sum(s for _, s in engine.spent.values()), seconds
+    times = [sum(s for _, s in engine.spent.values()), time.perf_counter() - started, time.thread_time() - cpu[0], time.process_time() - cpu[1]]
+    return [request.output[:-1] if request.done == "end" else request.output for request in requests], times
 
 
 def tie(gpt, tokenizer, ids, expected, found):
@@ -98,6 +99,14 @@ class Service:
             connection.sendall(b"GET /metrics HTTP/1.0\r\nHost: localhost\r\n\r\n")
             text = b"".join(iter(lambda: connection.recv(65536), b"")).decode()
         return {name: float(value) for name, value in re.findall(r"^(sample_\w+) ([\d.e+-]+)$", text, re.M)}
+
+    def times(self):
+        """Seconds of the engine, of the clock, of the busiest thread, of the process"""
+        def ticks(path):
+            return sum(map(int, path.read_text().rpartition(")")[2].split()[11:13])) / os.sysconf("SC_CLK_TCK")
+        metrics, folder = self.metrics(), Path(f"/proc/{self.process.pid}")
+        busy = metrics["sample_prefill_seconds_total"] + metrics["sample_decode_seconds_total"]
+        return [busy, time.perf_counter(), max(ticks(task / "stat") for task in (folder / "task").iterdir()), ticks(folder / "stat")]
 
     def close(self):
         self.process.terminate()
@@ -194,8 +203,8 @@ def main(seconds=150, layers=4):
         gpt, tokenizer = make_checkpoint(ckpt, layers)
         print(f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}, "
               f"torch {torch.__version__}, {sum(p.numel() for p in gpt.parameters()):,} parameters", flush=True)
-        work = make_work(tokenizer, 256)
-        expected, *_ = offline(gpt, tokenizer, work)
+        work = make_work(tokenizer, 192)
+        expected, _ = offline(gpt, tokenizer, work)
         service = Service(ckpt)
         try:
             def judge(which, found):
@@ -208,19 +217,17 @@ def main(seconds=150, layers=4):
                 print(f"then active {service.metrics()['sample_active']:.0f}, waiting {service.metrics()['sample_waiting']:.0f}")
             tokens, rates = sum(map(len, expected)), {"offline": [], "server": []}
             for turn in range(3):
-                _, *times = offline(gpt, tokenizer, work)
+                _, times = offline(gpt, tokenizer, work)
                 rates["offline"].append([tokens / each for each in times])
-                before, started = service.metrics(), time.perf_counter()
+                before = service.times()
                 found = asyncio.run(rush(service, work))
-                whole, after = time.perf_counter() - started, service.metrics()
-                busy = sum(after[f"sample_{phase}_seconds_total"] - before[f"sample_{phase}_seconds_total"] for phase in ("prefill", "decode"))
-                rates["server"].append([tokens / busy, tokens / whole])
+                rates["server"].append([tokens / (b - a) for a, b in zip(before, service.times())])
                 wrong = sum(a != b and judge(i, b) == "MIXED" for i, (a, b) in enumerate(zip(expected, found)))
-                print(f"turn {turn}: offline {rates['offline'][-1][0]:,.0f} tokens/s of the engine, {rates['offline'][-1][1]:,.0f} in all; "
-                      f"server {rates['server'][-1][0]:,.0f} and {rates['server'][-1][1]:,.0f}; wrong replies {wrong}", flush=True)
-            for number, name in enumerate(("of the engine", "in all")):
+                print(f"turn {turn}, tokens/s:", *(f"{kind} {' '.join(f'{rate:,.0f}' for rate in rates[kind][-1])}," for kind in rates),
+                      f"wrong replies {wrong}", flush=True)
+            for number, name in enumerate(("seconds of the engine", "all seconds", "the decoding thread's time", "the process's time")):
                 a, b = (statistics.median(rate[number] for rate in rates[kind]) for kind in ("server", "offline"))
-                print(f"server over offline, {name}: {a / b:.2f}")
+                print(f"server over offline, by {name}: {a / b:.2f}")
         finally:
             service.close()
         times = sorted(first_text(ckpt) for _ in range(5))

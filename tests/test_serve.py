@@ -200,7 +200,7 @@ def test_a_chat_is_rendered(server, gpt, tokenizer):
 
 
 def test_max_completion_tokens_and_what_clients_send_without_meaning(server):
-    content = chat(server, max_completion_tokens=3, model="gpt-4", user="me", frequency_penalty=0, stop=None, top_logprobs=None)
+    content = chat(server, max_completion_tokens=3, model="gpt-4", user="me", frequency_penalty=0, stop=None)
     assert content["usage"]["completion_tokens"] == 3
 
 
@@ -365,13 +365,14 @@ def test_bodies_that_are_no_request(server, data, status, said):
     (dict(temperature=float("inf")), "temperature", "from"), (dict(top_p=0), None, "top_p=0 must"),
     (dict(top_p=2), None, "top_p=2 must"), (dict(repetition_penalty=1e-300), "repetition_penalty", "from"),
     (dict(max_tokens=0), "max_tokens", "from 1"), (dict(max_tokens=1e3), "max_tokens", "int"), (dict(max_tokens=True), "max_tokens", "int"),
-    (dict(n=0), "n", "from 1 to 128"), (dict(n=10**9), "n", "from 1 to 128"), (dict(stream="yes"), "stream", "bool"),
+    (dict(n=0), "n", "from 1 to"), (dict(n=10**9), "n", "from 1 to"), (dict(n=513), "prompt", "at most 512"),
+    (dict(prompt=["a"] * 300, n=2), "prompt", "at most 512"), (dict(stream="yes"), "stream", "bool"),
     (dict(stop=""), "stop", "from 1"), (dict(stop=["a", ""]), "stop", "str from 1"), (dict(stop=[5]), "stop", "str"),
     (dict(stop="x" * 65), "stop", "to 64"), (dict(stop={"a": 1}), "stop", "str or list"),
     (dict(logit_bias={"x": 1}), "logit_bias", "tokens from 0 to 364"), (dict(logit_bias={"365": 1}), "logit_bias", "from 0 to 364"),
     (dict(logit_bias={"-1": 1}), "logit_bias", "from 0"), (dict(logit_bias={"5": "a"}), "logit_bias", "int or float"),
     (dict(logit_bias={"5": 101}), "logit_bias", "to 100"), (dict(logit_bias={"5": float("nan")}), "logit_bias", "int or float"),
-    (dict(logprobs=6), "logprobs", "to 5"), (dict(top_logprobs=1), "top_logprobs", "from 0 to 0"),
+    (dict(logprobs=6), "logprobs", "to 5"), (dict(top_logprobs=1), "top_logprobs", "no parameter"),
     (dict(frequency_penalty=1), "frequency_penalty", "from 0 to 0"), (dict(model=7), "model", "str")])
 def test_parameters_that_are_refused(server, body, param, said):
     status, message, named, _ = refusal(server, {"prompt": "the"} | body if "prompt" not in body and body else body)
