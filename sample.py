@@ -667,7 +667,7 @@ BODY = 1 << 20  # bytes of a request
 SILENT = 256  # connections that have sent no request; one more closes the oldest of them
 QUEUE = 512  # texts in the making and waiting; a request for more is refused
 SILENCE, PATIENCE = 20, 600  # seconds: for a client to send or to read, for a reply to be complete
-PAUSE = 0.02  # seconds; what is decoded meanwhile travels together, so that the decoding thread seldom waits for others
+PAUSE = 0.04  # seconds; what is decoded meanwhile travels together, so that the decoding thread seldom waits for others
 OURS = r"(localhost|[\d.]+|\[[\da-f:.]+\])(:\d+)?"  # an address is ours; a name may be anyone's (DNS rebinding)
 MUTE = argparse.Namespace(special_tokens={}, vocab_size=0, decode_bytes=lambda ids: b"")  # where there is no tokenizer
 PARAMETERS = {  # of a request: types, bounds of the value or of its length; the same of what is inside

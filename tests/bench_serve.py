@@ -1,10 +1,10 @@
 """sample.py's server under load: 64 clients that come at random, ask, read, and leave early or in the middle.
 
-Usage: python tests/bench_serve.py [seconds of the first part] [layers: more take more time]
+Usage: python tests/bench_serve.py [seconds of the first part] [layers: more take more time] [turns of the second part]
 
 Part 1: random arrivals for so many seconds; of the requests a tenth is cancelled while it streams, and a twentieth is
 reset right after it was sent. Every reply that is read to its end must be, token for token, what the engine decodes offline.
-Prints replies, cancels, resets, what was lost or mixed, and the server's memory at the start, in the middle, at the end.
+Prints replies, cancels, resets, what was lost or mixed, and the server's memory over the time.
 Part 2: 64 clients without pauses against offline decoding of the same requests with 64 slots, by turns: useful tokens
 over the seconds that the engine works, over all seconds, and, as cores may be shared, over the processor time of the
 thread that decodes and of the whole process.
@@ -166,9 +166,9 @@ async def storm(service, work, expected, seconds, judge):
                 counts["over before its cancel"] += 1
 
     async def watch():
-        for at in ("start", "middle", "end"):
-            print(f"memory at the {at}: {service.memory():.0f} MB", flush=True)
-            await asyncio.sleep(seconds / 2 if at != "end" else 0)
+        for at in range(0, 101, 20):
+            print(f"memory after {at}% of the time: {service.memory():.0f} MB", flush=True)
+            await asyncio.sleep(seconds / 5 if at < 100 else 0)
 
     await asyncio.gather(watch(), *(client() for _ in range(CLIENTS)))
     return counts
@@ -187,17 +187,18 @@ async def rush(service, work):
 
 
 def first_text(ckpt):
-    """Seconds from the start of the command to its first sampled text."""
-    started = time.perf_counter()
+    """Seconds from the start of the command to its first sampled text, and processor time of the whole command."""
+    started, before = time.perf_counter(), os.times()
     process = subprocess.Popen([sys.executable, ROOT / "sample.py", f"--ckpt={ckpt}", "--prompt=def ", "--max_new_tokens=20", "--device=cpu"],
                                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     process.stdout.read(5)  # the prompt and a byte
     seconds = time.perf_counter() - started
     process.communicate()
-    return seconds
+    after = os.times()
+    return seconds, after.children_user + after.children_system - before.children_user - before.children_system
 
 
-def main(seconds=150, layers=4):
+def main(seconds=150, layers=4, turns=3):
     with tempfile.TemporaryDirectory() as folder:
         ckpt = Path(folder) / "ckpt.pt"
         gpt, tokenizer = make_checkpoint(ckpt, layers)
@@ -216,7 +217,7 @@ def main(seconds=150, layers=4):
                 time.sleep(1)
                 print(f"then active {service.metrics()['sample_active']:.0f}, waiting {service.metrics()['sample_waiting']:.0f}")
             tokens, rates = sum(map(len, expected)), {"offline": [], "server": []}
-            for turn in range(3):
+            for turn in range(turns):
                 _, times = offline(gpt, tokenizer, work)
                 rates["offline"].append([tokens / each for each in times])
                 before = service.times()
@@ -225,13 +226,14 @@ def main(seconds=150, layers=4):
                 wrong = sum(a != b and judge(i, b) == "MIXED" for i, (a, b) in enumerate(zip(expected, found)))
                 print(f"turn {turn}, tokens/s:", *(f"{kind} {' '.join(f'{rate:,.0f}' for rate in rates[kind][-1])}," for kind in rates),
                       f"wrong replies {wrong}", flush=True)
-            for number, name in enumerate(("seconds of the engine", "all seconds", "the decoding thread's time", "the process's time")):
+            for number, name in enumerate(("seconds of the engine", "all seconds", "the decoding thread's time", "the process's time")[:4 * turns]):
                 a, b = (statistics.median(rate[number] for rate in rates[kind]) for kind in ("server", "offline"))
                 print(f"server over offline, by {name}: {a / b:.2f}")
         finally:
             service.close()
-        times = sorted(first_text(ckpt) for _ in range(5))
-        print(f"first sampled text of the command line after {times[2]:.2f} s ({times[0]:.2f} to {times[-1]:.2f})")
+        times, cpu = zip(*(first_text(ckpt) for _ in range(5)))
+        print(f"first sampled text of the command line after {statistics.median(times):.2f} s ({min(times):.2f} to {max(times):.2f}); "
+              f"processor time of the whole command {statistics.median(cpu):.2f} s")
 
 
 if __name__ == "__main__":
