@@ -4,6 +4,7 @@ Reads: a checkpoint of train.py; for --eval the public files of HellaSwag, MMLU 
 Writes: text to stdout, one line about the speed to stderr; --eval: each item, answer and score to --output.
 Usage: python sample.py --prompt="import " --n_samples=3 --temperature=0.8
        python sample.py --chat --system="Answer briefly."
+       python sample.py --serve --port=8000
        python sample.py --eval=ppl,hellaswag,mmlu,gsm8k --eval_data=DIR
 
 When a text fills the model's block, the older half of it is dropped and the rest computed anew; of a prompt longer than
@@ -13,18 +14,25 @@ References: Keskar et al. 2019 (CTRL: repetition penalty); Holtzman et al. 2020 
 import argparse
 import codecs
 import collections
+import contextlib
 import copy
 import csv
 import dataclasses
 import difflib
+import hmac
+import http.server
 import inspect
 import json
 import math
 import os
 import random
 import re
+import select
+import signal
+import socket
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 from typing import Callable, Iterator, Sequence
@@ -68,6 +76,9 @@ class Options(Sampling):
     chat: bool = False  # a conversation: lines of stdin are answered
     system: str = ""  # chat: what the model is told first
     template: str = "plain"  # of conversations: plain, bare, chatml, llama3
+    serve: bool = False  # answer over HTTP: OpenAI's API, and a page at /; API_KEY in the environment asks for a key
+    host: str = "127.0.0.1"  # serve: the address to listen at (0.0.0.0: all of this machine)
+    port: int = 8000  # serve: the port to listen at (0: a free one)
     eval: str = ""  # grade the model: comma list of ppl, hellaswag, mmlu, gsm8k
     eval_data: str = ""  # folder with the files of these tasks
     shots: int = 5  # solved examples before each question, where there is a file of them
@@ -650,6 +661,412 @@ TASKS = {
 }
 
 
+# ---- the server: a thread for each connection asks and waits, one thread decodes
+
+BODY = 1 << 20  # bytes of a request
+SILENT = 256  # connections that have sent no request; one more closes the oldest of them
+QUEUE = 512  # texts in the making and waiting; a request for more is refused
+SILENCE, PATIENCE = 20, 600  # seconds: for a client to send or to read, for a reply to be complete
+PAUSE = 0.04  # seconds; what is decoded meanwhile travels together, so that the decoding thread seldom waits for others
+OURS = r"(localhost|[\d.]+|\[[\da-f:.]+\])(:\d+)?"  # an address is ours; a name may be anyone's (DNS rebinding)
+MUTE = argparse.Namespace(special_tokens={}, vocab_size=0, decode_bytes=lambda ids: b"")  # where there is no tokenizer
+PARAMETERS = {  # of a request: types, bounds of the value or of its length; the same of what is inside
+    "prompt": ((str, list), 1, BODY),
+    "messages": ((list,), 1, BODY, ((dict,), 1, BODY)),
+    "stop": ((str, list), 1, 64, ((str,), 1, 64)),
+    "logit_bias": ((dict,), 0, 300, ((int, float), -100, 100)),
+    "model user": ((str,), 0, BODY),  # any, as there is one model
+    "stream": ((bool,), 0, 1),
+    "stream_options": ((dict,), 0, 9),
+    "max_tokens max_completion_tokens n": ((int,), 1, 10**6),
+    "logprobs": ((int, bool), 0, 5),
+    "top_k seed": ((int,), -2**63, 2**63),
+    "temperature top_p min_p presence_penalty": ((int, float), -100, 100),
+    "repetition_penalty": ((int, float), 0.01, 100),
+    "frequency_penalty": ((int, float), 0, 0),  # there is none
+}
+
+
+class Refusal(ValueError):
+    """A reply that is an error: HTTP status, message, `param` or `code` of OpenAI's form."""
+
+
+def insist(holds: bool, status: int, message: str, **more) -> None:
+    """Raise Refusal unless `holds`."""
+    if not holds:
+        raise Refusal(status, message, more)
+
+
+def fits(value: object, kinds: tuple, low: float, high: float, *inside) -> bool:
+    """Is a value of one of these types, and within these bounds? So must be what is inside a list or a dict.
+
+    >>> [fits(value, (list,), 1, 4, ((int,), 0, 9)) for value in ([1, 2], [], [10], [True], "ab")]
+    [True, False, False, False, False]
+    """
+    size = len(value) if isinstance(value, (str, list, dict)) else value
+    held = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return type(value) in kinds and low <= size <= high and all(fits(one, *row) for row in inside for one in held)
+
+
+def wanted(kinds: tuple, low: float, high: float, *inside) -> str:
+    """The same in words.
+
+    >>> wanted((str, list), 1, 64, ((str,), 1, 9))
+    'str or list from 1 to 64, of str from 1 to 9'
+    """
+    types = " or ".join(kind.__name__ for kind in kinds)
+    return ", of ".join([f"{types} from {low} to {high}", *(wanted(*row) for row in inside)])
+
+
+class Reply(Request):
+    """A request, and what passes from the thread that decodes to the one that asked."""
+
+    said = "", 0, ""  # text, tokens, why it ended: one value, so that they belong together
+    sent = 0, 0  # characters and tokens of it that were sent
+
+    def choice(self, decode: Callable, chat: bool, body: dict) -> dict:
+        """What was not sent yet, in the API's form."""
+        text, count, done = self.said
+        (start, first), last = self.sent, count - (done == "end")
+        self.sent = len(text), count
+        ids, chances = self.output[first:last], self.logprobs[first:last]
+        out = dict(finish_reason={"": None, "length": "length"}.get(done, "stop"), token_ids=ids, logprobs=None)
+        if body.get("logprobs", False) is not False:
+            rows = []
+            for token, chance in zip(ids, chances):
+                data = decode([token])
+                rows.append(dict(token=data.decode("utf-8", "replace"), bytes=[*data], logprob=chance, top_logprobs=[]))
+            names = [row["token"] for row in rows]
+            out["logprobs"] = dict(tokens=names, token_logprobs=chances, content=rows)  # of texts, and of chats
+        if not chat:
+            return out | dict(text=text[start:])
+        role = {} if first else dict(role="assistant")
+        return out | {"delta" if body.get("stream") else "message": role | dict(content=text[start:])}
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Listens at o.host and o.port, and decodes; serve_forever() answers."""
+
+    request_queue_size = 128
+
+    def __init__(self, model: GPT, tokenizer: Tokenizer | None, o: "Options"):
+        self.o, self.name = o, Path(o.ckpt).resolve().parent.name
+        self.tokenizer = tokenizer or MUTE
+        self.engine = Engine(model, (), self.tokenizer.vocab_size)
+        self.key = os.environ.get("API_KEY", "")
+        self.silent = {}  # connections that have sent no request, the oldest first
+        self.statuses = collections.Counter()
+        self.lock, self.wake = threading.Lock(), threading.Event()
+        super().__init__((o.host, o.port), Handler)
+        threading.Thread(target=self.decode, daemon=True).start()
+
+    def decode(self):
+        """Step the engine while it has requests, for ever."""
+        while self.wake.wait():
+            self.wake.clear()  # before it looks: a request that comes later sets it again
+            try:
+                for reply, text in stream(self.engine, self.tokenizer):
+                    reply.said = reply.said[0] + text, len(reply.output), reply.done
+            except Exception as error:  # of any kind: what is going fails, what comes next does not
+                self.engine = Engine(self.engine.model, (), self.engine.vocab_size)
+                print(f"decoding failed: {error}", file=sys.stderr)
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """One request. With HTTP/1.0 the connection ends with the reply, and nothing that was not read stays in it."""
+
+    server_version, sys_version = "sample.py", ""
+    disable_nagle_algorithm = True
+    timeout = SILENCE
+    streaming = False  # whether events are being sent
+
+    def handle(self):
+        """Read a request, then do_GET. Silent clients in any number keep nobody out: the oldest makes room."""
+        silent = self.server.silent
+        silent[self.connection] = None
+        with contextlib.suppress(OSError):
+            while len(silent) > SILENT:
+                oldest = [*silent][0]
+                silent.pop(oldest, None)
+                oldest.shutdown(socket.SHUT_RDWR)  # its thread reads the end of the input
+        with contextlib.suppress(OSError):  # the client left, or is too slow
+            super().handle()
+        silent.pop(self.connection, None)
+
+    def do_GET(self):
+        """Answer, by either method, as the row of ROUTES says, or with an error."""
+        self.server.silent.pop(self.connection, None)
+        try:
+            self.check()
+            route = f"{self.command} {self.path.partition('?')[0]}"
+            insist(route in ROUTES, 404, f"there is no {route}, but {', '.join(ROUTES)}")
+            ROUTES[route](self)
+        except ValueError as error:
+            self.refuse(error)
+
+    do_POST = do_GET
+
+    def check(self):
+        """Is it meant for us? A page of anyone's can make a browser send requests here."""
+        host, key = self.headers.get("Host", ""), self.server.key
+        ours = re.fullmatch(OURS, host) or host.partition(":")[0] == self.server.o.host
+        insist(ours, 403, f"the Host is {host!r}: ask for localhost, for an address, or for --host")
+        origin = self.headers.get("Origin", f"http://{host}")
+        insist(origin.partition("://")[2] == host, 403, f"pages of {origin} may not ask here")
+        given = self.headers.get("Authorization", "").encode("latin-1")
+        known = not key or hmac.compare_digest(given, f"Bearer {key}".encode())
+        insist(known or not self.path.startswith("/v1/"), 401, "a key is needed: Authorization: Bearer KEY")
+
+    def reply(self, content: object, kind: str = "application/json", status: int = 200):
+        """Send a text as it is, and anything else as JSON; of events, which are to follow, this is the head."""
+        data = (content if isinstance(content, str) else json.dumps(content)).encode()
+        with self.server.lock:
+            self.server.statuses[status] += 1
+        self.send_response(status)
+        headers = {"Content-Type": kind, "X-Content-Type-Options": "nosniff"}
+        headers |= {"Content-Length": len(data)} if data else {"Cache-Control": "no-store"}
+        headers |= {"Retry-After": 1} if status == 429 else {}
+        for header in headers.items():
+            self.send_header(*header)
+        self.end_headers()
+        self.wfile.write(data)
+
+    def refuse(self, error: ValueError):
+        """Send an error in OpenAI's form."""
+        status, message, more = error.args if isinstance(error, Refusal) else (400, str(error).lstrip("-"), {})
+        kind = "invalid_request_error" if status < 429 else "server_error"
+        content = dict(error=dict(message=message, type=kind, param=None, code=None) | more)
+        self.event(content) if self.streaming else self.reply(content, status=status)
+
+    def send_error(self, code, message=None, explain=None):
+        """What the base class finds: a request that is no HTTP"""
+        self.refuse(Refusal(code, message or self.responses[code][0], {}))
+
+    def log_message(self, *words):
+        """Nothing is logged; see /metrics."""
+
+    def event(self, content: dict):
+        self.wfile.write(b"data: %s\n\n" % json.dumps(content).encode())
+
+    def models(self):
+        self.reply(dict(object="list", data=[dict(id=self.server.name, object="model", created=0, owned_by="")]))
+
+    def metrics(self):
+        """Counts and seconds since the start, for Prometheus."""
+        engine = self.server.engine
+        values = dict(active=len(engine.active), waiting=len(engine.waiting))
+        values |= {f'replies_total{{status="{status}"}}': n for status, n in [*self.server.statuses.items()]}
+        for phase, (tokens, seconds) in engine.spent.items():
+            values |= {f"{phase}_tokens_total": tokens, f"{phase}_seconds_total": seconds}
+        self.reply("".join(f"sample_{name} {value}\n" for name, value in values.items()), "text/plain; version=0.0.4")
+
+    def parameters(self) -> dict:
+        """What a request says; null is as nothing."""
+        insist(self.headers.get_content_type() == "application/json", 415, "Content-Type must be application/json")
+        size = self.headers.get("Content-Length", "")
+        insist(size.isdecimal(), 411, "Content-Length is missing")
+        data = self.rfile.read(min(int(size), 16 * BODY))  # much, too: most clients read no reply before they sent all
+        insist(len(data) <= BODY, 413, f"a request may have {BODY} bytes")
+        try:
+            body = json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise Refusal(400, f"the request is no JSON: {error}", {}) from error
+        insist(isinstance(body, dict), 400, "the request is no JSON object")
+        body = {name: value for name, value in body.items() if value is not None}
+        bounds = {name: row for names, row in PARAMETERS.items() for name in names.split()}
+        for name, value in body.items():
+            insist(name in bounds, 400, f"there is no parameter {name[:99]}, but {', '.join(bounds)}", param=name[:99])
+            insist(fits(value, *bounds[name]), 400, f"{name} must be {wanted(*bounds[name])}", param=name)
+        return body
+
+    def prompts(self, body: dict, chat: bool) -> list[list[int]]:
+        """The prompts of a request as token ids."""
+        server, name = self.server, "messages" if chat else "prompt"
+        insist(name in body, 400, f"{name} is missing", param=name)
+        given = body[name]
+        given = [given] if chat or isinstance(given, str) or type(given[0]) is int else given
+        insist(len(given) * body.get("n", 1) <= QUEUE, 400, f"at most {QUEUE} texts can be asked for", param=name)
+        silent = server.tokenizer is MUTE and (chat or any(isinstance(one, str) for one in given))
+        insist(not silent, 400, "the checkpoint has no tokenizer: a prompt is token ids, and there are no messages")
+        with server.lock:  # the tokenizer's cache is not for several threads
+            if chat:
+                given = [render(given[0], server.o.template, server.tokenizer, reply=True)[0]]
+            ids = [server.tokenizer.encode(one) if isinstance(one, str) else one for one in given]
+        good = fits(ids, (list,), 1, BODY, ((list,), 0, BODY, ((int,), 0, BODY)))
+        insist(good, 400, "prompt must be a text, token ids, or a list of such", param=name)
+        return ids
+
+    def replies(self, body: dict, chat: bool) -> list[Reply]:
+        """The requests to the engine; what is left open is as the options of the command line say."""
+        o, engine = self.server.o, self.server.engine
+        prompts = self.prompts(body, chat)
+        longest = max(map(len, prompts))
+        insist(longest <= engine.block, 400, f"the prompt has {longest} tokens, the model takes {engine.block}",
+               code="context_length_exceeded")
+        sampling = Sampling(**{name: body.get(name, getattr(o, name)) for name in vars(Sampling())})
+        length = body.get("max_completion_tokens", body.get("max_tokens", o.max_new_tokens))
+        stops = body.get("stop", stop_strings(o.stop))
+        stops = [stops] if isinstance(stops, str) else stops
+        bias = body.get("logit_bias", {})
+        known = all(token.isdecimal() and int(token) < engine.vocab_size for token in bias)
+        insist(known, 400, f"logit_bias takes tokens from 0 to {engine.vocab_size - 1}", param="logit_bias")
+        bias = {int(token): extra for token, extra in bias.items()}
+        end = self.server.tokenizer.special_tokens.get(TEMPLATES[o.template][2] if chat else END, -1)
+        seed = body.get("seed", random.getrandbits(32))
+        return [Reply(ids, length, sampling, f"{seed} {number}", end, TextStream(stops), bias)
+                for ids in prompts for number in range(body.get("n", 1))]
+
+    def complete(self, chat: bool = False):
+        """Reply with texts, whole or as events. However it ends, its requests leave the engine."""
+        server, body, until = self.server, self.parameters(), time.monotonic() + PATIENCE
+        replies, streaming = self.replies(body, chat), body.get("stream", False)
+        kind = "chat.completion" + ".chunk" * streaming if chat else "text_completion"
+        head = dict(id=f"cmpl-{random.getrandbits(64):x}", object=kind, created=int(time.time()), model=server.name)
+        try:
+            with server.lock:
+                engine, going = server.engine, len(server.engine.active) + len(server.engine.waiting)
+                insist(going + len(replies) <= QUEUE, 429, f"{going} texts are in the making, try again later")
+                for reply in replies:
+                    engine.submit(reply)
+            server.wake.set()
+            if streaming:
+                self.reply("", "text/event-stream")
+                self.streaming = True
+            done, decode = False, server.tokenizer.decode_bytes
+            while not done:
+                time.sleep(PAUSE)
+                insist(engine is server.engine, 500, "decoding failed: see what the server printed")
+                insist(time.monotonic() < until, 503, f"this takes more than {PATIENCE} s")
+                readable, _, _ = select.select([self.connection], [], [], 0)
+                if readable and not self.connection.recv(1, socket.MSG_PEEK):
+                    raise ConnectionAbortedError("the client left")
+                done = all(reply.said[2] for reply in replies)
+                ready = [reply for reply in replies if (done or streaming) and reply.said[1] > reply.sent[1]]
+                choices = [dict(index=replies.index(reply)) | reply.choice(decode, chat, body) for reply in ready]
+                if streaming and choices:
+                    self.event(head | dict(choices=choices))
+        finally:
+            for reply in replies:
+                reply.done = reply.done or "cancel"
+        asked = sum(len(reply.prompt) for reply in replies[::body.get("n", 1)])
+        said = sum(len(reply.output) for reply in replies)
+        usage = dict(prompt_tokens=asked, completion_tokens=said, total_tokens=asked + said)
+        if not streaming:
+            return self.reply(head | dict(choices=choices, usage=usage))
+        if body.get("stream_options", {}).get("include_usage"):
+            self.event(head | dict(choices=[], usage=usage))
+        self.wfile.write(b"data: [DONE]\n\n")
+
+
+ROUTES = {
+    "GET /": lambda handler: handler.reply(PAGE, "text/html; charset=utf-8"),
+    "GET /health": lambda handler: handler.reply(dict(status="ok")),
+    "GET /metrics": Handler.metrics,
+    "GET /v1/models": Handler.models,
+    "POST /v1/completions": Handler.complete,
+    "POST /v1/chat/completions": lambda handler: handler.complete(chat=True),
+}
+PAGE = r"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>sample.py</title>
+<meta http-equiv="Content-Security-Policy" content="default-src 'unsafe-inline'; connect-src 'self'">
+<style>
+:root { color-scheme: light dark; --soft: color-mix(in srgb, CanvasText 9%, Canvas) }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 46rem; height: 100dvh; margin: auto }
+body, header, form { display: flex; flex-wrap: wrap; gap: .5rem 1rem } body { flex-flow: column }
+header, form { padding: .7rem; align-items: center } #state { width: 100%; opacity: .7 }
+main { flex: 1; overflow-y: auto; padding: 0 .7rem } article span:hover { background: var(--soft) }
+article { white-space: pre-wrap; overflow-wrap: anywhere; margin: .6rem 0; padding: .5rem .8rem; border-radius: .8rem }
+.user { background: var(--soft); margin-left: 15% } .error { border: 1px solid #d33 } #length, #heat { width: 5rem }
+button, select, input, textarea { font: inherit; padding: .2rem .6rem; border-radius: .5rem } textarea { flex: 1 }
+</style>
+<header><select id="mode" aria-label="mode"><option value="chat">chat<option value="text">continue a text</select>
+<label>temperature <input id="heat" type="range" max="2" step=".05" value=".8"> <output id="shown">0.8</output></label>
+<label>tokens <input id="length" type="number" min="1" value="256"></label><button id="fresh">New chat</button></header>
+<main id="log" aria-live="polite"></main>
+<form id="form"><textarea id="text" rows="3" placeholder="Enter sends, Shift+Enter begins a line" autofocus></textarea>
+<button id="send">Send</button><small id="state">&nbsp;</small></form>
+<script>
+const at = id => document.getElementById(id), log = at("log")
+let messages = [], running = null, key = ""
+function add(to, kind, className, textContent, title = "") {
+  const low = log.scrollHeight - log.scrollTop - log.clientHeight < 50
+  to.append(Object.assign(document.createElement(kind), {className, textContent, title}))
+  if (low) log.scrollTop = log.scrollHeight
+  return to.lastChild
+}
+async function* ask(path, body, signal) {
+  const headers = {"Content-Type": "application/json", Authorization: "Bearer " + key}
+  const response = await fetch(path, {method: "POST", headers, signal, body: JSON.stringify(body)})
+  if (!response.ok) {
+    const {error} = await response.json()
+    if (error.code == "context_length_exceeded" && body.messages?.length > 2) body.messages.splice(0, 2)
+    else if (response.status != 401 || !(key = prompt("API key"))) throw error
+    return yield* ask(path, body, signal)
+  }
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader()
+  for (let part, rest = ""; !(part = await reader.read()).done;) {
+    const lines = (rest + part.value).split("\n")
+    rest = lines.pop()
+    yield* lines.filter(line => line.startsWith("data: {")).map(line => JSON.parse(line.slice(6)))
+  }
+}
+async function answer(text, chat) {
+  const mine = messages, begun = Date.now()
+  if (chat) add(log, "article", "user", text), mine.push({role: "user", content: text})
+  const article = add(log, "article", "assistant", chat ? "" : text), what = chat ? {messages: mine} : {prompt: text}
+  const body = {...what, stream: true, logprobs: true, temperature: +at("heat").value, max_tokens: +at("length").value}
+  let said = "", count = 0
+  try {
+    for await (const event of ask(chat ? "/v1/chat/completions" : "/v1/completions", body, running.signal)) {
+      if (event.error) throw event.error
+      const {delta, text, logprobs} = event.choices[0], rows = logprobs.content, piece = chat ? delta.content : text
+      const chances = rows.map(row => `${JSON.stringify(row.token)} ${(100 * Math.exp(row.logprob)).toFixed(1)}%`)
+      add(article, "span", "", piece, chances.join("\n"))
+      said += piece
+      count += rows.length
+      at("state").textContent = `${count} tokens, ${(1000 * count / (Date.now() - begun)).toFixed(0)} a second`
+    }
+  } catch (error) {
+    if (error.name != "AbortError") add(log, "article", "error", error.message)
+  }
+  if (chat) mine.push({role: "assistant", content: said})
+}
+at("form").onsubmit = async event => {
+  event.preventDefault()
+  const text = at("text").value
+  if (running || !text.trim()) return running?.abort()
+  running = new AbortController()
+  at("send").textContent = "Stop"
+  at("text").value = ""
+  await answer(text, at("mode").value == "chat")
+  at("send").textContent = "Send"
+  running = null
+}
+at("text").onkeydown = event => {
+  if (event.key != "Enter" || event.shiftKey || event.isComposing) return
+  event.preventDefault()
+  if (!running) at("form").requestSubmit()
+}
+at("heat").oninput = () => at("shown").value = at("heat").value
+at("fresh").onclick = () => [running?.abort(), messages = [], log.replaceChildren()]
+</script>
+"""
+
+
+def serve(model: GPT, tokenizer: Tokenizer | None, o: "Options") -> None:
+    """Answer over HTTP until Ctrl-C or SIGTERM, which end the process in one line."""
+    require(0 <= o.port < 1 << 16, f"--port={o.port} must be from 0 to {(1 << 16) - 1}")
+    if tokenizer:
+        render([], o.template, tokenizer)  # what it refuses is refused now
+    server = Server(model, tokenizer, o)
+    print(f"http://{o.host}:{server.server_port}/ has a page; below /v1 is OpenAI's API; Ctrl-C ends", flush=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with contextlib.suppress(KeyboardInterrupt):
+        server.serve_forever()
+    print(f"ended: {server.engine.report()}", file=sys.stderr, flush=True)
+    os._exit(0)  # at once, while a thread is decoding, too
+
+
 # ---- loading, the command line
 
 def load(path: str = "out/ckpt.pt", device: str = "") -> tuple[GPT, Tokenizer | None]:
@@ -732,6 +1149,8 @@ def main() -> None:
     model, tokenizer = load(o.ckpt, o.device)
     if o.bench:
         return print(*bench(model), sep="\n")
+    if o.serve:
+        return serve(model, tokenizer, o)
     prompt = o.prompt or "\n"
     requests = ask(tokenizer, prompt, **wishes(o))
     engine = Engine(model, (), tokenizer.vocab_size)
