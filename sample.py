@@ -17,6 +17,7 @@ import copy
 import csv
 import dataclasses
 import difflib
+import functools
 import inspect
 import json
 import math
@@ -26,17 +27,21 @@ import re
 import sys
 import textwrap
 import time
+import weakref
 from pathlib import Path
 from typing import Callable, Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from bpe import Tokenizer, from_dict
-from model import GPT, State, from_checkpoint, load_checkpoint, replacing, require
+from model import GPT, Embedding, Linear, State, from_checkpoint, load_checkpoint, replacing, require
 
 END = "<|endoftext|>"
 Seen = Sequence[list[int]]  # the tokens of each row so far
+CHUNK = 512  # tokens of a prompt that are computed together
+GUESSES = 4  # tokens that a draft may guess ahead
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +70,8 @@ class Options(Sampling):
     stop: str = ""  # comma list of texts that end a sample; \n, \t, \, and \\ stand for such characters
     seed: int = 0  # of the random numbers; each sample has its own sequence of them
     device: str = ""  # cpu, cuda, mps (empty: the fastest that is there)
+    quantize: str = ""  # whole numbers as weights: int8, int4 (empty: as they are)
+    draft: str = ""  # guess tokens ahead, the text stays the same: lookup (in the text so far), or a smaller checkpoint
     chat: bool = False  # a conversation: lines of stdin are answered
     system: str = ""  # chat: what the model is told first
     template: str = "plain"  # of conversations: plain, bare, chatml, llama3
@@ -96,6 +103,8 @@ def shape(logits: Tensor, s: Sampling, seen: Seen) -> Tensor:
     for row, ids in zip(logits, seen) if s.repetition_penalty != 1 or s.presence_penalty else ():
         factor = torch.where(row[ids] > 0, 1 / s.repetition_penalty, s.repetition_penalty)
         row[ids] = row[ids] * factor - s.presence_penalty
+    if not s.temperature:
+        return logits  # no cut moves the most probable token
     # the maximum, which no probability depends on, keeps quotients finite
     logits = (logits - logits.amax(-1, keepdim=True)) / max(s.temperature, 1e-30)
     if not s.top_k and s.top_p == 1 and not s.min_p:
@@ -179,6 +188,7 @@ class Request:
         self.logprobs = []  # theirs, in the model's own distribution
         self.context = []  # the tokens that the model sees; the engine sets them
         self.held = 0  # so many of them are in the engine's state
+        self.fed = 0  # so many tokens of the output are in the text
         self.random = random.Random(str(self.seed))
         self.done = "" if self.max_new_tokens else "length"  # why it ended: end, stop, length, or what a caller writes
 
@@ -200,7 +210,7 @@ def pick(logits: Tensor, requests: Sequence[Request]) -> list[tuple[int, float]]
     """Choose from logits (B, V), each row as its request says: tokens, and their log-probabilities in the logits."""
     total = logits.logsumexp(-1)
     require(total.isfinite().all(), "the model's output is not finite (NaN or infinite): its training diverged")
-    shaped = logits.clone()
+    shaped = logits.clone() if any(request.bias for request in requests) else logits
     for row, request in zip(shaped, requests):
         for token, extra in request.bias.items():
             row[token] += extra
@@ -236,7 +246,9 @@ class Past:
             known, self.state = 0, self.model.new_state(1, self.capacity)
         self.computed += len(tokens) - known
         self.tokens = tokens[:]
-        return run_on(self.model, [tokens[known:]], self.state)[:, -1:]
+        for start in range(known, len(tokens), CHUNK):  # of a long prompt not all is in the works at once
+            hidden = run_on(self.model, [tokens[start:min(start + CHUNK, len(tokens))]], self.state)
+        return hidden[:, -1:]
 
 
 def run_on(model: GPT, rows: list, state: State) -> Tensor:
@@ -269,12 +281,18 @@ class Engine:
 
     Requests join and leave between steps: those beyond `slots` wait. With requests given, the state has room for the
     longest of them, else for block_size tokens. The model needs config.block_size, config.vocab_size, parameters,
-    hidden, head and new_state. `vocab_size`: only the first so many tokens are produced (0: all).
+    hidden, head and new_state. `vocab_size`: only the first so many tokens are produced (0: all). `draft`: a function
+    (request, count) -> up to so many tokens that may come next. The tokens of a request do not depend on it: each is
+    chosen from the model's own logits with the request's own random number, and a guess saves a step where it is that
+    very token (Leviathan et al. 2023 accept more of a sampled text, but not the same text).
     """
 
-    def __init__(self, model: GPT, requests: Sequence[Request] = (), vocab_size: int = 0, slots: int = 256):
+    def __init__(self, model: GPT, requests: Sequence[Request] = (), vocab_size: int = 0, slots: int = 256,
+                 draft: Callable = lambda request, count: []):
         self.model = model
         self.slots = slots
+        self.draft = draft
+        self.guessed = [0, 0]  # tokens that the draft has guessed; those that were right
         self.vocab_size = vocab_size or model.config.vocab_size
         self.block = model.config.block_size
         needed = [len(request.prompt) + request.max_new_tokens for request in requests]
@@ -310,15 +328,15 @@ class Engine:
         if len(rows) < len(self.active):
             self.active = [self.active[row] for row in rows]
             self.state = self.state.fork(rows) if rows else None
-        self.timed("decode", self.active)
+        self.timed("decode", self.active, 0 if joining else GUESSES)  # join() wants calls of one length behind it
         self.timed("prefill", joining)
         return self.active
 
-    def timed(self, phase: str, group: list):
+    def timed(self, phase: str, group: list, *how):
         """Call a method of this name, and count what it says to have done, and its seconds."""
         started = time.perf_counter()
         if group:
-            self.spent[phase][0] += getattr(self, phase)(group)
+            self.spent[phase][0] += getattr(self, phase)(group, *how)
             self.spent[phase][1] += time.perf_counter() - started
 
     def prefill(self, group: list[Request]) -> int:
@@ -330,28 +348,178 @@ class Engine:
             self.past.take_in(ids[:-1] or ids)
             hidden = self.past.take_in(ids)  # a call of one token, as those of decoding: recurrences keep the last call
             states.append(self.past.state.fork([0] * len(same)))
-            self.extend(same, hidden.expand(len(same), -1, -1))
+            self.extend(same, self.logits(hidden.expand(len(same), -1, -1))[:, 0])
             self.active = self.active + same
         self.state = join(states)
         return self.past.computed - before
 
-    def decode(self, group: list[Request]) -> int:
-        """Take in the last token of each context and add another; returns how many these are."""
-        last = [request.context[-1:] for request in group]
-        self.extend(group, run_on(self.model, last, self.state))
-        return len(group)
+    def decode(self, group: list[Request], ahead: int) -> int:
+        """Take in the last token of each context and up to `ahead` guesses; returns how many tokens that gave."""
+        before = self.state.lengths
+        ahead = min(ahead, self.capacity - 1 - max(before))
+        left = [request.max_new_tokens - len(request.output) - 1 for request in group]
+        guesses = [self.draft(request, min(ahead, n)) if min(ahead, n) else [] for request, n in zip(group, left)]
+        rows = [request.context[-1:] + guess for request, guess in zip(group, guesses)]
+        logits = self.logits(run_on(self.model, rows, self.state))  # (B, T, V)
+        right, going = [0] * len(group), [*range(len(group))]
+        for t in range(logits.shape[1]):
+            self.extend([group[row] for row in going], logits[going, t])
+            going = [row for row in going if guesses[row][t:t + 1] == group[row].output[-1:]
+                     and group[row].held and not group[row].done]
+            for row in going:
+                right[row] += 1
+            if not going:
+                break
+        if any(guesses):
+            self.guessed = [self.guessed[0] + sum(map(len, guesses)), self.guessed[1] + sum(right)]
+            self.state.truncate([length + 1 + n for length, n in zip(before, right)])
+        return len(group) + sum(right)
 
-    def extend(self, group: list[Request], hidden: Tensor):
-        """Add a token to each request from hidden (B, 1, C), the output at its last one."""
-        logits = self.model.head(hidden)[:, 0, :self.vocab_size].float()  # (B, V)
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden (B, T, C) -> (B, T, V)"""
+        return self.model.head(hidden)[..., :self.vocab_size].float()
+
+    def extend(self, group: list[Request], logits: Tensor):
+        """Add a token to each request from logits (B, V), those behind its last one."""
         for request, (token, logprob) in zip(group, pick(logits, group)):
             request.held = len(request.context)
             request.take(token, logprob, self.block)
 
     def report(self) -> str:
         """Tokens and tokens per second so far: of the prompts, with the first new tokens, and of decoding after it."""
-        return ", ".join(f"{name} {tokens:,} tokens in {seconds:.2f} s ({tokens / max(seconds, 1e-9):,.0f} tokens/s)"
-                         for name, (tokens, seconds) in self.spent.items())
+        parts = [f"{name} {tokens:,} tokens in {seconds:.2f} s ({tokens / max(seconds, 1e-9):,.0f} tokens/s)"
+                 for name, (tokens, seconds) in self.spent.items()]
+        made, right = self.guessed
+        return ", ".join(parts + [f"{right / max(made, 1):.0%} of {made:,} guesses right"] * (made > 0))
+
+
+# ---- faster decoding: guesses that cost less than a step, weights that take fewer bytes
+
+def look_up(request: Request, count: int) -> list[int]:
+    """What followed the last tokens where they stood before (Saxena 2023, prompt lookup).
+
+    >>> look_up(Request([1, 2, 3, 4, 5, 9, 2, 3]), 2)
+    [4, 5]
+    """
+    text = request.prompt + request.output
+    for n in (3, 2):
+        tail = text[-n:]
+        for at in range(len(text) - n - 1, -1, -1):
+            if text[at:at + n] == tail:
+                return text[at + n:at + n + count]
+    return []
+
+
+class Draft:
+    """The guesses of a smaller model: what it would say, with the random numbers that the request will use next."""
+
+    def __init__(self, model: GPT, vocab_size: int):
+        self.model = model
+        self.vocab_size = vocab_size
+        self.pasts = weakref.WeakKeyDictionary()  # of each request that is there
+
+    def __call__(self, request: Request, count: int) -> list[int]:
+        past = self.pasts.setdefault(request, Past(self.model, self.model.config.block_size))
+        twin = copy.copy(request)
+        twin.random, twin.output, guesses = copy.deepcopy(request.random), request.output[:], []
+        for _ in range(count):
+            hidden = past.take_in(request.context + guesses)
+            [(token, _)] = pick(self.model.head(hidden)[:, 0, :self.vocab_size].float(), [twin])
+            guesses.append(token)
+            twin.output.append(token)
+        return guesses
+
+
+def load_draft(name: str, engine: Engine) -> Callable:
+    """The draft of this name for an engine: `lookup`, or a checkpoint. Raises OSError or ValueError."""
+    if name == "lookup":
+        return look_up
+    own = engine.model.config
+    draft, tokenizer = load(name, next(engine.model.parameters()).device)
+    theirs = draft.config
+    fits = tokenizer and tokenizer.vocab_size == engine.vocab_size and theirs.block_size >= own.block_size
+    require(fits, f"--draft={name} needs the tokenizer of --ckpt, and a block_size of {own.block_size} or more")
+    return Draft(draft, engine.vocab_size)
+
+
+class Quantised(nn.Module):
+    """A linear layer with weights of few bits: code * scale, one scale for each group of a row, rounded to nearest.
+
+    The entry that is farthest from 0 in its group gets the lowest code, -128 or -8 (as in llama.cpp's Q4_0). int8 has a
+    group a row, int4 groups of 32. Torch's packed products on CPUs take activations in bfloat16; where they are
+    missing, and for many rows, the weight is restored a block at a time.
+    """
+
+    block = 4096  # rows of the weight
+
+    def __init__(self, layer: Linear, bits: int):
+        super().__init__()
+        n_out, n_in = layer.weight.shape
+        size = 32 if bits == 4 else n_in
+        groups = layer.weight.detach().float().view(n_out, -1, size)
+        extreme = groups.gather(2, groups.abs().argmax(2, keepdim=True))
+        scale = (extreme / -2 ** (bits - 1)).bfloat16().float()
+        codes = (groups / scale).nan_to_num(0, 0, 0).round().clamp(-2 ** (bits - 1), 2 ** (bits - 1) - 1)  # 0 / 0: 0
+        codes, scale = codes.view(n_out, n_in), scale[:, :, 0]
+        few, self.size = 64, size
+        if layer.weight.device.type != "cpu" or f"int{bits}" not in packed_products():
+            few = 0
+        elif bits == 4:
+            few = sys.maxsize
+            codes = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int() + 8, 1)
+            scale = torch.stack((scale.T, torch.zeros_like(scale.T)), 2)  # (groups, n_out, 2): w = (code - 8) scale + 0
+        self.few = few  # so many rows of x at most take the packed product
+        self.codes = nn.Parameter(codes if codes.dtype == torch.uint8 else codes.to(torch.int8), requires_grad=False)
+        self.scale = nn.Parameter(scale.bfloat16().contiguous(), requires_grad=False)
+        self.bias = layer.bias
+        self._forward_hooks = layer._forward_hooks  # a limit of the logits
+
+    def restored(self, rows: slice | Tensor) -> Tensor:
+        """These rows of the weight, (..., n_in); not of packed int4."""
+        codes = self.codes[rows].float().unflatten(-1, (-1, self.size))
+        return (codes * self.scale[rows].float()[..., None]).flatten(-2)
+
+    def forward(self, x):
+        rows = x.flatten(0, -2).bfloat16()  # (N, n_in)
+        if len(rows) > self.few:
+            starts = range(0, len(self.codes), self.block)
+            parts = [F.linear(rows.type_as(x), self.restored(slice(i, i + self.block)).type_as(x)) for i in starts]
+            y = torch.cat(parts, 1)
+        elif self.codes.dtype == torch.int8:
+            y = torch._weight_int8pack_mm(rows, self.codes, self.scale[:, 0])
+        else:
+            y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.codes, self.size, self.scale)
+        y = y.type_as(x).unflatten(0, x.shape[:-1])
+        return y if self.bias is None else y + self.bias
+
+
+@functools.cache
+def packed_products() -> list[str]:
+    """Those of torch's products with few bits that this version has; it is said once where one is missing."""
+    ops = {"int8": "_weight_int8pack_mm", "int4": "_weight_int4pack_mm_for_cpu"}
+    there = [kind for kind, op in ops.items() if hasattr(torch.ops.aten, op)]
+    if len(there) < len(ops):
+        print("this torch lacks a packed product for --quantize: weights are restored at each step", file=sys.stderr)
+    return there
+
+
+def quantise(model: GPT, kind: str) -> str:
+    """Replace the matrices of the layers by whole numbers (the head by int8 in any case); tells what that saves.
+
+    Matrices of experts, embeddings that are not the head, and n-gram tables keep their type.
+    """
+    require(kind in ("int8", "int4"), f"--quantize={kind}: choose from int8, int4")
+    before = sum(weight.nbytes for weight in model.parameters())
+    for name, layer in [*model.named_modules()]:
+        if type(layer) is Linear and not name.endswith("router"):
+            fits = kind == "int4" and name != "head" and not layer.weight.shape[1] % 32 and not len(layer.weight) % 16
+            parent, _, own = name.rpartition(".")
+            setattr(model.get_submodule(parent), own, Quantised(layer, 4 if fits else 8))
+    if model.config.tie_embeddings:
+        del model.embedding.weight
+        model.embedding.forward = model.head.restored
+    after = sum(weight.nbytes for weight in model.parameters())
+    return f"{kind}: {before / 1e6:,.1f} MB of weights now take {after / 1e6:,.1f} MB"
 
 
 # ---- from text to text
@@ -379,10 +547,15 @@ def stream(engine: Engine, tokenizer: Tokenizer) -> Iterator[tuple[Request, str]
     """
     for requests in iter(engine.step, []):
         for request in requests:
-            data = tokenizer.decode_bytes(request.output[-1:] if request.done != "end" else [])
-            piece = request.text.feed(data, final=bool(request.done))
-            if request.text.stopped:
-                request.done = "stop"
+            piece = ""
+            while request.fed < len(request.output):  # more than one where a draft was right
+                token = request.output[request.fed]
+                request.fed += 1
+                final = bool(request.done) and request.fed == len(request.output)
+                piece += request.text.feed(tokenizer.decode_bytes([token] if token != request.end else []), final)
+                if request.text.stopped:
+                    request.done = "stop"
+                    del request.output[request.fed:], request.logprobs[request.fed:]
             if piece or request.done:
                 yield request, piece
 
@@ -730,11 +903,15 @@ def run(main: Callable[[], None]) -> None:
 def main() -> None:
     o = options(Options, sys.argv[1:])
     model, tokenizer = load(o.ckpt, o.device)
+    if o.quantize:
+        print(quantise(model, o.quantize), file=sys.stderr)
     if o.bench:
         return print(*bench(model), sep="\n")
     prompt = o.prompt or "\n"
     requests = ask(tokenizer, prompt, **wishes(o))
     engine = Engine(model, (), tokenizer.vocab_size)
+    if o.draft:
+        engine.draft = load_draft(o.draft, engine)
     if o.eval:
         return print(*Exam(engine, tokenizer, o).run(), sep="\n")
     sys.stdout.reconfigure(errors="replace")  # for a terminal that is not UTF-8
