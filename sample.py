@@ -75,11 +75,14 @@ class Options(Sampling):
     chat: bool = False  # a conversation: lines of stdin are answered
     system: str = ""  # chat: what the model is told first
     template: str = "plain"  # of conversations: plain, bare, chatml, llama3
-    eval: str = ""  # grade the model: comma list of ppl, hellaswag, mmlu, gsm8k
+    eval: str = ""  # grade the model: comma list of ppl, hellaswag, mmlu, gsm8k, passkey
     eval_data: str = ""  # folder with the files of these tasks
     shots: int = 5  # solved examples before each question, where there is a file of them
     output: str = "eval.json"  # every question, answer and score of --eval; what it holds already is not done again
+    swap: bool = False  # eval: the control, each question stands before the answers of another one
+    compare: str = ""  # eval: another --output; prints how far this model is above that one, item by item
     bench: bool = False  # print the speed of decoding by the number of samples, then stop
+    profile: bool = False  # print where the time of a step of decoding goes, then stop
 
 
 # ---- sampling
@@ -462,8 +465,8 @@ class Quantised(nn.Module):
         codes = (groups / scale).nan_to_num(0, 0, 0).round().clamp(-2 ** (bits - 1), 2 ** (bits - 1) - 1)  # 0 / 0: 0
         codes, scale = codes.view(n_out, n_in), scale[:, :, 0]
         few, self.size = 64, size
-        if layer.weight.device.type != "cpu" or f"int{bits}" not in packed_products():
-            few = 0
+        if layer.weight.device.type != "cpu" or f"int{bits}" not in packed_products() or n_in % 32:
+            few = 0  # the packed products read 32 entries at a time
         elif bits == 4:
             few = sys.maxsize
             codes = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int() + 8, 1)
@@ -683,14 +686,40 @@ def pass_at(k: int, right: int, n: int) -> float:
     return 1 - math.comb(n - right, k) / math.comb(n, k)
 
 
-def summary(pairs: list) -> list[float]:
-    """Sum of the numerators over sum of the denominators, and where 95% of it lie when the items are drawn anew."""
-    generator = torch.Generator().manual_seed(0)
+def drawn(pairs: list) -> Tensor:
+    """Sum of the numerators over sum of the denominators, (1000,), of as many items drawn anew 1,000 times."""
+    generator = torch.Generator().manual_seed(0)  # the same draws for two lists of one length: a paired comparison
     rows = torch.randint(len(pairs), (1000, len(pairs)), generator=generator)
-    drawn = torch.tensor(pairs, dtype=torch.float64)[rows].sum(1)  # (1000, 2)
-    ratios = sorted((drawn[:, 0] / drawn[:, 1]).tolist())
-    top, bottom = map(sum, zip(*pairs))
-    return [top / bottom, ratios[25], ratios[974]]
+    sums = torch.tensor(pairs, dtype=torch.float64)[rows].sum(1)  # (1000, 2)
+    return sums[:, 0] / sums[:, 1]
+
+
+def summary(pairs: list, others: list = ()) -> list[float]:
+    """Sum of the numerators over sum of the denominators, and where 95% of it lie when the items are drawn anew.
+
+    `others`: another list of the same items, whose ratio is taken off, draw by draw (a paired bootstrap, Koehn 2004).
+    """
+    ratios = sorted((drawn(pairs) - (drawn(others) if others else 0)).tolist())
+    whole = [top / bottom for top, bottom in (map(sum, zip(*of)) for of in (pairs, others) if of)]
+    return [whole[0] - sum(whole[1:]), ratios[25], ratios[974]]
+
+
+def columns(records: dict) -> dict[str, dict]:
+    """The pairs of each metric, by item: {metric: {name: [numerator, denominator]}}."""
+    found = {}
+    for name, record in records.items():
+        for metric, pair in record.items():
+            if metric not in ("item", "answer"):
+                found.setdefault(metric, {})[name] = pair
+    return found
+
+
+def read_results(path: str) -> dict:
+    """A file that --eval wrote. Raises OSError or ValueError."""
+    try:
+        return json.loads(Path(path).read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is no file of results: {error}") from error
 
 
 @dataclasses.dataclass
@@ -755,7 +784,36 @@ class Exam:
         n = len(answers)
         for k in {1, n}:
             scores[f"pass@{k}"] = [pass_at(k, answers.count(gold), n), 1]
+        if n > 1:  # one answer of n: the most frequent (Wang et al. 2022), the one of the most probable text
+            vote = collections.Counter(filter(None, answers)).most_common(1)
+            best = max(range(n), key=lambda i: sum(requests[i].logprobs) / max(1, len(requests[i].logprobs)))
+            scores[f"maj@{n}"] = [int(bool(vote) and vote[0][0] == gold), 1]
+            scores[f"best@{n}"] = [int(answers[best] == gold), 1]
         return scores
+
+    def found(self, item: tuple) -> dict:
+        """Is the key what the model says next, greedily? One metric for each length."""
+        context, key, length = item
+        ids = self.tokenizer.encode(context)
+        request = Request(ids, len(self.tokenizer.encode(context + key)) - len(ids), Sampling(0))
+        self.engine.submit(request)
+        [text] = complete(self.engine, self.tokenizer, [request])
+        return {"answer": text, f"found_in_{length}": [int(text == key), 1]}
+
+    def passkeys(self) -> Iterator[tuple]:
+        """A key somewhere in much that is idle, by length in tokens up to the block (Mohtashami and Jaggi 2023)."""
+        idle = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
+        begin, ask = "There is a pass key hidden in this text. ", "What is the pass key? The pass key is"
+        size = len(self.tokenizer.encode(idle))
+        for length in (self.engine.block // part for part in (8, 4, 2, 1)):
+            for number in range(20):
+                key = f" {random.Random(number).randrange(10000, 100000)}"
+                told = f"The pass key is{key}. Remember it. "
+                room = length - len(self.tokenizer.encode(begin + told + ask + key)) - 1
+                before = room // size * number // 19
+                if room >= 0:
+                    context = begin + idle * before + told + idle * (room // size - before) + ask
+                    yield f"{length} {number}", (context, key, length)
 
     def windows(self) -> Iterator[tuple]:
         """Items of half a block behind half a block, of each *.txt, with their names."""
@@ -776,7 +834,10 @@ class Exam:
             for other in folder.rglob(solved.format(subject)):
                 for context, choices, gold in read_rows(read, other)[:self.o.shots]:
                     begin += f"{context}{choices[gold]}\n\n"
-            for number, (context, *rest) in enumerate(read_rows(read, path)):
+            rows = read_rows(read, path)
+            for number, (context, *rest) in enumerate(rows):
+                if self.o.swap:
+                    context = rows[number - 1][0]
                 twin = f"{context}{rest}"
                 if twin not in seen:
                     yield f"{path.name} {number}", (begin + context, *rest)
@@ -794,7 +855,8 @@ class Exam:
         """
         output = Path(self.o.output)
         settings = dict(ckpt=self.o.ckpt, shots=self.o.shots, **wishes(self.o))
-        held = json.loads(output.read_bytes()) if output.exists() else dict(settings=settings)
+        settings |= {name: vars(self.o)[name] for name in ("quantize", "swap") if vars(self.o)[name]}
+        held = read_results(output) if output.exists() else dict(settings=settings)
         require(held["settings"] == settings, f"{output} has results of other settings: name another --output")
         for name in self.o.eval.split(","):
             require(name in TASKS, f"--eval={name}: choose from {', '.join(TASKS)}")
@@ -807,15 +869,37 @@ class Exam:
                         self.write(held)
             require(records, f"--eval_data={self.o.eval_data} has no files for {name}")
             self.write(held)
-            for metric in next(iter(records.values())):
-                if metric not in ("item", "answer"):
-                    value, low, high = summary([record[metric] for record in records.values()])
-                    yield f"{name} {metric}: {value:.4f} ({low:.4f} to {high:.4f})"
+            for metric, pairs in columns(records).items():
+                value, low, high = summary([*pairs.values()])
+                yield f"{name} {metric}: {value:.4f} ({low:.4f} to {high:.4f})"
+            yield from self.leaks(name, records)
+            if self.o.compare:
+                yield from self.gaps(name, records)
+
+    def gaps(self, name: str, records: dict) -> Iterator[str]:
+        """How far these records are above those of --compare, on the items that both have."""
+        theirs = columns(read_results(self.o.compare).get(name, {}))
+        for metric, pairs in columns(records).items():
+            both = pairs.keys() & theirs.get(metric, {})
+            if both:
+                gap, low, high = summary(*([of[key] for key in sorted(both)] for of in (pairs, theirs[metric])))
+                yield f"{name} {metric}: {gap:+.4f} ({low:+.4f} to {high:+.4f}) over {self.o.compare}, {len(both)} items"
+
+    def leaks(self, name: str, records: dict) -> Iterator[str]:
+        """A line where a report of data.py, in --eval_data or beside the checkpoint, says that training text had items."""
+        files = {key.split()[0] for key in records}
+        for folder in (Path(self.o.eval_data), Path(self.o.eval_data).parent, Path(self.o.ckpt).parent):
+            if self.o.eval_data and (folder / "contamination.json").exists():
+                found = read_results(folder / "contamination.json").get("found", {})
+                count = sum(key.split()[0] in files for key in found)
+                if count:
+                    yield f"{name}: note that {count} passages of it are in text that {folder}/contamination.json tells of"
 
 
 # items, grade; reader, files, files of solved examples ({}: the first name without its ending), what comes before them
 TASKS = {
     "ppl": (Exam.windows, Exam.text),
+    "passkey": (Exam.passkeys, Exam.found),
     "hellaswag": (Exam.items, Exam.choice, hellaswag, "*hellaswag*val*.jsonl", "*hellaswag*train*.jsonl", ""),
     "mmlu": (Exam.items, Exam.choice, mmlu, "*_test.csv", "{}_dev.csv",
              "The following are multiple choice questions (with answers) about {}.\n\n"),
@@ -850,14 +934,61 @@ def wishes(o: "Options") -> dict:
     return {name: getattr(o, name) for name in names} | dict(stop=stop_strings(o.stop))
 
 
+def weight_bytes(model: GPT) -> int:
+    """Bytes of the weights that a step of decoding reads: all but tables in which it looks up a row."""
+    parts = [part for part in model.modules() if not isinstance(part, Embedding)]
+    return sum({id(weight): weight.nbytes for part in parts for weight in part.parameters(recurse=False)}.values())
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes a second that a copy of 256 MiB reads and writes, the best of five."""
+    source, seconds = torch.zeros(1 << 26, device=device), []
+    target = torch.zeros_like(source)
+    for _ in range(5):
+        started = time.perf_counter()
+        target.copy_(source)[-1].item()  # waits for a GPU
+        seconds.append(time.perf_counter() - started)
+    return 2 * source.nbytes / min(seconds)
+
+
 def bench(model: GPT, new_tokens: int = 64) -> Iterator[str]:
-    """Greedy decoding of 1 to 64 texts together, each as long as the block: a line of speeds each."""
+    """Greedy decoding of 1 to 64 texts together, each as long as the block: a line of speeds each.
+
+    The share of bandwidth is that of the bytes which decoding must read, weights and state, at that of a copy.
+    """
+    bandwidth, weights = copy_bandwidth(next(model.parameters()).device), weight_bytes(model)
+    yield f"a step reads {weights / 1e6:,.1f} MB of weights; a copy moves {bandwidth / 1e9:.1f} GB/s"
     prompt = [0] * max(1, model.config.block_size - new_tokens)
     for batch in (1, 4, 16, 64):
         engine = Engine(model, [Request(prompt, new_tokens, Sampling(0)) for _ in range(batch)])
+        started = time.perf_counter()
+        engine.step()
+        first, steps = time.perf_counter() - started, 0
         while engine.step():
-            pass
-        yield f"{batch:3} texts: {engine.report()}"
+            steps += 1
+            state = engine.state.nbytes
+        share = steps * (weights + state) / max(engine.spent["decode"][1], 1e-9) / bandwidth if steps else 0.0
+        yield f"{batch:3} texts: {engine.report()}, first token after {first:.2f} s, {share:.0%} of the bandwidth"
+
+
+def profile(engine: Engine, request: Request, steps: int = 32) -> Iterator[str]:
+    """Where the time of decoding goes: a line for each kind of layer, and one for all that is not in the model."""
+    engine.submit(request)
+    engine.step()
+    marks = []
+    for name, part in engine.model.named_modules():
+        kind = re.search(r"^[^.]*\.?\d*\.?(embedding|ngrams|mixer|ffn|norm|head)\d*$", name)
+        if kind:
+            enter = functools.partial(torch.profiler.record_function, f"forward {kind[1]}")
+            part.register_forward_pre_hook(lambda *_, enter=enter: marks.append(enter().__enter__()))
+            part.register_forward_hook(lambda *_: marks.pop().__exit__(None, None, None))
+    with torch.profiler.profile() as profiler, torch.profiler.record_function("all"):
+        for _ in range(steps):
+            engine.step()
+    for row in sorted(profiler.key_averages(), key=lambda row: -row.cpu_time_total):
+        if re.match("(forward|all)( |$)", row.key):
+            cpu, gpu = row.cpu_time_total / 1e3, row.device_time_total / 1e3
+            yield f"{row.key:18} {row.count:3} times, CPU {cpu:9.1f} ms, GPU {gpu:9.1f} ms"
 
 
 def options(kind: type, words: list[str]):
@@ -912,6 +1043,8 @@ def main() -> None:
     engine = Engine(model, (), tokenizer.vocab_size)
     if o.draft:
         engine.draft = load_draft(o.draft, engine)
+    if o.profile:
+        return print(*profile(engine, requests[0]), sep="\n")
     if o.eval:
         return print(*Exam(engine, tokenizer, o).run(), sep="\n")
     sys.stdout.reconfigure(errors="replace")  # for a terminal that is not UTF-8
