@@ -250,7 +250,7 @@ class Past:
         self.computed += len(tokens) - known
         self.tokens = tokens[:]
         for start in range(known, len(tokens), CHUNK):  # of a long prompt not all is in the works at once
-            hidden = run_on(self.model, [tokens[start:min(start + CHUNK, len(tokens))]], self.state)
+            hidden = run_on(self.model, [tokens[start:start + CHUNK]], self.state)
         return hidden[:, -1:]
 
 
@@ -351,7 +351,8 @@ class Engine:
             self.past.take_in(ids[:-1] or ids)
             hidden = self.past.take_in(ids)  # a call of one token, as those of decoding: recurrences keep the last call
             states.append(self.past.state.fork([0] * len(same)))
-            self.extend(same, self.logits(hidden.expand(len(same), -1, -1))[:, 0])
+            logits = self.logits(hidden.expand(len(same), -1, -1))
+            self.extend(same, logits[:, 0])
             self.active = self.active + same
         self.state = join(states)
         return self.past.computed - before
@@ -361,7 +362,9 @@ class Engine:
         before = self.state.lengths
         ahead = min(ahead, self.capacity - 1 - max(before))
         left = [request.max_new_tokens - len(request.output) - 1 for request in group]
-        guesses = [self.draft(request, min(ahead, n)) if min(ahead, n) else [] for request, n in zip(group, left)]
+        guesses = []
+        for request, n in zip(group, left):
+            guesses.append(self.draft(request, min(ahead, n)) if min(ahead, n) else [])
         rows = [request.context[-1:] + guess for request, guess in zip(group, guesses)]
         logits = self.logits(run_on(self.model, rows, self.state))  # (B, T, V)
         right, going = [0] * len(group), [*range(len(group))]
@@ -374,7 +377,8 @@ class Engine:
             if not going:
                 break
         if any(guesses):
-            self.guessed = [self.guessed[0] + sum(map(len, guesses)), self.guessed[1] + sum(right)]
+            self.guessed[0] += sum(map(len, guesses))
+            self.guessed[1] += sum(right)
             self.state.truncate([length + 1 + n for length, n in zip(before, right)])
         return len(group) + sum(right)
 
@@ -424,10 +428,13 @@ class Draft:
     def __call__(self, request: Request, count: int) -> list[int]:
         past = self.pasts.setdefault(request, Past(self.model, self.model.config.block_size))
         twin = copy.copy(request)
-        twin.random, twin.output, guesses = copy.deepcopy(request.random), request.output[:], []
+        twin.random = copy.deepcopy(request.random)
+        twin.output = request.output[:]
+        guesses = []
         for _ in range(count):
             hidden = past.take_in(request.context + guesses)
-            [(token, _)] = pick(self.model.head(hidden)[:, 0, :self.vocab_size].float(), [twin])
+            logits = self.model.head(hidden)[:, 0, :self.vocab_size].float()
+            [(token, _)] = pick(logits, [twin])
             guesses.append(token)
             twin.output.append(token)
         return guesses
@@ -462,8 +469,9 @@ class Quantised(nn.Module):
         groups = layer.weight.detach().float().view(n_out, -1, size)
         extreme = groups.gather(2, groups.abs().argmax(2, keepdim=True))
         scale = (extreme / -2 ** (bits - 1)).bfloat16().float()
-        codes = (groups / scale).nan_to_num(0, 0, 0).round().clamp(-2 ** (bits - 1), 2 ** (bits - 1) - 1)  # 0 / 0: 0
-        codes, scale = codes.view(n_out, n_in), scale[:, :, 0]
+        codes = (groups / scale).nan_to_num().round()  # 0 / 0: 0
+        codes = codes.clamp(-2 ** (bits - 1), 2 ** (bits - 1) - 1).view(n_out, n_in)
+        scale = scale[:, :, 0]
         few, self.size = 64, size
         if layer.weight.device.type != "cpu" or f"int{bits}" not in packed_products() or n_in % 32:
             few = 0  # the packed products read 32 entries at a time
@@ -472,7 +480,8 @@ class Quantised(nn.Module):
             codes = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int() + 8, 1)
             scale = torch.stack((scale.T, torch.zeros_like(scale.T)), 2)  # (groups, n_out, 2): w = (code - 8) scale + 0
         self.few = few  # so many rows of x at most take the packed product
-        self.codes = nn.Parameter(codes if codes.dtype == torch.uint8 else codes.to(torch.int8), requires_grad=False)
+        codes = codes if codes.dtype == torch.uint8 else codes.to(torch.int8)
+        self.codes = nn.Parameter(codes, requires_grad=False)
         self.scale = nn.Parameter(scale.bfloat16().contiguous(), requires_grad=False)
         self.bias = layer.bias
         self._forward_hooks = layer._forward_hooks  # a limit of the logits
@@ -485,8 +494,10 @@ class Quantised(nn.Module):
     def forward(self, x):
         rows = x.flatten(0, -2).bfloat16()  # (N, n_in)
         if len(rows) > self.few:
-            starts = range(0, len(self.codes), self.block)
-            parts = [F.linear(rows.type_as(x), self.restored(slice(i, i + self.block)).type_as(x)) for i in starts]
+            parts = []
+            for start in range(0, len(self.codes), self.block):
+                weight = self.restored(slice(start, start + self.block))
+                parts.append(F.linear(rows.float(), weight))
             y = torch.cat(parts, 1)
         elif self.codes.dtype == torch.int8:
             y = torch._weight_int8pack_mm(rows, self.codes, self.scale[:, 0])
@@ -515,7 +526,8 @@ def quantise(model: GPT, kind: str) -> str:
     before = sum(weight.nbytes for weight in model.parameters())
     for name, layer in [*model.named_modules()]:
         if type(layer) is Linear and not name.endswith("router"):
-            fits = kind == "int4" and name != "head" and not layer.weight.shape[1] % 32 and not len(layer.weight) % 16
+            n_out, n_in = layer.weight.shape
+            fits = kind == "int4" and name != "head" and n_in % 32 == n_out % 16 == 0
             parent, _, own = name.rpartition(".")
             setattr(model.get_submodule(parent), own, Quantised(layer, 4 if fits else 8))
     if model.config.tie_embeddings:
@@ -686,7 +698,7 @@ def pass_at(k: int, right: int, n: int) -> float:
     return 1 - math.comb(n - right, k) / math.comb(n, k)
 
 
-def drawn(pairs: list) -> Tensor:
+def redrawn(pairs: list) -> Tensor:
     """Sum of the numerators over sum of the denominators, (1000,), of as many items drawn anew 1,000 times."""
     generator = torch.Generator().manual_seed(0)  # the same draws for two lists of one length: a paired comparison
     rows = torch.randint(len(pairs), (1000, len(pairs)), generator=generator)
@@ -699,9 +711,16 @@ def summary(pairs: list, others: list = ()) -> list[float]:
 
     `others`: another list of the same items, whose ratio is taken off, draw by draw (a paired bootstrap, Koehn 2004).
     """
-    ratios = sorted((drawn(pairs) - (drawn(others) if others else 0)).tolist())
-    whole = [top / bottom for top, bottom in (map(sum, zip(*of)) for of in (pairs, others) if of)]
-    return [whole[0] - sum(whole[1:]), ratios[25], ratios[974]]
+    ratios = redrawn(pairs)
+    if others:
+        ratios = ratios - redrawn(others)
+    ratios = sorted(ratios.tolist())
+    gap = 0.0
+    for sign, of in ((1, pairs), (-1, others)):
+        if of:
+            top, bottom = map(sum, zip(*of))
+            gap += sign * top / bottom
+    return [gap, ratios[25], ratios[974]]
 
 
 def columns(records: dict) -> dict[str, dict]:
@@ -784,10 +803,12 @@ class Exam:
         n = len(answers)
         for k in {1, n}:
             scores[f"pass@{k}"] = [pass_at(k, answers.count(gold), n), 1]
-        if n > 1:  # one answer of n: the most frequent (Wang et al. 2022), the one of the most probable text
-            vote = collections.Counter(filter(None, answers)).most_common(1)
-            best = max(range(n), key=lambda i: sum(requests[i].logprobs) / max(1, len(requests[i].logprobs)))
-            scores[f"maj@{n}"] = [int(bool(vote) and vote[0][0] == gold), 1]
+        if n > 1:  # one answer of n: the most frequent (Wang et al. 2022), that of the text with the likeliest tokens
+            counts = collections.Counter(filter(None, answers))
+            vote = max(counts, key=counts.get, default="")
+            mean = [sum(request.logprobs) / max(1, len(request.logprobs)) for request in requests]
+            best = mean.index(max(mean))
+            scores[f"maj@{n}"] = [int(vote == gold), 1]
             scores[f"best@{n}"] = [int(answers[best] == gold), 1]
         return scores
 
@@ -805,7 +826,8 @@ class Exam:
         idle = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
         begin, ask = "There is a pass key hidden in this text. ", "What is the pass key? The pass key is"
         size = len(self.tokenizer.encode(idle))
-        for length in (self.engine.block // part for part in (8, 4, 2, 1)):
+        for part in (8, 4, 2, 1):
+            length = self.engine.block // part
             for number in range(20):
                 key = f" {random.Random(number).randrange(10000, 100000)}"
                 told = f"The pass key is{key}. Remember it. "
@@ -882,18 +904,23 @@ class Exam:
         for metric, pairs in columns(records).items():
             both = pairs.keys() & theirs.get(metric, {})
             if both:
-                gap, low, high = summary(*([of[key] for key in sorted(both)] for of in (pairs, theirs[metric])))
-                yield f"{name} {metric}: {gap:+.4f} ({low:+.4f} to {high:+.4f}) over {self.o.compare}, {len(both)} items"
+                items = sorted(both)
+                own, other = ([of[key] for key in items] for of in (pairs, theirs[metric]))
+                gap, low, high = summary(own, other)
+                yield (f"{name} {metric}: {gap:+.4f} ({low:+.4f} to {high:+.4f}) over {self.o.compare}, "
+                       f"on {len(items)} items")
 
     def leaks(self, name: str, records: dict) -> Iterator[str]:
-        """A line where a report of data.py, in --eval_data or beside the checkpoint, says that training text had items."""
+        """A line where a report of data.py, in or beside --eval_data or beside --ckpt, found items in training text."""
         files = {key.split()[0] for key in records}
-        for folder in (Path(self.o.eval_data), Path(self.o.eval_data).parent, Path(self.o.ckpt).parent):
-            if self.o.eval_data and (folder / "contamination.json").exists():
-                found = read_results(folder / "contamination.json").get("found", {})
-                count = sum(key.split()[0] in files for key in found)
+        data = Path(self.o.eval_data or ".")
+        for folder in (data, data.parent, Path(self.o.ckpt).parent):
+            report = folder / "contamination.json"
+            if report.exists():
+                found = read_results(report).get("found", {})
+                count = sum(passage.split()[0] in files for passage in found)
                 if count:
-                    yield f"{name}: note that {count} passages of it are in text that {folder}/contamination.json tells of"
+                    yield f"{name}: note that training text has {count} of its passages, says {report}"
 
 
 # items, grade; reader, files, files of solved examples ({}: the first name without its ending), what comes before them
@@ -937,7 +964,8 @@ def wishes(o: "Options") -> dict:
 def weight_bytes(model: GPT) -> int:
     """Bytes of the weights that a step of decoding reads: all but tables in which it looks up a row."""
     parts = [part for part in model.modules() if not isinstance(part, Embedding)]
-    return sum({id(weight): weight.nbytes for part in parts for weight in part.parameters(recurse=False)}.values())
+    weights = {weight for part in parts for weight in part.parameters(recurse=False)}
+    return sum(weight.nbytes for weight in weights)
 
 
 def copy_bandwidth(device: torch.device) -> float:
@@ -963,15 +991,16 @@ def bench(model: GPT, new_tokens: int = 64) -> Iterator[str]:
         engine = Engine(model, [Request(prompt, new_tokens, Sampling(0)) for _ in range(batch)])
         started = time.perf_counter()
         engine.step()
-        first, steps = time.perf_counter() - started, 0
+        first = time.perf_counter() - started
+        steps = state = 0
         while engine.step():
             steps += 1
             state = engine.state.nbytes
-        share = steps * (weights + state) / max(engine.spent["decode"][1], 1e-9) / bandwidth if steps else 0.0
-        yield f"{batch:3} texts: {engine.report()}, first token after {first:.2f} s, {share:.0%} of the bandwidth"
+        read = (weights + state) * steps / max(engine.spent["decode"][1], 1e-9)
+        yield f"{batch:3} texts: {engine.report()}, first token after {first:.2f} s, {read / bandwidth:.0%} of the bandwidth"
 
 
-def profile(engine: Engine, request: Request, steps: int = 32) -> Iterator[str]:
+def profile_steps(engine: Engine, request: Request, steps: int = 32) -> Iterator[str]:
     """Where the time of decoding goes: a line for each kind of layer, and one for all that is not in the model."""
     engine.submit(request)
     engine.step()
@@ -1044,7 +1073,7 @@ def main() -> None:
     if o.draft:
         engine.draft = load_draft(o.draft, engine)
     if o.profile:
-        return print(*profile(engine, requests[0]), sep="\n")
+        return print(*profile_steps(engine, requests[0]), sep="\n")
     if o.eval:
         return print(*Exam(engine, tokenizer, o).run(), sep="\n")
     sys.stdout.reconfigure(errors="replace")  # for a terminal that is not UTF-8
