@@ -859,7 +859,7 @@ class Exam:
             rows = read_rows(read, path)
             for number, (context, *rest) in enumerate(rows):
                 if self.o.swap:
-                    context = rows[number - 1][0]
+                    context = rows[number - len(rows) // 2][0]
                 twin = f"{context}{rest}"
                 if twin not in seen:
                     yield f"{path.name} {number}", (begin + context, *rest)
