@@ -426,13 +426,17 @@ class Draft:
         self.pasts = weakref.WeakKeyDictionary()  # of each request that is there
 
     def __call__(self, request: Request, count: int) -> list[int]:
-        past = self.pasts.setdefault(request, Past(self.model, self.model.config.block_size))
+        block = self.model.config.block_size
+        past = self.pasts.setdefault(request, Past(self.model, block))
+        over = max(0, len(request.context) + count - block)
+        half = block // 2
+        context = request.context[-(-over // half) * half:]  # of a text longer than its block, older halves are left out
         twin = copy.copy(request)
         twin.random = copy.deepcopy(request.random)
         twin.output = request.output[:]
         guesses = []
         for _ in range(count):
-            hidden = past.take_in(request.context + guesses)
+            hidden = past.take_in(context + guesses)
             logits = self.model.head(hidden)[:, 0, :self.vocab_size].float()
             [(token, _)] = pick(logits, [twin])
             guesses.append(token)
@@ -444,11 +448,9 @@ def load_draft(name: str, engine: Engine) -> Callable:
     """The draft of this name for an engine: `lookup`, or a checkpoint. Raises OSError or ValueError."""
     if name == "lookup":
         return look_up
-    own = engine.model.config
     draft, tokenizer = load(name, next(engine.model.parameters()).device)
-    theirs = draft.config
-    fits = tokenizer and tokenizer.vocab_size == engine.vocab_size and theirs.block_size >= own.block_size
-    require(fits, f"--draft={name} needs the tokenizer of --ckpt, and a block_size of {own.block_size} or more")
+    fits = tokenizer and tokenizer.vocab_size == engine.vocab_size and draft.config.block_size > 2 * GUESSES
+    require(fits, f"--draft={name} needs the tokenizer of --ckpt, and a block_size above {2 * GUESSES}")
     return Draft(draft, engine.vocab_size)
 
 

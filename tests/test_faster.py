@@ -1,8 +1,12 @@
 """sample.py's faster decoding against decoding without it, quantised weights against the weights that they stand for, and
 the evaluation bench against its definitions.
 """
+import csv
 import json
+import os
 import random
+import shutil
+import textwrap
 from collections import Counter
 
 import pytest
@@ -12,7 +16,8 @@ import bpe
 import model
 import sample
 from sample import END, Engine, Request, Sampling
-from test_sample import (GREEDY, PLAIN, Script, byte_tokenizer, chi_square, ckpt, decode, eval_data, gpt, items_of, main,  # noqa: F401
+from test_model import FAMILIES, hf_model
+from test_sample import (GREEDY, PLAIN, Script, brute_logprobs, byte_tokenizer, chi_square, ckpt, decode, eval_data, gpt, items_of, main,  # noqa: F401
                          make_model, odds_of, tokenizer)
 
 DRAFTS = ("lookup", "model", "wrong", "right")
@@ -34,6 +39,8 @@ def make_draft(kind, gpt, truth=()):
         return sample.look_up
     if kind == "model":
         return sample.Draft(make_model(5, n_layer=1, mixer="attention", block_size=gpt.config.block_size), 40)
+    if kind == "short":  # the model itself, but with a block that is shorter
+        return sample.Draft(make_model(1, mixer="attention,window", block_size=10), 40)
 
     def guess(request, count):
         rest = known[request][len(request.output):][:count]
@@ -52,7 +59,7 @@ def make_requests():
 # ------------------------------------------------------------------------------------------------------------ the drafts
 
 @pytest.mark.parametrize("mixer, kind", [
-    *(("attention,window", kind) for kind in DRAFTS), ("mamba2,gdn", "right"), ("mamba2,gdn", "model"), ("latent", "right"),
+    *(("attention,window", kind) for kind in DRAFTS), ("attention,window", "short"), ("mamba2,gdn", "right"), ("mamba2,gdn", "model"), ("latent", "right"),
     *(pytest.param(mixer, kind, marks=pytest.mark.slow) for mixer in model.MIXERS if mixer != "latent" for kind in DRAFTS)])
 def test_a_draft_changes_no_token(mixer, kind):
     """Greedy and sampled, in one slot and in several: tokens, ends and log-probabilities are those without a draft."""
@@ -341,9 +348,118 @@ def test_drafts_that_are_refused(ckpt, main, tmp_path):
     other = bpe.train("byte", ["abc"], 257).to_dict()
     model.save_checkpoint(tmp_path / "short.pt", short, tokenizer=whole["tokenizer"])
     model.save_checkpoint(tmp_path / "other.pt", model.from_checkpoint(whole), tokenizer=other)
-    for name, message in ((tmp_path / "short.pt", "a block_size of 32 or more"), (tmp_path / "other.pt", "the tokenizer of"),
+    for name, message in ((tmp_path / "short.pt", "a block_size above 8"), (tmp_path / "other.pt", "the tokenizer of"),
                           (tmp_path / "none.pt", "does not exist")):
         code, out, err = main(f"--ckpt={ckpt}", f"--draft={name}")
         assert (code, out, err.count("\n")) == (1, "", 1) and message in err, err
     code, out, err = main(f"--ckpt={ckpt}", "--quantize=int3")
     assert (code, out, err.count("\n")) == (1, "", 1) and "choose from int8, int4" in err
+
+
+# ------------------------------------------------------------------------------------------------- against other packages
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_hundred_greedy_texts_of_transformers(family, tmp_path):
+    """In one ragged batch, 12 slots, with a draft and without; float64 on both sides, so that no tie decides."""
+    theirs = hf_model(family).double()
+    theirs.save_pretrained(tmp_path)
+    ours = model.import_hf(tmp_path).double().eval()
+    if not family.startswith("gpt2"):  # they compute angles in single precision
+        ours.position.table = ours.position.table.float().double()
+    rng = random.Random(1)
+    prompts = [[rng.randrange(61) for _ in range(rng.randint(1, 9))] for _ in range(100)]
+    with torch.no_grad():
+        want = [theirs.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=14,
+                                do_sample=False, eos_token_id=None, pad_token_id=0)[0, len(prompt):].tolist() for prompt in prompts]
+    assert len(set(map(tuple, want))) > 60
+    assert decode(ours, [Request(prompt, 14, GREEDY) for prompt in prompts], slots=12) == want
+    assert decode(ours, [Request(prompt, 14, GREEDY) for prompt in prompts], draft=sample.look_up) == want
+
+
+HARNESS = {
+    "hellaswag": """
+        task: local_hellaswag
+        dataset_path: json
+        dataset_kwargs: {{data_files: {{validation: {folder}/hellaswag_val.jsonl}}}}
+        output_type: multiple_choice
+        validation_split: validation
+        process_docs: !function utils.process_docs
+        doc_to_text: "{{{{query}}}}"
+        doc_to_target: "{{{{label}}}}"
+        doc_to_choice: "choices"
+        """,
+    "mmlu": """
+        task: local_mmlu
+        dataset_path: json
+        dataset_kwargs: {{data_files: {{test: {folder}/test.json, dev: {folder}/dev.json}}}}
+        test_split: test
+        fewshot_split: dev
+        num_fewshot: 5
+        fewshot_config: {{sampler: first_n}}
+        description: "The following are multiple choice questions (with answers) about astronomy.\\n\\n"
+        output_type: multiple_choice
+        doc_to_text: "{{{{question.strip()}}}}\\nA. {{{{choices[0]}}}}\\nB. {{{{choices[1]}}}}\\nC. {{{{choices[2]}}}}\\nD. {{{{choices[3]}}}}\\nAnswer:"
+        doc_to_choice: ["A", "B", "C", "D"]
+        doc_to_target: answer
+        """}
+
+
+def hellaswag_rows(rng, count):
+    words = "a man stirs [title] the soup [step] then he [substeps] eats it all, café (hot) and  goes".split(" ")
+    def text(n):
+        return " ".join(rng.choices(words, k=n))
+    return [dict(ind=i, activity_label=text(2), ctx_a=text(8), ctx_b=text(3), endings=[text(rng.randint(2, 7)) for _ in range(4)],
+                 label=str(rng.randrange(4))) for i in range(count)]
+
+
+@pytest.mark.slow
+def test_scores_are_those_of_the_harness(test_data, tokenizer, tmp_path, monkeypatch):
+    """lm-evaluation-harness on the same model and files: its own prompts, requests and metrics, item by item."""
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    harness = pytest.importorskip("lm_eval")
+    from lm_eval.api.model import LM
+    from lm_eval.tasks import TaskManager
+    folder = tmp_path / "files"
+    folder.mkdir()
+    rows = hellaswag_rows(random.Random(4), 40)
+    (folder / "hellaswag_val.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for part, count in (("dev", 5), ("test", 40)):
+        with open(test_data / f"eval/mmlu/{part}/astronomy_{part}.csv", newline="") as file:
+            rows = list(csv.reader(file))[:count]
+        with open(folder / f"astronomy_{part}.csv", "w", newline="") as file:
+            csv.writer(file).writerows(rows)
+        (folder / f"{part}.json").write_text("".join(
+            json.dumps(dict(question=q, choices=choices, answer="ABCD".index(letter))) + "\n" for q, *choices, letter in rows))
+    shutil.copy(os.path.join(os.path.dirname(harness.__file__), "tasks/hellaswag/utils.py"), folder)
+    for name, text in HARNESS.items():
+        metrics = "metric_list: [{metric: acc}, {metric: acc_norm}]\n"
+        (folder / f"{name}.yaml").write_text(textwrap.dedent(text.format(folder=folder)).lstrip() + metrics)
+    big = make_model(vocab_size=tokenizer.vocab_size, block_size=4096, n_layer=1)
+
+    class Ours(LM):
+        def loglikelihood(self, requests):
+            out = []
+            for request in requests:
+                context, end = request.args
+                ids = tokenizer.encode(context)
+                whole = tokenizer.encode(context + end)
+                out.append((sum(brute_logprobs(big, ids, whole[len(ids):])), False))
+            return out
+
+        loglikelihood_rolling = generate_until = None
+    Ours.__abstractmethods__ = frozenset()
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    found = harness.simple_evaluate(Ours(), tasks=["local_hellaswag", "local_mmlu"], task_manager=manager, bootstrap_iters=0)
+    o = sample.Options(ckpt="x", eval="hellaswag,mmlu", eval_data=str(folder), output=str(tmp_path / "e.json"))
+    lines = list(sample.Exam(Engine(big, (), tokenizer.vocab_size), tokenizer, o).run())
+    held = json.loads((tmp_path / "e.json").read_text())
+    for name in HARNESS:
+        theirs = sorted(found["samples"][f"local_{name}"], key=lambda row: row["doc_id"])
+        assert len(theirs) == len(held[name]) == 40
+        for row, record in zip(theirs, held[name].values()):
+            likely = [float(pair[0]) for pair in row["filtered_resps"]]
+            assert max(abs(a - b) for a, b in zip(likely, record["answer"], strict=True)) < 1e-3
+            assert [row["acc"], row["acc_norm"]] == [record["acc"][0], record["acc_norm"][0]]
+        assert f"{name} acc: {found['results'][f'local_{name}']['acc,none']:.4f} (" in "\n".join(lines)
