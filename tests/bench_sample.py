@@ -93,11 +93,15 @@ def main(runs=3, layers=30):
     print(f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}, "
           f"torch {torch.__version__}, transformers {peer.__version__}, {sum(p.numel() for p in ours.parameters()):,} parameters")
 
+    columns = copy.deepcopy(ours)
+    sample.by_columns(columns)
     one = [([rng.randrange(1, 49152) for _ in range(16)], 48)]
     a, b, same = compare(ours, theirs, one, runs)
     weights, bandwidth = sample.weight_bytes(ours), sample.copy_bandwidth(torch.device("cpu"))
     print(f"one stream       {a:7.1f} tokens/s, transformers {b:7.1f}, ratio {a / b:.2f}, tokens {'the same' if same else 'DIFFERENT'}, "
           f"bandwidth {a * weights / bandwidth:.0%} of a copy's {bandwidth / 1e9:.1f} GB/s")
+    c, d, _ = compare(columns, ours, one, runs, run_ours)
+    print(f"by columns       {c:7.1f} tokens/s, {c / d:.2f} times the {d:.1f} by rows")
     for kind in ("int8", "int4"):
         small = copy.deepcopy(ours)
         line = sample.quantise(small, kind)
