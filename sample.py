@@ -3,7 +3,7 @@
 Reads: a checkpoint of train.py; for --eval the public files of HellaSwag, MMLU and GSM8K, and plain text.
 Writes: text to stdout, one line about the speed to stderr; --eval: each item, answer and score to --output.
 Usage: python sample.py --prompt="import " --n_samples=3 --temperature=0.8
-       python sample.py --chat --system="Answer briefly."
+       python sample.py --chat --system="Answer briefly." --quantize=int8 --draft=lookup
        python sample.py --eval=ppl,hellaswag,mmlu,gsm8k --eval_data=DIR
 
 When a text fills the model's block, the older half of it is dropped and the rest computed anew; of a prompt longer than
@@ -71,7 +71,7 @@ class Options(Sampling):
     seed: int = 0  # of the random numbers; each sample has its own sequence of them
     device: str = ""  # cpu, cuda, mps (empty: the fastest that is there)
     quantize: str = ""  # whole numbers as weights: int8, int4 (empty: as they are)
-    draft: str = ""  # guess tokens ahead, the text stays the same: lookup (in the text so far), or a smaller checkpoint
+    draft: str = ""  # guess ahead, for speed and not for another text: lookup (in the text so far), or a checkpoint
     chat: bool = False  # a conversation: lines of stdin are answered
     system: str = ""  # chat: what the model is told first
     template: str = "plain"  # of conversations: plain, bare, chatml, llama3
@@ -192,6 +192,7 @@ class Request:
         self.context = []  # the tokens that the model sees; the engine sets them
         self.held = 0  # so many of them are in the engine's state
         self.fed = 0  # so many tokens of the output are in the text
+        self.hope = GUESSES  # so many tokens are worth guessing
         self.random = random.Random(str(self.seed))
         self.done = "" if self.max_new_tokens else "length"  # why it ended: end, stop, length, or what a caller writes
 
@@ -364,7 +365,8 @@ class Engine:
         left = [request.max_new_tokens - len(request.output) - 1 for request in group]
         guesses = []
         for request, n in zip(group, left):
-            guesses.append(self.draft(request, min(ahead, n)) if min(ahead, n) else [])
+            count = min(ahead, n, request.hope)
+            guesses.append(self.draft(request, count) if count else [])
         rows = [request.context[-1:] + guess for request, guess in zip(group, guesses)]
         logits = self.logits(run_on(self.model, rows, self.state))  # (B, T, V)
         right, going = [0] * len(group), [*range(len(group))]
@@ -377,8 +379,10 @@ class Engine:
             if not going:
                 break
         if any(guesses):
-            self.guessed[0] += sum(map(len, guesses))
-            self.guessed[1] += sum(right)
+            for request, guess, n in zip(group, guesses, right):
+                request.hope = min(n + 1, GUESSES) if guess else request.hope
+                self.guessed[0] += len(guess)
+                self.guessed[1] += n
             self.state.truncate([length + 1 + n for length, n in zip(before, right)])
         return len(group) + sum(right)
 
@@ -418,7 +422,7 @@ def look_up(request: Request, count: int) -> list[int]:
 
 
 class Draft:
-    """The guesses of a smaller model: what it would say, with the random numbers that the request will use next.
+    """What look_up finds, which costs nothing, and else the most probable tokens of a smaller model.
 
     A recurrence goes back one call at most, so a draft of recurrent layers begins anew behind each wrong guess.
     """
@@ -434,16 +438,11 @@ class Draft:
         over = max(0, len(request.context) + count - block)
         half = block // 2
         context = request.context[-(-over // half) * half:]  # beyond its block older halves are left out
-        twin = copy.copy(request)
-        twin.random = copy.deepcopy(request.random)
-        twin.output = request.output[:]
-        guesses = []
-        for _ in range(count):
+        guesses = look_up(request, count)
+        for _ in range(0 if guesses else count):
             hidden = past.take_in(context + guesses)
-            logits = self.model.head(hidden)[:, 0, :self.vocab_size].float()
-            [(token, _)] = pick(logits, [twin])
-            guesses.append(token)
-            twin.output.append(token)
+            logits = self.model.head(hidden)[0, 0, :self.vocab_size]
+            guesses.append(int(logits.argmax()))
         return guesses
 
 

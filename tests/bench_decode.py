@@ -50,7 +50,7 @@ def texts_of(gpt, prompts, temperature, draft=lambda request, count: []):
     """One after the other; their tokens, tokens a second of decoding, share of right guesses."""
     outputs, made, right, tokens, seconds = [], 0, 0, 0, 0.0
     for number, prompt in enumerate(prompts):
-        request = sample.Request(prompt, 96, sample.Sampling(temperature), number)
+        request = sample.Request(prompt, 64, sample.Sampling(temperature), number)
         engine = sample.Engine(gpt, [request], draft=draft)
         engine.step()
         started = CLOCK()
@@ -67,7 +67,7 @@ def texts_of(gpt, prompts, temperature, draft=lambda request, count: []):
 def bits_per_byte(gpt, tokenizer, ids):
     """Over blocks that do not overlap."""
     nats, size, block = 0.0, 0, gpt.config.block_size
-    for start in range(0, len(ids) - block - 1, block):
+    for start in range(0, 40 * block, block):
         part = torch.tensor(ids[start:start + block + 1])
         nats += torch.nn.functional.cross_entropy(gpt(part[None, :-1])[0], part[1:], reduction="sum").item()
         size += len(tokenizer.decode_bytes(part[1:].tolist()))
@@ -77,7 +77,7 @@ def bits_per_byte(gpt, tokenizer, ids):
 def drafts(ckpt, draft, tokens, runs=3):
     gpt, tokenizer = sample.load(ckpt, "cpu")
     ids = np.load(tokens)[:40000].astype(int).tolist()
-    prompts = [ids[at:at + 96] for at in range(1000, 31000, 5000)]
+    prompts = [ids[at:at + 96] for at in range(1000, 21000, 5000)]
     print(f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}, {sum(p.numel() for p in gpt.parameters()):,} parameters")
     engine = sample.Engine(gpt, (), tokenizer.vocab_size)
     ways = {"none": lambda request, count: [], "lookup": sample.look_up, "draft": sample.load_draft(draft, engine)}
