@@ -3,7 +3,7 @@
 Reads: a checkpoint of train.py; for --eval the public files of HellaSwag, MMLU and GSM8K, and plain text.
 Writes: text to stdout, one line about the speed to stderr; --eval: each item, answer and score to --output.
 Usage: python sample.py --prompt="import " --n_samples=3 --temperature=0.8
-       python sample.py --chat --system="Answer briefly."
+       python sample.py --chat --system="Answer briefly." --quantize=int8 --draft=lookup
        python sample.py --serve --port=8000
        python sample.py --eval=ppl,hellaswag,mmlu,gsm8k --eval_data=DIR
 
@@ -19,6 +19,7 @@ import copy
 import csv
 import dataclasses
 import difflib
+import functools
 import hmac
 import http.server
 import inspect
@@ -34,17 +35,21 @@ import sys
 import textwrap
 import threading
 import time
+import weakref
 from pathlib import Path
 from typing import Callable, Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from bpe import Tokenizer, from_dict
-from model import GPT, State, from_checkpoint, load_checkpoint, replacing, require
+from model import GPT, Embedding, Linear, State, from_checkpoint, load_checkpoint, replacing, require
 
 END = "<|endoftext|>"
 Seen = Sequence[list[int]]  # the tokens of each row so far
+CHUNK = 512  # tokens of a prompt that are computed together
+GUESSES = 4  # tokens that a draft may guess ahead
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,17 +78,22 @@ class Options(Sampling):
     stop: str = ""  # comma list of texts that end a sample; \n, \t, \, and \\ stand for such characters
     seed: int = 0  # of the random numbers; each sample has its own sequence of them
     device: str = ""  # cpu, cuda, mps (empty: the fastest that is there)
+    quantize: str = ""  # whole numbers as weights: int8, int4 (empty: as they are)
+    draft: str = ""  # guess ahead, for speed and not for another text: lookup (in the text so far), or a checkpoint
     chat: bool = False  # a conversation: lines of stdin are answered
     system: str = ""  # chat: what the model is told first
     template: str = "plain"  # of conversations: plain, bare, chatml, llama3
     serve: bool = False  # answer over HTTP: OpenAI's API, and a page at /; API_KEY in the environment asks for a key
     host: str = "127.0.0.1"  # serve: the address to listen at (0.0.0.0: all of this machine)
     port: int = 8000  # serve: the port to listen at (0: a free one)
-    eval: str = ""  # grade the model: comma list of ppl, hellaswag, mmlu, gsm8k
+    eval: str = ""  # grade the model: comma list of ppl, hellaswag, mmlu, gsm8k, passkey
     eval_data: str = ""  # folder with the files of these tasks
     shots: int = 5  # solved examples before each question, where there is a file of them
     output: str = "eval.json"  # every question, answer and score of --eval; what it holds already is not done again
+    swap: bool = False  # eval: the control, each question stands before the answers of another one
+    compare: str = ""  # eval: another --output; prints how far this model is above that one, item by item
     bench: bool = False  # print the speed of decoding by the number of samples, then stop
+    profile: bool = False  # print where the time of a step of decoding goes, then stop
 
 
 # ---- sampling
@@ -107,6 +117,8 @@ def shape(logits: Tensor, s: Sampling, seen: Seen) -> Tensor:
     for row, ids in zip(logits, seen) if s.repetition_penalty != 1 or s.presence_penalty else ():
         factor = torch.where(row[ids] > 0, 1 / s.repetition_penalty, s.repetition_penalty)
         row[ids] = row[ids] * factor - s.presence_penalty
+    if not s.temperature:
+        return logits  # no cut moves the most probable token
     # the maximum, which no probability depends on, keeps quotients finite
     logits = (logits - logits.amax(-1, keepdim=True)) / max(s.temperature, 1e-30)
     if not s.top_k and s.top_p == 1 and not s.min_p:
@@ -190,6 +202,8 @@ class Request:
         self.logprobs = []  # theirs, in the model's own distribution
         self.context = []  # the tokens that the model sees; the engine sets them
         self.held = 0  # so many of them are in the engine's state
+        self.fed = 0  # so many tokens of the output are in the text
+        self.hope = GUESSES  # so many tokens are worth guessing
         self.random = random.Random(str(self.seed))
         self.done = "" if self.max_new_tokens else "length"  # why it ended: end, stop, length, or what a caller writes
 
@@ -211,7 +225,7 @@ def pick(logits: Tensor, requests: Sequence[Request]) -> list[tuple[int, float]]
     """Choose from logits (B, V), each row as its request says: tokens, and their log-probabilities in the logits."""
     total = logits.logsumexp(-1)
     require(total.isfinite().all(), "the model's output is not finite (NaN or infinite): its training diverged")
-    shaped = logits.clone()
+    shaped = logits.clone() if any(request.bias for request in requests) else logits
     for row, request in zip(shaped, requests):
         for token, extra in request.bias.items():
             row[token] += extra
@@ -247,7 +261,9 @@ class Past:
             known, self.state = 0, self.model.new_state(1, self.capacity)
         self.computed += len(tokens) - known
         self.tokens = tokens[:]
-        return run_on(self.model, [tokens[known:]], self.state)[:, -1:]
+        for start in range(known, len(tokens), CHUNK):  # of a long prompt not all is in the works at once
+            hidden = run_on(self.model, [tokens[start:start + CHUNK]], self.state)
+        return hidden[:, -1:]
 
 
 def run_on(model: GPT, rows: list, state: State) -> Tensor:
@@ -280,12 +296,18 @@ class Engine:
 
     Requests join and leave between steps: those beyond `slots` wait. With requests given, the state has room for the
     longest of them, else for block_size tokens. The model needs config.block_size, config.vocab_size, parameters,
-    hidden, head and new_state. `vocab_size`: only the first so many tokens are produced (0: all).
+    hidden, head and new_state. `vocab_size`: only the first so many tokens are produced (0: all). `draft`: a function
+    (request, count) -> up to so many tokens that may come next. The tokens of a request do not depend on it: each is
+    chosen from the model's own logits with the request's own random number, and a guess saves a step where it is that
+    very token (Leviathan et al. 2023 accept more of a sampled text, but not the same text).
     """
 
-    def __init__(self, model: GPT, requests: Sequence[Request] = (), vocab_size: int = 0, slots: int = 256):
+    def __init__(self, model: GPT, requests: Sequence[Request] = (), vocab_size: int = 0, slots: int = 256,
+                 draft: Callable = lambda request, count: []):
         self.model = model
         self.slots = slots
+        self.draft = draft
+        self.guessed = [0, 0]  # tokens that the draft has guessed; those that were right
         self.vocab_size = vocab_size or model.config.vocab_size
         self.block = model.config.block_size
         needed = [len(request.prompt) + request.max_new_tokens for request in requests]
@@ -321,15 +343,15 @@ class Engine:
         if len(rows) < len(self.active):
             self.active = [self.active[row] for row in rows]
             self.state = self.state.fork(rows) if rows else None
-        self.timed("decode", self.active)
+        self.timed("decode", self.active, 0 if joining else GUESSES)  # join() wants calls of one length behind it
         self.timed("prefill", joining)
         return self.active
 
-    def timed(self, phase: str, group: list):
+    def timed(self, phase: str, group: list, *how):
         """Call a method of this name, and count what it says to have done, and its seconds."""
         started = time.perf_counter()
         if group:
-            self.spent[phase][0] += getattr(self, phase)(group)
+            self.spent[phase][0] += getattr(self, phase)(group, *how)
             self.spent[phase][1] += time.perf_counter() - started
 
     def prefill(self, group: list[Request]) -> int:
@@ -341,28 +363,200 @@ class Engine:
             self.past.take_in(ids[:-1] or ids)
             hidden = self.past.take_in(ids)  # a call of one token, as those of decoding: recurrences keep the last call
             states.append(self.past.state.fork([0] * len(same)))
-            self.extend(same, hidden.expand(len(same), -1, -1))
+            logits = self.logits(hidden.expand(len(same), -1, -1))
+            self.extend(same, logits[:, 0])
             self.active = self.active + same
         self.state = join(states)
         return self.past.computed - before
 
-    def decode(self, group: list[Request]) -> int:
-        """Take in the last token of each context and add another; returns how many these are."""
-        last = [request.context[-1:] for request in group]
-        self.extend(group, run_on(self.model, last, self.state))
-        return len(group)
+    def decode(self, group: list[Request], ahead: int) -> int:
+        """Take in the last token of each context and up to `ahead` guesses; returns how many tokens that gave."""
+        before = self.state.lengths
+        ahead = min(ahead, self.capacity - 1 - max(before))
+        left = [request.max_new_tokens - len(request.output) - 1 for request in group]
+        guesses = []
+        for request, n in zip(group, left):
+            count = min(ahead, n, request.hope)
+            guesses.append(self.draft(request, count) if count else [])
+        rows = [request.context[-1:] + guess for request, guess in zip(group, guesses)]
+        logits = self.logits(run_on(self.model, rows, self.state))  # (B, T, V)
+        right, going = [0] * len(group), [*range(len(group))]
+        for t in range(logits.shape[1]):
+            self.extend([group[row] for row in going], logits[going, t])
+            going = [row for row in going if guesses[row][t:t + 1] == group[row].output[-1:]
+                     and group[row].held and not group[row].done]
+            for row in going:
+                right[row] += 1
+            if not going:
+                break
+        if any(guesses):
+            for request, guess, n in zip(group, guesses, right):
+                request.hope = min(n + 1, GUESSES) if guess else request.hope
+                self.guessed[0] += len(guess)
+                self.guessed[1] += n
+            self.state.truncate([length + 1 + n for length, n in zip(before, right)])
+        return len(group) + sum(right)
 
-    def extend(self, group: list[Request], hidden: Tensor):
-        """Add a token to each request from hidden (B, 1, C), the output at its last one."""
-        logits = self.model.head(hidden)[:, 0, :self.vocab_size].float()  # (B, V)
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden (B, T, C) -> (B, T, V)"""
+        return self.model.head(hidden)[..., :self.vocab_size].float()
+
+    def extend(self, group: list[Request], logits: Tensor):
+        """Add a token to each request from logits (B, V), those behind its last one."""
         for request, (token, logprob) in zip(group, pick(logits, group)):
             request.held = len(request.context)
             request.take(token, logprob, self.block)
 
     def report(self) -> str:
         """Tokens and tokens per second so far: of the prompts, with the first new tokens, and of decoding after it."""
-        return ", ".join(f"{name} {tokens:,} tokens in {seconds:.2f} s ({tokens / max(seconds, 1e-9):,.0f} tokens/s)"
-                         for name, (tokens, seconds) in self.spent.items())
+        parts = [f"{name} {tokens:,} tokens in {seconds:.2f} s ({tokens / max(seconds, 1e-9):,.0f} tokens/s)"
+                 for name, (tokens, seconds) in self.spent.items()]
+        made, right = self.guessed
+        return ", ".join(parts + [f"{right / max(made, 1):.0%} of {made:,} guesses right"] * (made > 0))
+
+
+# ---- faster decoding: guesses that cost less than a step, weights that take fewer bytes
+
+def look_up(request: Request, count: int) -> list[int]:
+    """What followed the last tokens where they stood before (Saxena 2023, prompt lookup).
+
+    >>> look_up(Request([1, 2, 3, 4, 5, 9, 2, 3]), 2)
+    [4, 5]
+    """
+    text = request.prompt + request.output
+    for n in (3, 2):
+        tail = text[-n:]
+        for at in range(len(text) - n - 1, -1, -1):
+            if text[at:at + n] == tail:
+                return text[at + n:at + n + count]
+    return []
+
+
+class Draft:
+    """What look_up finds, which costs nothing, and else the most probable tokens of a smaller model.
+
+    A recurrence goes back one call at most, so a draft of recurrent layers begins anew behind each wrong guess.
+    """
+
+    def __init__(self, model: GPT, vocab_size: int):
+        self.model = model
+        self.vocab_size = vocab_size
+        self.pasts = weakref.WeakKeyDictionary()  # of each request that is there
+
+    def __call__(self, request: Request, count: int) -> list[int]:
+        block = self.model.config.block_size
+        past = self.pasts.setdefault(request, Past(self.model, block))
+        over = max(0, len(request.context) + count - block)
+        half = block // 2
+        context = request.context[-(-over // half) * half:]  # beyond its block older halves are left out
+        guesses = look_up(request, count)
+        for _ in range(0 if guesses else count):
+            hidden = past.take_in(context + guesses)
+            logits = self.model.head(hidden)[0, 0, :self.vocab_size]
+            guesses.append(int(logits.argmax()))
+        return guesses
+
+
+def load_draft(name: str, engine: Engine) -> Callable:
+    """The draft of this name for an engine: `lookup`, or a checkpoint. Raises OSError or ValueError."""
+    if name == "lookup":
+        return look_up
+    draft, tokenizer = load(name, next(engine.model.parameters()).device)
+    fits = tokenizer and tokenizer.vocab_size == engine.vocab_size and draft.config.block_size > 2 * GUESSES
+    require(fits, f"--draft={name} needs the tokenizer of --ckpt, and a block_size above {2 * GUESSES}")
+    return Draft(draft, engine.vocab_size)
+
+
+def by_columns(model: GPT) -> None:
+    """Lay out matrices that are higher than wide by columns: CPUs then multiply them faster with a single vector."""
+    for layer in model.modules():
+        if type(layer) is Linear and layer.weight.shape[0] > layer.weight.shape[1]:
+            layer.weight.data = layer.weight.data.T.contiguous().T
+
+
+class Quantised(nn.Module):
+    """A linear layer with weights of few bits: code * scale, one scale for each group of a row, rounded to nearest.
+
+    The entry that is farthest from 0 in its group gets the lowest code, -128 or -8 (as in llama.cpp's Q4_0). int8 has a
+    group a row, int4 groups of 32. Torch's packed products on CPUs take activations in bfloat16; where they are
+    missing, and for many rows, the weight is restored a block at a time.
+    """
+
+    block = 4096  # rows of the weight
+
+    def __init__(self, layer: Linear, bits: int):
+        super().__init__()
+        n_out, n_in = layer.weight.shape
+        size = 32 if bits == 4 else n_in
+        groups = layer.weight.detach().float().view(n_out, -1, size)
+        extreme = groups.gather(2, groups.abs().argmax(2, keepdim=True))
+        scale = (extreme / -2 ** (bits - 1)).bfloat16().float()
+        codes = (groups / scale).nan_to_num().round()  # 0 / 0: 0
+        codes = codes.clamp(-2 ** (bits - 1), 2 ** (bits - 1) - 1).view(n_out, n_in)
+        scale = scale[:, :, 0]
+        few, self.size = 64, size
+        if layer.weight.device.type != "cpu" or f"int{bits}" not in packed_products() or n_in % 32:
+            few = 0  # the packed products read 32 entries at a time
+        elif bits == 4:
+            few = sys.maxsize
+            codes = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int() + 8, 1)
+            scale = torch.stack((scale.T, torch.zeros_like(scale.T)), 2)  # (groups, n_out, 2): w = (code - 8) scale + 0
+        self.few = few  # so many rows of x at most take the packed product
+        codes = codes if codes.dtype == torch.uint8 else codes.to(torch.int8)
+        self.codes = nn.Parameter(codes, requires_grad=False)
+        self.scale = nn.Parameter(scale.bfloat16().contiguous(), requires_grad=False)
+        self.bias = layer.bias
+        self._forward_hooks = layer._forward_hooks  # a limit of the logits
+
+    def restored(self, rows: slice | Tensor) -> Tensor:
+        """These rows of the weight, (..., n_in); not of packed int4."""
+        codes = self.codes[rows].float().unflatten(-1, (-1, self.size))
+        return (codes * self.scale[rows].float()[..., None]).flatten(-2)
+
+    def forward(self, x):
+        rows = x.flatten(0, -2).bfloat16()  # (N, n_in)
+        if len(rows) > self.few:
+            parts = []
+            for start in range(0, len(self.codes), self.block):
+                weight = self.restored(slice(start, start + self.block))
+                parts.append(F.linear(rows.float(), weight))
+            y = torch.cat(parts, 1)
+        elif self.codes.dtype == torch.int8:
+            y = torch._weight_int8pack_mm(rows, self.codes, self.scale[:, 0])
+        else:
+            y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.codes, self.size, self.scale)
+        y = y.type_as(x).unflatten(0, x.shape[:-1])
+        return y if self.bias is None else y + self.bias
+
+
+@functools.cache
+def packed_products() -> list[str]:
+    """Those of torch's products with few bits that this version has; it is said once where one is missing."""
+    ops = {"int8": "_weight_int8pack_mm", "int4": "_weight_int4pack_mm_for_cpu"}
+    there = [kind for kind, op in ops.items() if hasattr(torch.ops.aten, op)]
+    if len(there) < len(ops):
+        print("this torch lacks a packed product for --quantize: weights are restored at each step", file=sys.stderr)
+    return there
+
+
+def quantise(model: GPT, kind: str) -> str:
+    """Replace the matrices of the layers by whole numbers (the head by int8 in any case); tells what that saves.
+
+    Matrices of experts, embeddings that are not the head, and n-gram tables keep their type.
+    """
+    require(kind in ("int8", "int4"), f"--quantize={kind}: choose from int8, int4")
+    before = sum(weight.nbytes for weight in model.parameters())
+    for name, layer in [*model.named_modules()]:
+        if type(layer) is Linear and not name.endswith("router"):
+            n_out, n_in = layer.weight.shape
+            fits = kind == "int4" and name != "head" and n_in % 32 == n_out % 16 == 0
+            parent, _, own = name.rpartition(".")
+            setattr(model.get_submodule(parent), own, Quantised(layer, 4 if fits else 8))
+    if model.config.tie_embeddings:
+        del model.embedding.weight
+        model.embedding.forward = model.head.restored
+    after = sum(weight.nbytes for weight in model.parameters())
+    return f"{kind}: {before / 1e6:,.1f} MB of weights now take {after / 1e6:,.1f} MB"
 
 
 # ---- from text to text
@@ -390,10 +584,15 @@ def stream(engine: Engine, tokenizer: Tokenizer) -> Iterator[tuple[Request, str]
     """
     for requests in iter(engine.step, []):
         for request in requests:
-            data = tokenizer.decode_bytes(request.output[-1:] if request.done != "end" else [])
-            piece = request.text.feed(data, final=bool(request.done))
-            if request.text.stopped:
-                request.done = "stop"
+            piece = ""
+            while request.fed < len(request.output):  # more than one where a draft was right
+                token = request.output[request.fed]
+                request.fed += 1
+                final = bool(request.done) and request.fed == len(request.output)
+                piece += request.text.feed(tokenizer.decode_bytes([token] if token != request.end else []), final)
+                if request.text.stopped:
+                    request.done = "stop"
+                    del request.output[request.fed:], request.logprobs[request.fed:]
             if piece or request.done:
                 yield request, piece
 
@@ -521,14 +720,38 @@ def pass_at(k: int, right: int, n: int) -> float:
     return 1 - math.comb(n - right, k) / math.comb(n, k)
 
 
-def summary(pairs: list) -> list[float]:
-    """Sum of the numerators over sum of the denominators, and where 95% of it lie when the items are drawn anew."""
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randint(len(pairs), (1000, len(pairs)), generator=generator)
-    drawn = torch.tensor(pairs, dtype=torch.float64)[rows].sum(1)  # (1000, 2)
-    ratios = sorted((drawn[:, 0] / drawn[:, 1]).tolist())
-    top, bottom = map(sum, zip(*pairs))
-    return [top / bottom, ratios[25], ratios[974]]
+def summary(pairs: list, others: Sequence = ()) -> list[float]:
+    """Sum of the numerators over sum of the denominators, and where 95% of it lie when the items are drawn anew.
+
+    `others`: another list of the same items, whose ratio is taken off, draw by draw (a paired bootstrap, Koehn 2004).
+    """
+    rows = torch.randint(len(pairs), (1000, len(pairs)), generator=torch.Generator().manual_seed(0))
+    rows = torch.cat((torch.arange(len(pairs))[None], rows))  # the items as they are come first
+    ratios = 0.0
+    for sign, of in ((1, pairs), (-1, others or [[0, 1]] * len(pairs))):
+        top, bottom = torch.tensor(of, dtype=torch.float64)[rows].sum(1).T  # (1001,) each
+        ratios = ratios + sign * top / bottom
+    value, *drawn = ratios.tolist()
+    drawn.sort()
+    return [value, drawn[25], drawn[974]]
+
+
+def columns(records: dict) -> dict[str, dict]:
+    """The pairs of each metric, by item: {metric: {name: [numerator, denominator]}}."""
+    found = {}
+    for name, record in records.items():
+        for metric, pair in record.items():
+            if metric not in ("item", "answer"):
+                found.setdefault(metric, {})[name] = pair
+    return found
+
+
+def read_results(path: str) -> dict:
+    """A file that --eval wrote. Raises OSError or ValueError."""
+    try:
+        return json.loads(Path(path).read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is no file of results: {error}") from error
 
 
 @dataclasses.dataclass
@@ -593,7 +816,39 @@ class Exam:
         n = len(answers)
         for k in {1, n}:
             scores[f"pass@{k}"] = [pass_at(k, answers.count(gold), n), 1]
+        if n > 1:  # one answer of n: the most frequent (Wang et al. 2022), that of the text with the likeliest tokens
+            counts = collections.Counter(filter(None, answers))
+            vote = max(counts, key=counts.get, default="")
+            mean = [sum(request.logprobs) / max(1, len(request.logprobs)) for request in requests]
+            best = mean.index(max(mean))
+            scores[f"maj@{n}"] = [int(vote == gold), 1]
+            scores[f"best@{n}"] = [int(answers[best] == gold), 1]
         return scores
+
+    def found(self, item: tuple) -> dict:
+        """Is the key what the model says next, greedily? One metric for each length."""
+        context, key, length = item
+        ids = self.tokenizer.encode(context)
+        request = Request(ids, len(self.tokenizer.encode(context + key)) - len(ids), Sampling(0))
+        self.engine.submit(request)
+        [text] = complete(self.engine, self.tokenizer, [request])
+        return {"answer": text, f"found_in_{length}": [int(text == key), 1]}
+
+    def passkeys(self) -> Iterator[tuple]:
+        """A key somewhere in much that is idle, by length in tokens up to the block (Mohtashami and Jaggi 2023)."""
+        idle = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
+        begin, ask = "There is a pass key hidden in this text. ", "What is the pass key? The pass key is"
+        size = len(self.tokenizer.encode(idle))
+        for part in (8, 4, 2, 1):
+            length = self.engine.block // part
+            for number in range(20):
+                key = f" {random.Random(number).randrange(10000, 100000)}"
+                told = f"The pass key is{key}. Remember it. "
+                room = length - len(self.tokenizer.encode(begin + told + ask + key)) - 1
+                before = room // size * number // 19
+                if room >= 0:
+                    context = begin + idle * before + told + idle * (room // size - before) + ask
+                    yield f"{length} {number}", (context, key, length)
 
     def windows(self) -> Iterator[tuple]:
         """Items of half a block behind half a block, of each *.txt, with their names."""
@@ -614,7 +869,10 @@ class Exam:
             for other in folder.rglob(solved.format(subject)):
                 for context, choices, gold in read_rows(read, other)[:self.o.shots]:
                     begin += f"{context}{choices[gold]}\n\n"
-            for number, (context, *rest) in enumerate(read_rows(read, path)):
+            rows = read_rows(read, path)
+            for number, (context, *rest) in enumerate(rows):
+                if self.o.swap:
+                    context = rows[number - len(rows) // 2][0]
                 twin = f"{context}{rest}"
                 if twin not in seen:
                     yield f"{path.name} {number}", (begin + context, *rest)
@@ -632,7 +890,8 @@ class Exam:
         """
         output = Path(self.o.output)
         settings = dict(ckpt=self.o.ckpt, shots=self.o.shots, **wishes(self.o))
-        held = json.loads(output.read_bytes()) if output.exists() else dict(settings=settings)
+        settings |= {name: vars(self.o)[name] for name in ("quantize", "swap") if vars(self.o)[name]}
+        held = read_results(output) if output.exists() else dict(settings=settings)
         require(held["settings"] == settings, f"{output} has results of other settings: name another --output")
         for name in self.o.eval.split(","):
             require(name in TASKS, f"--eval={name}: choose from {', '.join(TASKS)}")
@@ -645,15 +904,42 @@ class Exam:
                         self.write(held)
             require(records, f"--eval_data={self.o.eval_data} has no files for {name}")
             self.write(held)
-            for metric in next(iter(records.values())):
-                if metric not in ("item", "answer"):
-                    value, low, high = summary([record[metric] for record in records.values()])
-                    yield f"{name} {metric}: {value:.4f} ({low:.4f} to {high:.4f})"
+            for metric, pairs in columns(records).items():
+                value, low, high = summary([*pairs.values()])
+                yield f"{name} {metric}: {value:.4f} ({low:.4f} to {high:.4f})"
+            yield from self.leaks(name, records)
+            if self.o.compare:
+                yield from self.gaps(name, records)
+
+    def gaps(self, name: str, records: dict) -> Iterator[str]:
+        """How far these records are above those of --compare, on the items that both have."""
+        theirs = columns(read_results(self.o.compare).get(name, {}))
+        for metric, pairs in columns(records).items():
+            both = pairs.keys() & theirs.get(metric, {})
+            if both:
+                items = sorted(both)
+                own, other = ([of[key] for key in items] for of in (pairs, theirs[metric]))
+                gap, low, high = summary(own, other)
+                yield (f"{name} {metric}: {gap:+.4f} ({low:+.4f} to {high:+.4f}) over {self.o.compare}, "
+                       f"on {len(items)} items")
+
+    def leaks(self, name: str, records: dict) -> Iterator[str]:
+        """A line where a report of data.py, in or beside --eval_data or beside --ckpt, found items in training text."""
+        files = {key.split()[0] for key in records}
+        data = Path(self.o.eval_data or ".")
+        for folder in (data, data.parent, Path(self.o.ckpt).parent):
+            report = folder / "contamination.json"
+            if report.exists():
+                found = read_results(report).get("found", {})
+                count = sum(passage.split()[0] in files for passage in found)
+                if count:
+                    yield f"{name}: note that training text has {count} of its passages, says {report}"
 
 
 # items, grade; reader, files, files of solved examples ({}: the first name without its ending), what comes before them
 TASKS = {
     "ppl": (Exam.windows, Exam.text),
+    "passkey": (Exam.passkeys, Exam.found),
     "hellaswag": (Exam.items, Exam.choice, hellaswag, "*hellaswag*val*.jsonl", "*hellaswag*train*.jsonl", ""),
     "mmlu": (Exam.items, Exam.choice, mmlu, "*_test.csv", "{}_dev.csv",
              "The following are multiple choice questions (with answers) about {}.\n\n"),
@@ -1094,14 +1380,64 @@ def wishes(o: "Options") -> dict:
     return {name: getattr(o, name) for name in names} | dict(stop=stop_strings(o.stop))
 
 
+def weight_bytes(model: GPT) -> int:
+    """Bytes of the weights that a step of decoding reads: all but tables in which it looks up a row."""
+    parts = [part for part in model.modules() if not isinstance(part, Embedding)]
+    weights = {weight for part in parts for weight in part.parameters(recurse=False)}
+    return sum(weight.nbytes for weight in weights)
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes a second that a copy of 256 MiB reads and writes, the best of five."""
+    source, seconds = torch.zeros(1 << 26, device=device), []
+    target = torch.zeros_like(source)
+    for _ in range(5):
+        started = time.perf_counter()
+        target.copy_(source)[-1].item()  # waits for a GPU
+        seconds.append(time.perf_counter() - started)
+    return 2 * source.nbytes / min(seconds)
+
+
 def bench(model: GPT, new_tokens: int = 64) -> Iterator[str]:
-    """Greedy decoding of 1 to 64 texts together, each as long as the block: a line of speeds each."""
+    """Greedy decoding of 1 to 64 texts together, each as long as the block: a line of speeds each.
+
+    The share of bandwidth is that of the bytes which decoding must read, weights and state, at that of a copy.
+    """
+    bandwidth, weights = copy_bandwidth(next(model.parameters()).device), weight_bytes(model)
+    yield f"a step reads {weights / 1e6:,.1f} MB of weights; a copy moves {bandwidth / 1e9:.1f} GB/s"
     prompt = [0] * max(1, model.config.block_size - new_tokens)
     for batch in (1, 4, 16, 64):
         engine = Engine(model, [Request(prompt, new_tokens, Sampling(0)) for _ in range(batch)])
+        started = time.perf_counter()
+        engine.step()
+        first = time.perf_counter() - started
+        steps = state = 0
         while engine.step():
-            pass
-        yield f"{batch:3} texts: {engine.report()}"
+            steps += 1
+            state = engine.state.nbytes
+        read = (weights + state) * steps / max(engine.spent["decode"][1], 1e-9)
+        yield (f"{batch:3} texts: {engine.report()}, first token after {first:.2f} s, "
+               f"{read / bandwidth:.0%} of the bandwidth")
+
+
+def profile_steps(engine: Engine, request: Request, steps: int = 32) -> Iterator[str]:
+    """Where the time of decoding goes: a line for each kind of layer, and one for all that is not in the model."""
+    engine.submit(request)
+    engine.step()
+    marks = []
+    for name, part in engine.model.named_modules():
+        kind = re.search(r"^[^.]*\.?\d*\.?(embedding|ngrams|mixer|ffn|norm|head)\d*$", name)
+        if kind:
+            enter = functools.partial(torch.profiler.record_function, f"forward {kind[1]}")
+            part.register_forward_pre_hook(lambda *_, enter=enter: marks.append(enter().__enter__()))
+            part.register_forward_hook(lambda *_: marks.pop().__exit__(None, None, None))
+    with torch.profiler.profile() as profiler, torch.profiler.record_function("all"):
+        for _ in range(steps):
+            engine.step()
+    for row in sorted(profiler.key_averages(), key=lambda row: -row.cpu_time_total):
+        if re.match("(forward|all)( |$)", row.key):
+            cpu, gpu = row.cpu_time_total / 1e3, row.device_time_total / 1e3
+            yield f"{row.key:18} {row.count:3} times, CPU {cpu:9.1f} ms, GPU {gpu:9.1f} ms"
 
 
 def options(kind: type, words: list[str]):
@@ -1147,6 +1483,10 @@ def run(main: Callable[[], None]) -> None:
 def main() -> None:
     o = options(Options, sys.argv[1:])
     model, tokenizer = load(o.ckpt, o.device)
+    if o.quantize:
+        print(quantise(model, o.quantize), file=sys.stderr)
+    elif not o.draft:  # whose guesses make several vectors of one
+        by_columns(model)
     if o.bench:
         return print(*bench(model), sep="\n")
     if o.serve:
@@ -1154,6 +1494,10 @@ def main() -> None:
     prompt = o.prompt or "\n"
     requests = ask(tokenizer, prompt, **wishes(o))
     engine = Engine(model, (), tokenizer.vocab_size)
+    if o.draft:
+        engine.draft = load_draft(o.draft, engine)
+    if o.profile:
+        return print(*profile_steps(engine, requests[0]), sep="\n")
     if o.eval:
         return print(*Exam(engine, tokenizer, o).run(), sep="\n")
     sys.stdout.reconfigure(errors="replace")  # for a terminal that is not UTF-8

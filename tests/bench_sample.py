@@ -7,6 +7,7 @@ static batch until its longest request ends), their ratio, whether the greedy to
 ideal (what the engine would reach if all 16 decoded at its full-batch rate from start to end), and the share of the
 machine's copy bandwidth that one stream reads in weights. Skips with a message where `transformers` is missing.
 """
+import copy
 import os
 import platform
 import random
@@ -24,6 +25,7 @@ import sample  # noqa: E402
 
 SHAPE = dict(vocab_size=49152, n_layer=30, n_head=9, n_kv_head=3, n_embd=576, n_inner=1536)  # SmolLM-135M's
 BLOCK = 512
+CLOCK = time.process_time if torch.get_num_threads() == 1 else time.perf_counter  # steadier where others work beside us
 
 
 def twins(peer):
@@ -68,24 +70,15 @@ def run_theirs(gpt, work):
     return [row[longest:longest + count].tolist() for row, (_, count) in zip(out, work)]
 
 
-def copy_bandwidth():
-    source, seconds = torch.zeros(1 << 26), []
-    for _ in range(5):
-        started = time.perf_counter()
-        source.clone()
-        seconds.append(time.perf_counter() - started)
-    return 2 * source.nbytes / min(seconds)
-
-
-def compare(ours, theirs, work, runs):
+def compare(ours, theirs, work, runs, run_other=run_theirs):
     """Median tokens/s of both on some work, by turns; and whether the tokens are the same."""
-    tokens, speeds, outputs = sum(count for _, count in work), {run_ours: [], run_theirs: []}, {}
-    for run, gpt in ((run_ours, ours), (run_theirs, theirs)) * (runs + 1):
-        started = time.perf_counter()
-        outputs[run] = run(gpt, work)
-        speeds[run].append(tokens / (time.perf_counter() - started))
-    a, b = (statistics.median(speeds[run][1:]) for run in (run_ours, run_theirs))  # the first of each warms up
-    return a, b, outputs[run_ours] == outputs[run_theirs]
+    tokens, speeds, outputs = sum(count for _, count in work), {ours: [], theirs: []}, {}
+    for run, gpt in ((run_ours, ours), (run_other, theirs)) * (runs + 1):
+        started = CLOCK()
+        outputs[gpt] = run(gpt, work)
+        speeds[gpt].append(tokens / (CLOCK() - started))
+    a, b = (statistics.median(speeds[gpt][1:]) for gpt in (ours, theirs))  # the first of each warms up
+    return a, b, outputs[ours] == outputs[theirs]
 
 
 def main(runs=3, layers=30):
@@ -100,11 +93,21 @@ def main(runs=3, layers=30):
     print(f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}, "
           f"torch {torch.__version__}, transformers {peer.__version__}, {sum(p.numel() for p in ours.parameters()):,} parameters")
 
+    columns = copy.deepcopy(ours)
+    sample.by_columns(columns)
     one = [([rng.randrange(1, 49152) for _ in range(16)], 48)]
     a, b, same = compare(ours, theirs, one, runs)
-    weights = sum(p.nbytes for p in ours.parameters())
+    weights, bandwidth = sample.weight_bytes(ours), sample.copy_bandwidth(torch.device("cpu"))
     print(f"one stream       {a:7.1f} tokens/s, transformers {b:7.1f}, ratio {a / b:.2f}, tokens {'the same' if same else 'DIFFERENT'}, "
-          f"bandwidth {a * weights / copy_bandwidth():.0%} of a copy's")
+          f"bandwidth {a * weights / bandwidth:.0%} of a copy's {bandwidth / 1e9:.1f} GB/s")
+    c, d, _ = compare(columns, ours, one, runs, run_ours)
+    print(f"by columns       {c:7.1f} tokens/s, {c / d:.2f} times the {d:.1f} by rows")
+    for kind in ("int8", "int4"):
+        small = copy.deepcopy(ours)
+        line = sample.quantise(small, kind)
+        c, d, _ = compare(small, ours, one, runs, run_ours)
+        print(f"{line}: {c:.1f} tokens/s, {c / d:.2f} times the {d:.1f} of fp32, "
+              f"bandwidth {c * sample.weight_bytes(small) / bandwidth:.0%}")
 
     work = [([rng.randrange(1, 49152) for _ in range(rng.randint(8, 40))], rng.choice((8, 16, 24, 96))) for _ in range(16)]
     a, b, same = compare(ours, theirs, work, max(1, runs - 1))
