@@ -17,10 +17,12 @@ import array
 import contextlib
 import dataclasses
 import difflib
+import functools
 import gzip
 import hashlib
 import html
 import inspect
+import ipaddress
 import itertools
 import json
 import lzma
@@ -463,6 +465,172 @@ def extract(page: bytes | str, main: bool = True) -> str:
     for element in elements[1:]:
         element.main |= element.parent.main and not element.noise
     return to_markdown([block for block in blocks if block[0].main], LINKS) if main else to_markdown(blocks, 1)
+
+
+# --- filters ---------------------------------------------------------------------------------------------------------
+
+ODD = np.uint64(0x9E3779B97F4A7C15)  # multiplied by it, any number spreads over 64 bits
+FINAL = (".", "!", "?", '"', "'", "”", "’", "…", "。", "！", "？", "」")  # characters that end a sentence or a quotation
+STOP_WORDS = {"the", "be", "to", "of", "and", "that", "have", "with"}
+LEGAL = ("javascript", "terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies", "use cookies")
+
+
+def grams(units: np.ndarray, n: int) -> np.ndarray:
+    """A 64-bit key of each n-gram of units (uint64, shape (N,)), in their order: shape (N - n + 1,), or (0,)."""
+    keys = np.zeros(max(0, units.size - n + 1), np.uint64)
+    for i in range(n):
+        keys = (keys + units[i:i + keys.size] + np.uint64(1)) * ODD
+        keys ^= keys >> np.uint64(32)
+    return keys
+
+
+class Document:
+    """What the rules below look at: each part is made when the first rule asks for it."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    words = functools.cached_property(lambda self: self.text.split())
+    lines = functools.cached_property(lambda self: [line for line in map(str.strip, self.text.split("\n")) if line])
+    paragraphs = functools.cached_property(lambda self: [part for part in self.text.split("\n\n") if part.strip()])
+    keys = functools.cached_property(lambda self: np.array(list(map(hash, self.words)), np.int64).view(np.uint64))
+    ends = functools.cached_property(lambda self: np.cumsum([0, *map(len, self.words)]))  # in characters of words
+
+    def share(self, part: str, good: Callable[[str], bool]) -> float:
+        """The share of the words, lines or paragraphs that are good."""
+        units = getattr(self, part)
+        return sum(map(good, units)) / max(1, len(units))
+
+
+def repeated(document: Document, part: str, weigh: Callable[[str], int]) -> float:
+    """The share of the words, lines or paragraphs that stood before in the document, weighed by their length or 1."""
+    units = getattr(document, part)
+    total, first = (sum(map(weigh, parts)) for parts in (units, set(units)))
+    return (total - first) / max(1, total)
+
+
+def top_gram(document: Document, n: int) -> float:
+    """The share of the characters of words that lie in the most frequent n-gram of words; 0 if each occurs once."""
+    _, first, counts = np.unique(grams(document.keys, n), return_index=True, return_counts=True)
+    sizes = counts * (document.ends[first + n] - document.ends[first])
+    return float(sizes[counts == counts.max(initial=2)].max(initial=0) / max(1, document.ends[-1]))
+
+
+def repeated_grams(document: Document, n: int) -> float:
+    """The share of the characters of words that lie in an n-gram of words which stood before; none counts twice."""
+    keys = grams(document.keys, n)
+    if not keys.size:
+        return 0.0
+    again = np.ones(keys.size, bool)  # where a repeated n-gram begins
+    again[np.unique(keys, return_index=True)[1]] = False
+    inside = np.convolve(again, np.ones(n, int)) > 0  # one per word
+    return float(np.diff(document.ends)[inside].sum() / document.ends[-1])
+
+
+def sentences(document: Document) -> int:
+    """Ends of sentences in the lines that C4 keeps: at least five words, a final mark, nothing legal or technical."""
+    good = [line for line in document.lines if line.endswith(FINAL[:4]) and not line.endswith("...")
+            and len(line.split()) >= 5 and not any(words in line.lower() for words in LEGAL)]
+    return sum(len(re.findall(r"[.!?]['\")\]]?(?=\s|\Z)", line)) for line in good)
+
+
+# A text passes if each statistic lies between the two bounds; a text that does not is told by the name of the first one
+# out of them. Words are what white space separates, so that languages written without it need other rules.
+RULES = {
+    "length": [("characters", lambda d: len(d.text), 200, 1e6)],
+    # Rae et al. 2021 (Gopher), appendix A1.
+    "gopher": [
+        ("words", lambda d: len(d.words), 50, 1e5),
+        ("mean_word_length", lambda d: d.ends[-1] / max(1, len(d.words)), 3, 10),
+        ("hashes", lambda d: d.text.count("#") / max(1, len(d.words)), 0, 0.1),
+        ("ellipses", lambda d: len(re.findall(r"\.\.\.|…", d.text)) / max(1, len(d.words)), 0, 0.1),
+        ("bullets", lambda d: d.share("lines", lambda line: line[0] in "-*•●‣◦"), 0, 0.9),
+        ("lines_with_ellipsis", lambda d: d.share("lines", lambda line: line.endswith(("...", "…"))), 0, 0.3),
+        ("alphabetic_words", lambda d: d.share("words", lambda word: any(map(str.isalpha, word))), 0.8, 1),
+        ("stop_words", lambda d: len(STOP_WORDS.intersection(d.text.lower().split())), 2, 8)],
+    # The same, table A1.
+    "repetition": [
+        ("repeated_lines", lambda d: repeated(d, "lines", bool), 0, 0.3),
+        ("repeated_paragraphs", lambda d: repeated(d, "paragraphs", bool), 0, 0.3),
+        ("repeated_line_characters", lambda d: repeated(d, "lines", len), 0, 0.2),
+        ("repeated_paragraph_characters", lambda d: repeated(d, "paragraphs", len), 0, 0.2),
+        *((f"top_{n}gram", functools.partial(top_gram, n=n), 0, most) for n, most in [(2, 0.20), (3, 0.18), (4, 0.16)]),
+        *((f"repeated_{n}grams", functools.partial(repeated_grams, n=n), 0, 0.2 - n / 100) for n in range(5, 11))],
+    # Raffel et al. 2020 (C4), as rules for a whole page; its list of bad words is the filter "harmful" here.
+    "c4": [
+        ("sentences", sentences, 3, np.inf),
+        ("curly_brackets", lambda d: d.text.count("{"), 0, 0),
+        ("lorem_ipsum", lambda d: d.text.lower().count("lorem ipsum"), 0, 0)],
+    # Penedo et al. 2024 (FineWeb), section 3.6.
+    "fineweb": [
+        ("final_marks", lambda d: d.share("lines", lambda line: line.endswith(FINAL)), 0.12, 1),
+        ("repeated_line_characters", lambda d: repeated(d, "lines", len), 0, 0.1),
+        ("short_lines", lambda d: d.share("lines", lambda line: len(line) < 30), 0, 0.67)],
+}
+
+
+def obey(rules: str, text: str) -> tuple[bool, str]:
+    """(Whether the text passes all RULES of this name, the name of the first that it breaks or "")."""
+    document = Document(text)
+    broken = (name for name, statistic, low, high in RULES[rules] if not low <= statistic(document) <= high)
+    name = next(broken, "")
+    return not name, name
+
+
+# --- personal data ---------------------------------------------------------------------------------------------------
+
+
+def luhn(number: str) -> bool:
+    """Whether the check digit of a card number is right, and its first digit one that cards have (ISO/IEC 7812)."""
+    digits = [int(digit) for digit in number if digit.isdecimal()][::-1]
+    return digits[-1] in (2, 3, 4, 5, 6) and sum(sum(divmod(d << i % 2, 10)) for i, d in enumerate(digits)) % 10 == 0
+
+
+def is_public(address: str) -> bool:
+    """Whether an IP address belongs to somebody: not to a local network, to a test or to documentation."""
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(address).is_global
+    return False
+
+
+def is_phone(number: str) -> bool:
+    """Whether digits in groups are written as telephone numbers are, and not as dates or amounts are."""
+    sizes, gaps = [*map(len, re.findall(r"\d+", number))], set(re.findall("[ .-]", number))
+    american = sizes[-3:] == [3, 3, 4] and number[0] in "123456789" and sum(sizes) <= 11
+    national = number[0] == "0" and len(gaps) == 1 and sum(sizes) >= 9
+    return 8 <= sum(sizes) <= 15 and (number[0] in "+(" or american or national)
+
+
+# (pattern, what a match must pass). Each begins where nothing of its kind stands before and repeats a bounded number of
+# times, so that the time is linear in any text. Keys come first: their letters may look like something else.
+PERSONAL = {
+    "key": (r"""-----BEGIN[ ][A-Z ]{0,20}PRIVATE[ ]KEY-----(?:[^-]|-(?!----)){0,9999}(?:-----END[A-Z ]{0,30}-----)?
+        | (?<![\w-])(?:(?:AKIA|ASIA)[A-Z\d]{16} | gh[pousr]_[A-Za-z\d]{36,255} | github_pat_\w{22,255} | AIza[\w-]{35}
+        | (?:sk|rk|pk)[-_][\w-]{20,255} | xox[abeprs]-[\w-]{10,255} | hf_[A-Za-z]{34} | glpat-[\w-]{20,64}
+        | eyJ[\w-]{10,2000}\.[\w-]{10,4000}\.[\w-]{10,2000})(?![\w-])""", bool),
+    "email": (r"(?<![\w.+%-])[\w.+%-]{1,64}@(?:[\w-]{1,63}\.){1,8}[A-Za-z]{2,24}(?!\w)", bool),
+    "card": (r"(?<![\w.-])(?:\d{4}([ -])\d{4}\1\d{4}\1\d{4}|\d{4}[ -]\d{6}[ -]\d{5}|\d{13,19})(?![\w-])", luhn),
+    "ip": (r"(?<![\w.:])(?:(?:\d{1,3}\.){3}\d{1,3}|(?:[\da-fA-F]{0,4}:){2,7}[\da-fA-F]{0,4})(?![\w:]|\.\d)", is_public),
+    "phone": (r"""(?<![\w.+-])(?:\+\d{1,3}[ .-]?)?(?:\(\d{1,5}\)[ .-]?)?
+        \d{1,12}(?:[ .-]\d{2,8}){0,5}(?![\w-]|[.,]\d)""", is_phone),
+}
+
+
+def mask(kind: str, text: str) -> tuple[str, int]:
+    """(The text with <KIND> in place of each of these data, how many there were)."""
+    pattern, good = PERSONAL[kind]
+    count = 0
+
+    def replace(match: re.Match) -> str:
+        nonlocal count
+        real = good(match[0])
+        count += bool(real)
+        return f"<{kind.upper()}>" if real else match[0]
+
+    return re.sub(pattern, replace, text, flags=re.X), count
+
+
+MASKS = {kind: functools.partial(mask, kind) for kind in PERSONAL}
 
 
 # --- steps -----------------------------------------------------------------------------------------------------------
