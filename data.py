@@ -32,6 +32,8 @@ import shutil
 import sys
 import textwrap
 import time
+import unicodedata
+import zipfile
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -62,6 +64,18 @@ class Options:
     workers: int = 0  # processes; 0: one per core
     seed: int = 0  # another seed holds out other documents
     steps: str = "tokenise"  # or extract,tokenise: web pages give their main content first
+    language: str = ""  # codes that the step language keeps, such as en,de; empty: all
+    quality: str = "quality.npz"  # classifier of the step quality
+    min_quality: float = 0.5  # probability of the positive kind that the step quality asks for
+    harmful: str = "harmful.npz"  # classifier of the step harmful, its positive kind being harmful text
+    max_harmful: float = 0.5  # probability of that kind that the step harmful lets pass
+    ngrams: str = "ngrams.npz"  # model of the step perplexity
+    max_bits: float = 4.0  # bits a byte that the step perplexity lets pass
+    train_language: str = ""  # train language.npz on FILE.json {code: [texts]} or a folder of code.txt
+    train_classifier: bool = False  # train quality.npz on --positive and --negative
+    positive: str = ""  # files and folders of the texts to keep
+    negative: str = ""  # files and folders of the texts to tell from them
+    train_ngrams: str = ""  # train ngrams.npz on text; for a folder of token files: their bits per byte
 
 
 def options(kind: type, words: list[str]):
@@ -633,6 +647,306 @@ def mask(kind: str, text: str) -> tuple[str, int]:
 MASKS = {kind: functools.partial(mask, kind) for kind in PERSONAL}
 
 
+# --- classifiers of text: hashed n-grams and one weight per label ------------------------------------------------------
+
+SEEN = 1 << 14  # characters of a text that a classifier looks at
+PART = re.compile(r"\w+|[^\w\s]")
+NO_LETTERS = re.compile(r"[\s\d!-/:-@\[-`{-~]+")
+
+
+class WordKeys(dict):
+    """A number for each word, the same in all processes; those of a million words are remembered."""
+
+    def __missing__(self, word: str) -> int:
+        if len(self) >= 1 << 20:
+            self.clear()
+        self[word] = key = zlib.crc32(word.encode("utf-8", "replace"))
+        return key
+
+
+WORD_KEYS = WordKeys()
+
+
+@dataclasses.dataclass
+class Classifier:
+    """Weights of hashed n-grams; what they add up to, over n ** power for n of them, is a label's log-odds.
+
+    With characters as units, digits and ASCII punctuation count as spaces. Files hold arrays only (.npz).
+    """
+    labels: list[str]
+    unit: str  # what n-grams are made of: characters or words
+    orders: int  # n-grams of 1 to so many units
+    power: float
+    weights: np.ndarray  # (buckets, labels), int8; buckets are a power of two
+    step: float  # what a weight of 1 stands for
+
+    def features(self, text: str) -> np.ndarray:
+        """The bucket of each n-gram of a text."""
+        if self.unit == "words":
+            units = np.array([WORD_KEYS[word] for word in PART.findall(text.lower())], np.uint64)
+        else:
+            letters = NO_LETTERS.sub(" ", f" {text.lower()} ").encode("utf-32-le", "replace")
+            units = np.frombuffer(letters, np.uint32).astype(np.uint64)
+        keys = np.concatenate([grams(units, n) for n in range(1, self.orders + 1)])
+        return (keys >> np.uint64(65 - len(self.weights).bit_length())).astype(np.int64)
+
+    def probabilities(self, text: str) -> np.ndarray:
+        """The probability of each label, of shape (labels,), from the first SEEN characters of a text."""
+        found = self.features(text[:SEEN])
+        logits = self.weights[found].sum(0) * self.step / max(1, found.size) ** self.power
+        odds = np.exp(logits - logits.max())
+        return odds / odds.sum()
+
+    def save(self, path: str | Path) -> None:
+        """Write an .npz file: no object in it, nothing to execute."""
+        with bpe.replacing(path) as file:
+            np.savez_compressed(file, **dataclasses.asdict(self))
+
+
+def rounded(weights: np.ndarray) -> tuple[np.ndarray, float]:
+    """Weights as int8, and the step that they are multiples of."""
+    step = float(np.abs(weights).max()) / 127 or 1.0
+    return np.round(weights / step).astype(np.int8), step
+
+
+@contextlib.contextmanager
+def reading_arrays(path: str) -> Iterator[dict[str, np.ndarray]]:
+    """The arrays of an .npz file. Raises ValueError if it is another file or the block cannot use what is in it."""
+    with bpe.blaming(f"{path} holds no model of the kind that is needed"), open(path, "rb") as file:
+        try:
+            yield dict(np.load(file, allow_pickle=False))
+        except (zipfile.BadZipFile, zlib.error) as error:
+            raise ValueError(error) from None
+
+
+@functools.lru_cache
+def load_classifier(path: str) -> Classifier:
+    """Read what Classifier.save wrote. Raises ValueError for another file, OSError for none."""
+    with reading_arrays(path) as arrays:
+        *fields, weights, step = (arrays[field.name] for field in dataclasses.fields(Classifier))
+        if weights.shape != (1 << weights.shape[0].bit_length() - 1, fields[0].size):
+            raise ValueError("the weights have another shape")
+        return Classifier(*(field.tolist() for field in fields), weights, float(step))
+
+
+def read_languages(path: Path) -> dict[str, list[str]]:
+    """{code: texts} of a JSON file of that form; or of a folder with files (a line is a text) code*.txt or code/*.txt."""
+    if path.is_dir():
+        languages = {}
+        for file in sorted(path.rglob("*.txt")):
+            code = re.split(r"\W|_", file.relative_to(path).parts[0])[0]
+            languages.setdefault(code, []).extend(decode(file.read_bytes()).splitlines())
+        return languages
+    languages = json.loads(path.read_bytes())
+    lists = languages.values() if isinstance(languages, dict) else [0]
+    if not all(isinstance(texts, list) and all(isinstance(text, str) for text in texts) for texts in lists):
+        raise ValueError(f"{path} has not the form {{code: [texts]}}")
+    return languages
+
+
+def train_language(languages: dict[str, list[str]]) -> Classifier:
+    """Naive Bayes over n-grams of 1 to 4 characters of {code: texts}, after Cavnar and Trenkle 1994 in what it looks at.
+
+    Counts are damped (a word of the topic is frequent in any language) and discounted in favour of what all languages
+    have in common. A text under several codes is not translated, and left out.
+    """
+    codes = Counter(text for texts in languages.values() for text in set(texts))
+    known = {code: " ".join(text for text in texts if codes[text] == 1) for code, texts in sorted(languages.items())}
+    known = {code: text for code, text in known.items() if text.strip()}
+    if len(known) < 2:
+        raise ValueError("texts of at least two languages are needed, which do not stand under several of them")
+    model = Classifier(list(known), "characters", 4, 0.0, np.zeros((1 << 16, len(known)), np.int8), 1.0)
+    counts = np.zeros(model.weights.shape)
+    for label, text in enumerate(known.values()):
+        for start in range(0, len(text), PIECE):
+            counts[:, label] += np.bincount(model.features(text[start:start + PIECE]), minlength=len(counts))
+    counts **= 0.7
+    total = counts.sum(0)
+    common = (counts / total).mean(1, keepdims=True) + 1e-9
+    held_back = 0.8 * np.minimum(counts, 1).sum(0) / total  # probability of what was not seen in training
+    # log(p / common); n-grams overlap, so that each tells about a fourth of what it would alone
+    weights = np.log(np.maximum(counts - 0.8, 0) / total / common + held_back) / model.orders
+    model.weights, model.step = rounded(weights)
+    return model
+
+
+def train_classifier(positive: Iterable[str], negative: Iterable[str], seed: int = 0) -> Classifier:
+    """Logistic regression on word 1-grams and 2-grams by Adagrad (Duchi et al. 2011); the label "positive" is the second.
+
+    The n-grams are fastText's (Joulin et al. 2017); there is no hidden layer. Raises ValueError if one kind is empty.
+    """
+    model = Classifier(["negative", "positive"], "words", 2, 0.5, np.zeros((1 << 18, 2), np.int8), 1.0)
+    texts = [(model.features(text[:SEEN]).astype(np.int32), label)
+             for label, kind in enumerate((negative, positive)) for text in kind]
+    texts = [(found, label) for found, label in texts if found.size]
+    if len({label for _, label in texts}) < 2:
+        raise ValueError("texts of both kinds are needed, positive and negative")
+    weights, squares = np.zeros(1 << 18, np.float32), np.full(1 << 18, 1e-8, np.float32)
+    random = np.random.default_rng(seed)
+    for batch in itertools.chain(*(np.array_split(random.permutation(len(texts)), 1 + len(texts) // 64) for _ in range(3))):
+        found, sizes = np.concatenate([texts[i][0] for i in batch]), np.array([texts[i][0].size for i in batch])
+        scores = np.add.reduceat(weights[found], np.cumsum(sizes) - sizes) / sizes ** 0.5
+        errors = 1 / (1 + np.exp(-scores)) - [texts[i][1] for i in batch]
+        slopes = np.repeat((errors / sizes ** 0.5).astype(np.float32), sizes)  # one per n-gram
+        np.add.at(squares, found, slopes ** 2)
+        np.subtract.at(weights, found, 0.2 * slopes / np.sqrt(squares[found]))
+    weights, model.step = rounded(weights)
+    model.weights[:, 1] = weights
+    return model
+
+
+def detect_language(text: str, path: str = "") -> tuple[str, float]:
+    """(Code of the language, its probability) by language.npz beside this file, or `path`; ("", 0.0) without a letter.
+
+    Where there is no such file, scripts are told apart: (name of the script, its share of the letters).
+    """
+    path = path or str(Path(__file__).with_name("language.npz"))
+    if os.path.exists(path):
+        model = load_classifier(path)
+        chances = model.probabilities(text)
+        return (model.labels[chances.argmax()], float(chances.max())) if any(map(str.isalpha, text)) else ("", 0.0)
+    tell_once(f"there is no {path} (see --train_language): only scripts are told apart")
+    names = Counter(unicodedata.name(letter, "?").split()[0].lower() for letter in text[:SEEN] if letter.isalpha())
+    name, count = next(iter(names.most_common(1)), ("", 0))
+    return name, count / max(1, names.total())
+
+
+@functools.lru_cache
+def tell_once(message: str) -> None:
+    """One line on stderr, once in a process."""
+    print(message, file=sys.stderr)
+
+
+# --- n-gram language model ---------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class NgramModel:
+    """Interpolated Kneser-Ney with three discounts (Chen and Goodman 1998), over units 0 .. vocab_size - 1.
+
+    p(w | h) = (c(hw) - D(c)) / c(h) + back(h) p(w | h without its first unit), and in the end 1 / vocab_size. c counts
+    occurrences at the highest order, below it the different units that stand before. tables[n - 1] is for n-grams: their
+    64-bit keys, sorted; the first term of each; and back(h) for each h of the table of one unit less.
+    """
+    vocab_size: int
+    tables: list[tuple[np.ndarray, np.ndarray, np.ndarray]]
+
+    @classmethod
+    def train(cls, units: np.ndarray, vocab_size: int, order: int) -> "NgramModel":
+        """Count the n-grams of units (integers, shape (N,)); 10 million and order 6 take half a minute and 3 GB."""
+        if not 1 <= order <= units.size:
+            raise ValueError(f"{units.size:,} units are too few for {order}-grams")
+        tables = []
+        keys, first, places = np.unique(grams(units.astype(np.uint64), order), True, True)
+        counts = np.bincount(places)
+        for n in range(order, 0, -1):
+            # How much less than c an n-gram seen c = 0, 1, 2, 3 or more times is worth, by how many are seen so often.
+            few = np.maximum(1.0, np.bincount(np.minimum(counts, 5), minlength=6)[1:5])
+            ratio = few[0] / (few[0] + 2 * few[1])
+            less = [0, *(c - (c + 1) * ratio * few[c] / few[c - 1] for c in (1, 2, 3))]
+            discounts = np.clip(less, [0, 0.1, 0.1, 0.1], [0, 0.95, 1.9, 2.85])[np.minimum(counts, 3)]
+            lower, starts, shorter = np.unique(grams(units.astype(np.uint64), n - 1), True, True)
+            history = shorter[first]
+            total = np.maximum(1, np.bincount(history, counts, lower.size))
+            back = np.bincount(history, discounts, lower.size) / total  # 0 where nothing follows
+            tables.insert(0, (keys, (counts - discounts) / total[history], np.where(back > 0, back, 1)))
+            counts = np.maximum(1, np.bincount(shorter[first + 1], minlength=lower.size))
+            keys, first = lower, starts
+        return cls(vocab_size, tables)
+
+    def bits(self, units: np.ndarray) -> np.ndarray:
+        """-log2 p of each unit after those before it, of shape (N,)."""
+        chances = np.full(units.size, 1 / self.vocab_size)
+        found, place = np.ones(units.size + 1, bool), np.zeros(units.size + 1, int)  # of the history of each unit
+        for n, (keys, own, back) in enumerate(self.tables, 1):
+            wanted = grams(units.astype(np.uint64), n)
+            chances[n - 1:] *= np.where(found[:-1], back[place[:-1]], 1)
+            place = np.minimum(np.searchsorted(keys, wanted), keys.size - 1)
+            found = keys[place] == wanted
+            chances[n - 1:] += np.where(found, own[place], 0)
+        return -np.log2(chances)
+
+    def save(self, path: str | Path) -> None:
+        """Write an .npz file, which `load_ngrams` reads."""
+        names = {f"{name}{n}": table for n, row in enumerate(self.tables) for name, table in zip(("keys", "own", "back"), row)}
+        with bpe.replacing(path) as file:
+            np.savez(file, vocab_size=self.vocab_size, **names)
+
+
+@functools.lru_cache
+def load_ngrams(path: str) -> NgramModel:
+    """Read what NgramModel.save wrote. Raises ValueError for another file, OSError for none."""
+    with reading_arrays(path) as arrays:
+        rows = [tuple(arrays[f"{name}{n}"] for name in ("keys", "own", "back")) for n in range(len(arrays) // 3)]
+        return NgramModel(int(arrays["vocab_size"]), rows)
+
+
+def ngram_bits_per_byte(folder: str, order: int = 6) -> float:
+    """Bits per byte of the held-out documents of a folder of token files, by an n-gram model of its training tokens."""
+    train, val = (np.load(Path(folder) / f"{side}.npy") for side in ("train", "val"))
+    manifest = json.loads((Path(folder) / "manifest.json").read_bytes())
+    model = NgramModel.train(train, bpe.load(Path(folder) / "tokenizer.json").vocab_size, order)
+    return float(model.bits(val).sum() / manifest["val"]["bytes"])
+
+
+# --- all filters -------------------------------------------------------------------------------------------------------
+
+
+def speaks(text: str, codes: str, path: str = "") -> tuple[bool, str]:
+    """(Whether a text is in one of the languages of a comma list, "" being any; the code of its own)."""
+    code, _ = detect_language(text, path)
+    return not codes or code in codes.split(","), code
+
+
+def rated(text: str, path: str, low: float, high: float) -> tuple[bool, float]:
+    """(Whether the probability of the second label of the classifier in a file lies between two bounds, that)."""
+    chance = float(load_classifier(path).probabilities(text)[1])
+    return low <= chance <= high, chance
+
+
+def surprise(text: str, path: str, most: float) -> tuple[bool, float]:
+    """(Whether a model of bytes in a file needs at most so many bits a byte for a text, that)."""
+    model, units = load_ngrams(path), np.frombuffer(text[:SEEN].encode("utf-8", "replace"), np.uint8)
+    bits = float(model.bits(units).sum() / max(1, units.size))
+    return bits <= most, bits
+
+
+def filters(o: Options) -> dict[str, Callable[[str], tuple[bool, object]]]:
+    """{name of a step: text -> (whether to keep it, the rule that it breaks or what was measured)}, by some options.
+
+    Files of models are read when a text comes, once in a process, so that a filter can be sent to any process.
+    """
+    return {**{rules: functools.partial(obey, rules) for rules in RULES},
+            "language": functools.partial(speaks, codes=o.language),
+            "quality": functools.partial(rated, path=o.quality, low=o.min_quality, high=1.0),
+            "harmful": functools.partial(rated, path=o.harmful, low=0.0, high=o.max_harmful),
+            "perplexity": functools.partial(surprise, path=o.ngrams, most=o.max_bits)}
+
+
+FILTERS = filters(Options())
+
+
+def train_filter(o: Options) -> None:
+    """Do what one of the options --train_... asks for: a model is written to --output, a file .npz."""
+    def texts(input: str) -> Iterator[str]:
+        files = bpe.find_files(input)
+        return (text for text, _ in Corpus(files, o.separator, 1 + sum(map(os.path.getsize, files))).pieces("reading"))
+
+    if o.train_language:
+        model, name = train_language(read_languages(Path(o.train_language))), "language.npz"
+    elif o.train_classifier:
+        model, name = train_classifier(texts(o.positive), texts(o.negative), o.seed), "quality.npz"
+    elif Path(o.train_ngrams, "train.npy").exists():
+        print(f"{ngram_bits_per_byte(o.train_ngrams):.4f} bits a byte of the held-out documents by 6-grams of tokens")
+        return
+    else:
+        together = "\n".join(texts(o.train_ngrams)).encode("utf-8", "replace")
+        model, name = NgramModel.train(np.frombuffer(together, np.uint8), 256, 6), "ngrams.npz"
+    name = o.output if o.output.endswith(".npz") else name
+    model.save(name)
+    print(f"{name}: {os.path.getsize(name):,} bytes")
+
+
 # --- steps -----------------------------------------------------------------------------------------------------------
 
 
@@ -845,7 +1159,9 @@ def xz_bits_per_byte(folder: str) -> dict[str, float]:
 
 def main() -> None:
     o = options(Options, sys.argv[1:])
-    manifest = prepare(**dataclasses.asdict(o))
+    if o.train_language or o.train_classifier or o.train_ngrams:
+        return train_filter(o)
+    manifest = prepare(**{name: getattr(o, name) for name in inspect.signature(prepare).parameters})
     for side in ("train", "val"):
         count = manifest[side]
         print(f"{side}.npy: {count['documents']:,} documents, {count['bytes']:,} bytes, {count['tokens']:,} tokens, "
