@@ -14,13 +14,15 @@ are never on both sides; of fewer than 20 documents the last tenth of the text.
 """
 import argparse
 import array
+import bz2
+import codecs
 import contextlib
 import dataclasses
 import difflib
-import functools
 import gzip
 import hashlib
 import html
+import importlib
 import inspect
 import ipaddress
 import itertools
@@ -29,6 +31,7 @@ import lzma
 import os
 import re
 import shutil
+import subprocess
 import sys
 import textwrap
 import time
@@ -37,6 +40,7 @@ import zipfile
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import BinaryIO, Callable, Iterable, Iterator
 
@@ -47,7 +51,7 @@ import bpe
 FORMAT = 1  # of the manifest; counts up when files of the same manifest would become different
 PIECE = 1 << 20  # characters of the longest piece of a document
 STEPS = ("tokenise", "extract,tokenise")
-PAGES = re.compile(r"\.(html?|warc(\.gz)?|warc\.wet(\.gz)?)$", re.I)  # the files that the step extract is for
+PAGES = re.compile(r"\.(html?|pdf|warc|warc\.wet)(\.(gz|bz2|xz|zst))?$", re.I)  # the files that the step extract is for
 JOB = 1 << 22  # characters that a process encodes: bounds memory
 FEW = 20  # fewer documents than this are too few to hold out whole ones
 
@@ -119,6 +123,12 @@ def run(main: Callable[[], None]) -> None:
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
+
+
+@lru_cache
+def tell_once(message: str) -> None:
+    """One line on stderr, once in a process."""
+    print(message, file=sys.stderr)
 
 
 def show_live(text: str) -> None:
@@ -234,27 +244,43 @@ LENGTH = re.compile(rb"^content-length:[ \t]*(\d{1,15})\s*$", re.I | re.M)
 FIELD = re.compile(r"^([^:\s]+):[ \t]*(.*?)\s*$", re.M)
 CODED = re.compile(rb"(?im)^(?:transfer-encoding: *(chunked)|content-encoding: *(gzip|deflate)|content-length:).*\n")
 CHUNK = re.compile(rb"\s*([\da-f]{1,8})\b.*\n", re.I)
-MEMBER = b"\x1f\x8b\x08"  # a gzip member begins
+PACKED = re.compile(rb"\x1f\x8b\x08|BZh[1-9]1AY&SY|\xfd7zXZ\0|\x28\xb5\x2f\xfd")  # how gzip, bz2, xz and zstd begin
 HEAD = 1 << 16  # bytes of the longest header of a record; as many of a file are read at a time
 
 
+@lru_cache
+def unpackers() -> tuple[dict[bytes, Callable], tuple[type, ...]]:
+    """{the first byte of a packed file: what unpacks it}, and the errors of a damaged one; zstd since Python 3.14."""
+    kinds = {b"\x1f": partial(zlib.decompressobj, 31), b"B": bz2.BZ2Decompressor, b"\xfd": lzma.LZMADecompressor}
+    errors = [zlib.error, lzma.LZMAError, OSError, EOFError]
+    with contextlib.suppress(ImportError):
+        zstd = importlib.import_module("compression.zstd")
+        kinds[b"\x28"] = zstd.ZstdDecompressor
+        errors.append(zstd.ZstdError)
+    return kinds, tuple(errors)
+
+
 def read_blocks(path: str | Path) -> Iterator[bytes | None]:
-    """The bytes of a file in blocks, gzip unpacked; None at a damaged place, behind which the next member follows."""
+    """The bytes of a file in blocks, unpacked; None at a damaged place, behind which the next member follows."""
+    kinds, errors = unpackers()
     with open(path, "rb") as file:
-        packed, unpacker = file.peek(3)[:3] == MEMBER, zlib.decompressobj(31)
+        begin = PACKED.match(file.peek(10))
+        begin_unpacking = begin and kinds.get(begin[0][:1])
+        unpacker = begin_unpacking and begin_unpacking()
         while rest := file.read(HEAD):
-            if not packed:
+            if not unpacker:
                 yield rest
-            while packed and rest:
+            # zlib gives back what it has not read yet, the others keep it and are asked again.
+            while unpacker and (rest or not unpacker.eof and not getattr(unpacker, "needs_input", True)):
                 try:
-                    unpacker = zlib.decompressobj(31) if unpacker.eof else unpacker
+                    unpacker = begin_unpacking() if unpacker.eof else unpacker
                     yield unpacker.decompress(rest, 16 * HEAD)
-                    rest = unpacker.unconsumed_tail or unpacker.unused_data
-                except zlib.error:
+                    rest = getattr(unpacker, "unconsumed_tail", b"") or unpacker.unused_data
+                except errors:
                     yield None
-                    unpacker, at = zlib.decompressobj(31), rest.find(MEMBER, 1)
-                    rest = rest[at:] * (at > 0)
-        if packed and not unpacker.eof:  # the file was cut
+                    unpacker, begin = begin_unpacking(), PACKED.search(rest, 1)
+                    rest = rest[begin.start():] if begin else b""
+        if unpacker and not unpacker.eof:  # the file was cut
             yield None
 
 
@@ -353,12 +379,53 @@ MOST = 0.5  # an element with more than this share of a page's text is no side m
 LINKS = 0.4  # a block with more than this share of links is a menu
 
 
+# Character sets, each with letters that are frequent beyond ASCII in a language written in it.
+ALPHABETS = """cp1252 äöüÄÖß cp1252 éèêàâçùûîôœ cp1252 áéíóúñ¿¡ cp1252 ãõçáéíóúâêà cp1252 åäöøæ cp1252 àèéìòù
+    cp1250 ąćęłńóśźż cp1250 áčďéěíňóřšťúůýž cp1250 áéíóöőúüű cp1250 ăâîşţ cp1254 çğıöşüİ cp1251 оеаинтсрвлкмдпуяыьзбгчй
+    koi8-r оеаинтсрвлкмдпуяыьзбгчй cp1253 αοιετσνηυρπκμλςάέίό cp1255 יוהלאמרשתבנ cp1256 ايلمنورتبةعدسفهكق
+    cp874 านรกเงมยลวดทสอ่้ gb18030 的一是不了在人有我他这中大来上国个到说们为子和你地出
+    big5 的一是不了在人有我他這中大來上國個到說們為子和你地出 cp932 のにはをたがでてとしれさいなるもこらン、。
+    euc-jp のにはをたがでてとしれさいなるもこらン、。 cp949 이다는의을에가지고하은한로기사를도서""".split()
+
+
+def guess_charset(raw: bytes) -> str:
+    """The character set in which the letters beyond ASCII are those of a language, most of all: else cp1252."""
+    best = (0.1, "cp1252")
+    for name, letters in zip(ALPHABETS[::2], ALPHABETS[1::2]):
+        with contextlib.suppress(UnicodeDecodeError):
+            text = codecs.getincrementaldecoder(name)().decode(raw[:HEAD])  # may end within a character
+            foreign = [letter for letter in text if letter > "\x7f"]
+            share = sum(map(letters.__contains__, foreign)) / max(1, len(foreign))
+            best = (share, name) if share > best[0] else best
+    return best[1]
+
+
+def pdf_text(raw: bytes, seconds: float = 60) -> str:
+    """The text of a PDF file by poppler's pdftotext; "" if that is not installed (told once), fails or takes longer."""
+    try:
+        done = subprocess.run(["pdftotext", "-enc", "UTF-8", "-", "-"], input=raw, capture_output=True, timeout=seconds)
+    except FileNotFoundError:
+        return tell_once("PDF files give no text: pdftotext is not installed (it is part of poppler)") or ""
+    except subprocess.TimeoutExpired:
+        return ""
+    return done.stdout.decode("utf-8", "replace").replace("\f", "\n\n")
+
+
 def decode(raw: bytes, header: str = "") -> str:
-    """Text of bytes, in the character set that a byte order mark, their form, an HTTP header or a <meta> tells."""
-    told = CHARSET.search(header.encode() + raw[:4096])
-    name = "utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else told[1].decode().lower() if told else "cp1252"
+    """Text of bytes in the character set that a byte order mark, their form, an HTTP header, a <meta> or letters tell.
+
+    A PDF file gives the text that it shows.
+    """
+    if raw.startswith(b"%PDF-"):
+        return pdf_text(raw)
     with contextlib.suppress(UnicodeDecodeError):
         return raw.decode("utf-8-sig")  # other character sets almost never happen to be UTF-8
+    told = CHARSET.search(header.encode() + raw[:4096])
+    name = "utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else told[1].decode().lower() if told else ""
+    text = raw.decode("utf-8", "replace")
+    if not name and 10 * text.count("\ufffd") < sum(letter > "\x7f" for letter in text):
+        return text  # UTF-8 with few errors
+    name = name or guess_charset(raw)
     with contextlib.suppress(LookupError):
         return raw.decode(WIDER.get(name, name), "replace")
     return raw.decode("cp1252", "replace")
@@ -481,15 +548,14 @@ def extract(page: bytes | str, main: bool = True) -> str:
     return to_markdown([block for block in blocks if block[0].main], LINKS) if main else to_markdown(blocks, 1)
 
 
-# --- filters ---------------------------------------------------------------------------------------------------------
+# --- filters: rules --------------------------------------------------------------------------------------------------
 
 ODD = np.uint64(0x9E3779B97F4A7C15)  # multiplied by it, any number spreads over 64 bits
-FINAL = (".", "!", "?", '"', "'", "”", "’", "…", "。", "！", "？", "」")  # characters that end a sentence or a quotation
 STOP_WORDS = {"the", "be", "to", "of", "and", "that", "have", "with"}
-LEGAL = ("javascript", "terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies", "use cookies")
+LEGAL = re.compile("javascript|terms of use|privacy policy|cookie policy|uses? (of )?cookies", re.I)
 
 
-def grams(units: np.ndarray, n: int) -> np.ndarray:
+def ngram_keys(units: np.ndarray, n: int) -> np.ndarray:
     """A 64-bit key of each n-gram of units (uint64, shape (N,)), in their order: shape (N - n + 1,), or (0,)."""
     keys = np.zeros(max(0, units.size - n + 1), np.uint64)
     for i in range(n):
@@ -499,96 +565,127 @@ def grams(units: np.ndarray, n: int) -> np.ndarray:
 
 
 class Document:
-    """What the rules below look at: each part is made when the first rule asks for it."""
+    """A text and its statistics, each of which takes one argument of the table below.
+
+    Words are what white space separates: languages that are written without it need other rules.
+    """
 
     def __init__(self, text: str) -> None:
         self.text = text
+        self.words = text.split()
+        self.lines = [line for line in map(str.strip, text.split("\n")) if line]
+        self.paragraphs = [part for part in text.split("\n\n") if part.strip()]
 
-    words = functools.cached_property(lambda self: self.text.split())
-    lines = functools.cached_property(lambda self: [line for line in map(str.strip, self.text.split("\n")) if line])
-    paragraphs = functools.cached_property(lambda self: [part for part in self.text.split("\n\n") if part.strip()])
-    keys = functools.cached_property(lambda self: np.array(list(map(hash, self.words)), np.int64).view(np.uint64))
-    ends = functools.cached_property(lambda self: np.cumsum([0, *map(len, self.words)]))  # in characters of words
+    @cached_property
+    def ends(self) -> np.ndarray:
+        """Where each word ends, in characters of words; 0 before them."""
+        return np.cumsum([0, *map(len, self.words)])
 
-    def share(self, part: str, good: Callable[[str], bool]) -> float:
-        """The share of the words, lines or paragraphs that are good."""
+    @cached_property
+    def keys(self) -> np.ndarray:
+        """A key of each word, good in this process."""
+        return np.array([*map(hash, self.words)], np.int64).view(np.uint64)
+
+    def found(self, pattern: str) -> int:
+        """How often a pattern occurs, in any case."""
+        return len(re.findall(pattern, self.text, re.I))
+
+    def found_per_word(self, pattern: str) -> float:
+        return self.found(pattern) / max(1, len(self.words))
+
+    def count(self, part: str) -> int:
+        return len(getattr(self, part))
+
+    def word_length(self, _: str) -> float:
+        return self.ends[-1] / max(1, len(self.words))
+
+    def words_with(self, pattern: str) -> float:
+        return sum(map(bool, map(re.compile(pattern).search, self.words))) / max(1, len(self.words))
+
+    def lines_with(self, pattern: str) -> float:
+        return sum(map(bool, map(re.compile(pattern).search, self.lines))) / max(1, len(self.lines))
+
+    def stop_words(self, _: str) -> int:
+        """How many different ones of Gopher's English stop words occur."""
+        return len(STOP_WORDS.intersection(self.text.lower().split()))
+
+    def sentences(self, _: str) -> int:
+        """Ends of sentences in the lines that C4 keeps: of five words, with a final mark, nothing legal or technical."""
+        good = [line for line in self.lines if line.endswith((".", "!", "?", '"')) and not line.endswith("...")]
+        good = [line for line in good if len(line.split()) >= 5 and not LEGAL.search(line)]
+        return sum(len(re.findall(r"[.!?]['\")\]]?(?=\s|\Z)", line)) for line in good)
+
+    def repeated(self, part: str, weigh: Callable[[str], int] = bool) -> float:
+        """The share of the lines or paragraphs that stood before in the text."""
         units = getattr(self, part)
-        return sum(map(good, units)) / max(1, len(units))
+        total, first = (sum(map(weigh, some)) for some in (units, set(units)))
+        return (total - first) / max(1, total)
+
+    def repeated_characters(self, part: str) -> float:
+        """The share of the characters that lie in such lines or paragraphs."""
+        return self.repeated(part, len)
+
+    def top_gram(self, n: str) -> float:
+        """The share of the characters of words in the most frequent n-gram of words; 0 if each occurs once."""
+        keys = ngram_keys(self.keys, int(n))
+        _, first, counts = np.unique(keys, return_index=True, return_counts=True)
+        sizes = counts * (self.ends[first + int(n)] - self.ends[first])
+        most = counts.max(initial=2)
+        return sizes[counts == most].max(initial=0) / max(1, self.ends[-1])
+
+    def repeated_grams(self, n: str) -> float:
+        """The share of the characters of words in n-grams of words that stood before; none counts twice."""
+        keys = ngram_keys(self.keys, int(n))
+        if not keys.size:
+            return 0.0
+        again = np.ones(keys.size, bool)  # where a repeated n-gram begins
+        again[np.unique(keys, return_index=True)[1]] = False
+        inside = np.convolve(again, np.ones(int(n), int)) > 0  # one per word
+        return np.diff(self.ends)[inside].sum() / self.ends[-1]
 
 
-def repeated(document: Document, part: str, weigh: Callable[[str], int]) -> float:
-    """The share of the words, lines or paragraphs that stood before in the document, weighed by their length or 1."""
-    units = getattr(document, part)
-    total, first = (sum(map(weigh, parts)) for parts in (units, set(units)))
-    return (total - first) / max(1, total)
+# Filter, rule, statistic, its argument, and the bounds between which it must lie. Sources: Rae et al. 2021 (Gopher),
+# appendix A1 and table A1; Raffel et al. 2020 (C4), as rules for a whole page, its list of bad words being the filter
+# "harmful" here; Penedo et al. 2024 (FineWeb), section 3.6.
+TABLE = r"""
+    length      characters                      count                 text                    200    1000000
+    gopher      words                           count                 words                   50     100000
+    gopher      mean_word_length                word_length           -                       3      10
+    gopher      hashes                          found_per_word        \#                      0      0.1
+    gopher      ellipses                        found_per_word        \.\.\.|…                0      0.1
+    gopher      bullets                         lines_with            ^[-*•●‣◦]               0      0.9
+    gopher      lines_with_ellipsis             lines_with            (\.\.\.|…)$             0      0.3
+    gopher      alphabetic_words                words_with            [^\W\d_]                0.8    1
+    gopher      stop_words                      stop_words            -                       2      8
+    repetition  repeated_lines                  repeated              lines                   0      0.3
+    repetition  repeated_paragraphs             repeated              paragraphs              0      0.3
+    repetition  repeated_line_characters        repeated_characters   lines                   0      0.2
+    repetition  repeated_paragraph_characters   repeated_characters   paragraphs              0      0.2
+    repetition  top_2gram                       top_gram              2                       0      0.2
+    repetition  top_3gram                       top_gram              3                       0      0.18
+    repetition  top_4gram                       top_gram              4                       0      0.16
+    repetition  repeated_5grams                 repeated_grams        5                       0      0.15
+    repetition  repeated_6grams                 repeated_grams        6                       0      0.14
+    repetition  repeated_7grams                 repeated_grams        7                       0      0.13
+    repetition  repeated_8grams                 repeated_grams        8                       0      0.12
+    repetition  repeated_9grams                 repeated_grams        9                       0      0.11
+    repetition  repeated_10grams                repeated_grams        10                      0      0.1
+    c4          sentences                       sentences             -                       3      inf
+    c4          curly_brackets                  found                 \{                      0      0
+    c4          lorem_ipsum                     found                 lorem\sipsum            0      0
+    fineweb     final_marks                     lines_with            [.!?"'”’…。！？」]$      0.12   1
+    fineweb     repeated_line_characters        repeated_characters   lines                   0      0.1
+    fineweb     short_lines                     lines_with            ^.{0,29}$               0      0.67"""
+RULES = [line.split() for line in TABLE.strip().splitlines()]
 
 
-def top_gram(document: Document, n: int) -> float:
-    """The share of the characters of words that lie in the most frequent n-gram of words; 0 if each occurs once."""
-    _, first, counts = np.unique(grams(document.keys, n), return_index=True, return_counts=True)
-    sizes = counts * (document.ends[first + n] - document.ends[first])
-    return float(sizes[counts == counts.max(initial=2)].max(initial=0) / max(1, document.ends[-1]))
-
-
-def repeated_grams(document: Document, n: int) -> float:
-    """The share of the characters of words that lie in an n-gram of words which stood before; none counts twice."""
-    keys = grams(document.keys, n)
-    if not keys.size:
-        return 0.0
-    again = np.ones(keys.size, bool)  # where a repeated n-gram begins
-    again[np.unique(keys, return_index=True)[1]] = False
-    inside = np.convolve(again, np.ones(n, int)) > 0  # one per word
-    return float(np.diff(document.ends)[inside].sum() / document.ends[-1])
-
-
-def sentences(document: Document) -> int:
-    """Ends of sentences in the lines that C4 keeps: at least five words, a final mark, nothing legal or technical."""
-    good = [line for line in document.lines if line.endswith(FINAL[:4]) and not line.endswith("...")
-            and len(line.split()) >= 5 and not any(words in line.lower() for words in LEGAL)]
-    return sum(len(re.findall(r"[.!?]['\")\]]?(?=\s|\Z)", line)) for line in good)
-
-
-# A text passes if each statistic lies between the two bounds; a text that does not is told by the name of the first one
-# out of them. Words are what white space separates, so that languages written without it need other rules.
-RULES = {
-    "length": [("characters", lambda d: len(d.text), 200, 1e6)],
-    # Rae et al. 2021 (Gopher), appendix A1.
-    "gopher": [
-        ("words", lambda d: len(d.words), 50, 1e5),
-        ("mean_word_length", lambda d: d.ends[-1] / max(1, len(d.words)), 3, 10),
-        ("hashes", lambda d: d.text.count("#") / max(1, len(d.words)), 0, 0.1),
-        ("ellipses", lambda d: len(re.findall(r"\.\.\.|…", d.text)) / max(1, len(d.words)), 0, 0.1),
-        ("bullets", lambda d: d.share("lines", lambda line: line[0] in "-*•●‣◦"), 0, 0.9),
-        ("lines_with_ellipsis", lambda d: d.share("lines", lambda line: line.endswith(("...", "…"))), 0, 0.3),
-        ("alphabetic_words", lambda d: d.share("words", lambda word: any(map(str.isalpha, word))), 0.8, 1),
-        ("stop_words", lambda d: len(STOP_WORDS.intersection(d.text.lower().split())), 2, 8)],
-    # The same, table A1.
-    "repetition": [
-        ("repeated_lines", lambda d: repeated(d, "lines", bool), 0, 0.3),
-        ("repeated_paragraphs", lambda d: repeated(d, "paragraphs", bool), 0, 0.3),
-        ("repeated_line_characters", lambda d: repeated(d, "lines", len), 0, 0.2),
-        ("repeated_paragraph_characters", lambda d: repeated(d, "paragraphs", len), 0, 0.2),
-        *((f"top_{n}gram", functools.partial(top_gram, n=n), 0, most) for n, most in [(2, 0.20), (3, 0.18), (4, 0.16)]),
-        *((f"repeated_{n}grams", functools.partial(repeated_grams, n=n), 0, 0.2 - n / 100) for n in range(5, 11))],
-    # Raffel et al. 2020 (C4), as rules for a whole page; its list of bad words is the filter "harmful" here.
-    "c4": [
-        ("sentences", sentences, 3, np.inf),
-        ("curly_brackets", lambda d: d.text.count("{"), 0, 0),
-        ("lorem_ipsum", lambda d: d.text.lower().count("lorem ipsum"), 0, 0)],
-    # Penedo et al. 2024 (FineWeb), section 3.6.
-    "fineweb": [
-        ("final_marks", lambda d: d.share("lines", lambda line: line.endswith(FINAL)), 0.12, 1),
-        ("repeated_line_characters", lambda d: repeated(d, "lines", len), 0, 0.1),
-        ("short_lines", lambda d: d.share("lines", lambda line: len(line) < 30), 0, 0.67)],
-}
-
-
-def obey(rules: str, text: str) -> tuple[bool, str]:
-    """(Whether the text passes all RULES of this name, the name of the first that it breaks or "")."""
+def obey(name: str, text: str) -> tuple[bool, str]:
+    """(Whether the text keeps all rules of the filter `name`, the first that it breaks or "")."""
     document = Document(text)
-    broken = (name for name, statistic, low, high in RULES[rules] if not low <= statistic(document) <= high)
-    name = next(broken, "")
-    return not name, name
+    for group, rule, statistic, argument, low, high in RULES:
+        if group == name and not float(low) <= getattr(document, statistic)(argument) <= float(high):
+            return False, rule
+    return True, ""
 
 
 # --- personal data ---------------------------------------------------------------------------------------------------
@@ -644,154 +741,126 @@ def mask(kind: str, text: str) -> tuple[str, int]:
     return re.sub(pattern, replace, text, flags=re.X), count
 
 
-MASKS = {kind: functools.partial(mask, kind) for kind in PERSONAL}
+MASKS = {kind: partial(mask, kind) for kind in PERSONAL}
 
 
-# --- classifiers of text: hashed n-grams and one weight per label ------------------------------------------------------
+# --- filters: models of text -----------------------------------------------------------------------------------------
 
-SEEN = 1 << 14  # characters of a text that a classifier looks at
-PART = re.compile(r"\w+|[^\w\s]")
+SEEN = 1 << 14  # characters of a text that a model looks at
+TOKEN = re.compile(r"\w+|[^\w\s]")
 NO_LETTERS = re.compile(r"[\s\d!-/:-@\[-`{-~]+")
 
 
-class WordKeys(dict):
-    """A number for each word, the same in all processes; those of a million words are remembered."""
-
-    def __missing__(self, word: str) -> int:
-        if len(self) >= 1 << 20:
-            self.clear()
-        self[word] = key = zlib.crc32(word.encode("utf-8", "replace"))
-        return key
+def save_arrays(path: str | Path, model: object) -> None:
+    """Write the fields of a dataclass to an .npz file: arrays only, nothing to execute."""
+    with bpe.replacing(path) as file:
+        np.savez_compressed(file, **vars(model))
 
 
-WORD_KEYS = WordKeys()
+@lru_cache
+def load_arrays(path: str, kind: type) -> object:
+    """Read what save_arrays wrote of a dataclass `kind`. Raises ValueError for another file, OSError for none."""
+    with bpe.blaming(f"{path} holds no model of the kind {kind.__name__}"), open(path, "rb") as file:
+        try:
+            return kind(**{name: array[()] for name, array in np.load(file, allow_pickle=False).items()})
+        except (zipfile.BadZipFile, zlib.error) as error:
+            raise ValueError(error) from None
+
+
+@lru_cache(1 << 20)
+def word_key(word: str) -> int:
+    """A number for each word, the same in all processes."""
+    return zlib.crc32(word.encode("utf-8", "replace"))
 
 
 @dataclasses.dataclass
 class Classifier:
-    """Weights of hashed n-grams; what they add up to, over n ** power for n of them, is a label's log-odds.
+    """Weights of hashed n-grams: their sum over the n-grams of a text, over n ** power, is a label's logarithm of odds.
 
-    With characters as units, digits and ASCII punctuation count as spaces. Files hold arrays only (.npz).
+    With characters as units, digits and ASCII punctuation count as spaces.
     """
-    labels: list[str]
+    labels: np.ndarray  # names, of shape (labels,)
     unit: str  # what n-grams are made of: characters or words
     orders: int  # n-grams of 1 to so many units
     power: float
-    weights: np.ndarray  # (buckets, labels), int8; buckets are a power of two
+    weights: np.ndarray  # int8, of shape (buckets, labels); buckets are a power of two
     step: float  # what a weight of 1 stands for
 
     def features(self, text: str) -> np.ndarray:
         """The bucket of each n-gram of a text."""
         if self.unit == "words":
-            units = np.array([WORD_KEYS[word] for word in PART.findall(text.lower())], np.uint64)
+            units = np.array([*map(word_key, TOKEN.findall(text.lower()))], np.uint64)
         else:
-            letters = NO_LETTERS.sub(" ", f" {text.lower()} ").encode("utf-32-le", "replace")
-            units = np.frombuffer(letters, np.uint32).astype(np.uint64)
-        keys = np.concatenate([grams(units, n) for n in range(1, self.orders + 1)])
-        return (keys >> np.uint64(65 - len(self.weights).bit_length())).astype(np.int64)
+            letters = NO_LETTERS.sub(" ", f" {text.lower()} ")
+            units = np.frombuffer(letters.encode("utf-32-le", "replace"), np.uint32).astype(np.uint64)
+        keys = np.concatenate([ngram_keys(units, n) for n in range(1, self.orders + 1)])
+        bits = len(self.weights).bit_length() - 1
+        return (keys >> np.uint64(64 - bits)).astype(np.int32)
 
     def probabilities(self, text: str) -> np.ndarray:
         """The probability of each label, of shape (labels,), from the first SEEN characters of a text."""
         found = self.features(text[:SEEN])
-        logits = self.weights[found].sum(0) * self.step / max(1, found.size) ** self.power
-        odds = np.exp(logits - logits.max())
+        scores = self.weights[found].sum(0, dtype=np.int64) * self.step
+        scores /= max(1, found.size) ** self.power
+        odds = np.exp(scores - scores.max())
         return odds / odds.sum()
 
-    def save(self, path: str | Path) -> None:
-        """Write an .npz file: no object in it, nothing to execute."""
-        with bpe.replacing(path) as file:
-            np.savez_compressed(file, **dataclasses.asdict(self))
-
-
-def rounded(weights: np.ndarray) -> tuple[np.ndarray, float]:
-    """Weights as int8, and the step that they are multiples of."""
-    step = float(np.abs(weights).max()) / 127 or 1.0
-    return np.round(weights / step).astype(np.int8), step
-
-
-@contextlib.contextmanager
-def reading_arrays(path: str) -> Iterator[dict[str, np.ndarray]]:
-    """The arrays of an .npz file. Raises ValueError if it is another file or the block cannot use what is in it."""
-    with bpe.blaming(f"{path} holds no model of the kind that is needed"), open(path, "rb") as file:
-        try:
-            yield dict(np.load(file, allow_pickle=False))
-        except (zipfile.BadZipFile, zlib.error) as error:
-            raise ValueError(error) from None
-
-
-@functools.lru_cache
-def load_classifier(path: str) -> Classifier:
-    """Read what Classifier.save wrote. Raises ValueError for another file, OSError for none."""
-    with reading_arrays(path) as arrays:
-        *fields, weights, step = (arrays[field.name] for field in dataclasses.fields(Classifier))
-        if weights.shape != (1 << weights.shape[0].bit_length() - 1, fields[0].size):
-            raise ValueError("the weights have another shape")
-        return Classifier(*(field.tolist() for field in fields), weights, float(step))
-
-
-def read_languages(path: Path) -> dict[str, list[str]]:
-    """{code: texts} of a JSON file of that form; or of a folder with files (a line is a text) code*.txt or code/*.txt."""
-    if path.is_dir():
-        languages = {}
-        for file in sorted(path.rglob("*.txt")):
-            code = re.split(r"\W|_", file.relative_to(path).parts[0])[0]
-            languages.setdefault(code, []).extend(decode(file.read_bytes()).splitlines())
-        return languages
-    languages = json.loads(path.read_bytes())
-    lists = languages.values() if isinstance(languages, dict) else [0]
-    if not all(isinstance(texts, list) and all(isinstance(text, str) for text in texts) for texts in lists):
-        raise ValueError(f"{path} has not the form {{code: [texts]}}")
-    return languages
+    def set_weights(self, weights: np.ndarray) -> None:
+        """Round weights to multiples of a step."""
+        self.step = float(np.abs(weights).max()) / 127 or 1.0
+        self.weights = np.round(weights / self.step).astype(np.int8)
 
 
 def train_language(languages: dict[str, list[str]]) -> Classifier:
-    """Naive Bayes over n-grams of 1 to 4 characters of {code: texts}, after Cavnar and Trenkle 1994 in what it looks at.
+    """Naive Bayes over n-grams of 1 to 4 characters of {code: texts}.
 
     Counts are damped (a word of the topic is frequent in any language) and discounted in favour of what all languages
-    have in common. A text under several codes is not translated, and left out.
+    have in common. A text that stands under several codes is not translated, and left out.
     """
     codes = Counter(text for texts in languages.values() for text in set(texts))
-    known = {code: " ".join(text for text in texts if codes[text] == 1) for code, texts in sorted(languages.items())}
+    known = {code: " ".join(text for text in languages[code] if codes[text] == 1) for code in sorted(languages)}
     known = {code: text for code, text in known.items() if text.strip()}
     if len(known) < 2:
-        raise ValueError("texts of at least two languages are needed, which do not stand under several of them")
-    model = Classifier(list(known), "characters", 4, 0.0, np.zeros((1 << 16, len(known)), np.int8), 1.0)
-    counts = np.zeros(model.weights.shape)
+        raise ValueError("texts of two languages at least are needed, which do not stand under several of them")
+    counts = np.zeros((1 << 16, len(known)))
+    model = Classifier(np.array([*known]), "characters", 4, 0.0, counts, 1.0)
     for label, text in enumerate(known.values()):
         for start in range(0, len(text), PIECE):
-            counts[:, label] += np.bincount(model.features(text[start:start + PIECE]), minlength=len(counts))
+            found = model.features(text[start:start + PIECE])
+            counts[:, label] += np.bincount(found, minlength=len(counts))
     counts **= 0.7
-    total = counts.sum(0)
+    discount, total = 0.8, counts.sum(0)
     common = (counts / total).mean(1, keepdims=True) + 1e-9
-    held_back = 0.8 * np.minimum(counts, 1).sum(0) / total  # probability of what was not seen in training
+    share = np.maximum(0, counts - discount) / total  # p = share + unseen * common
+    unseen = discount * np.minimum(1, counts).sum(0) / total
     # log(p / common); n-grams overlap, so that each tells about a fourth of what it would alone
-    weights = np.log(np.maximum(counts - 0.8, 0) / total / common + held_back) / model.orders
-    model.weights, model.step = rounded(weights)
+    model.set_weights(np.log(share / common + unseen) / model.orders)
     return model
 
 
 def train_classifier(positive: Iterable[str], negative: Iterable[str], seed: int = 0) -> Classifier:
-    """Logistic regression on word 1-grams and 2-grams by Adagrad (Duchi et al. 2011); the label "positive" is the second.
+    """Logistic regression on 1-grams and 2-grams of words (as in fastText, Joulin et al. 2017) by Adagrad.
 
-    The n-grams are fastText's (Joulin et al. 2017); there is no hidden layer. Raises ValueError if one kind is empty.
+    The label "positive" is the second one. Raises ValueError if one kind has no text.
     """
-    model = Classifier(["negative", "positive"], "words", 2, 0.5, np.zeros((1 << 18, 2), np.int8), 1.0)
-    texts = [(model.features(text[:SEEN]).astype(np.int32), label)
-             for label, kind in enumerate((negative, positive)) for text in kind]
+    weights, squares = np.zeros(1 << 18, np.float32), np.full(1 << 18, 1e-8, np.float32)
+    model = Classifier(np.array(["negative", "positive"]), "words", 2, 0.5, weights, 1.0)
+    texts = [(model.features(text[:SEEN]), label) for label, kind in enumerate((negative, positive)) for text in kind]
     texts = [(found, label) for found, label in texts if found.size]
     if len({label for _, label in texts}) < 2:
         raise ValueError("texts of both kinds are needed, positive and negative")
-    weights, squares = np.zeros(1 << 18, np.float32), np.full(1 << 18, 1e-8, np.float32)
     random = np.random.default_rng(seed)
-    for batch in itertools.chain(*(np.array_split(random.permutation(len(texts)), 1 + len(texts) // 64) for _ in range(3))):
-        found, sizes = np.concatenate([texts[i][0] for i in batch]), np.array([texts[i][0].size for i in batch])
-        scores = np.add.reduceat(weights[found], np.cumsum(sizes) - sizes) / sizes ** 0.5
-        errors = 1 / (1 + np.exp(-scores)) - [texts[i][1] for i in batch]
-        slopes = np.repeat((errors / sizes ** 0.5).astype(np.float32), sizes)  # one per n-gram
+    orders = [random.permutation(len(texts)) for _ in range(3)]
+    for batch in itertools.chain(*(np.array_split(order, 1 + len(texts) // 64) for order in orders)):
+        parts, labels = zip(*(texts[i] for i in batch))
+        found, sizes = np.concatenate(parts), np.array([*map(len, parts)])
+        starts = np.cumsum(sizes) - sizes
+        scores = np.add.reduceat(weights[found], starts) / np.sqrt(sizes)
+        errors = 1 / (1 + np.exp(-scores)) - labels
+        slopes = np.repeat((errors / np.sqrt(sizes)).astype(np.float32), sizes)  # one per n-gram
         np.add.at(squares, found, slopes ** 2)
         np.subtract.at(weights, found, 0.2 * slopes / np.sqrt(squares[found]))
-    weights, model.step = rounded(weights)
-    model.weights[:, 1] = weights
+    model.set_weights(np.stack([0 * weights, weights], 1))
     return model
 
 
@@ -801,23 +870,17 @@ def detect_language(text: str, path: str = "") -> tuple[str, float]:
     Where there is no such file, scripts are told apart: (name of the script, its share of the letters).
     """
     path = path or str(Path(__file__).with_name("language.npz"))
+    letters = [letter for letter in text[:SEEN] if letter.isalpha()]
+    if not letters:
+        return "", 0.0
     if os.path.exists(path):
-        model = load_classifier(path)
+        model = load_arrays(path, Classifier)
         chances = model.probabilities(text)
-        return (model.labels[chances.argmax()], float(chances.max())) if any(map(str.isalpha, text)) else ("", 0.0)
+        return str(model.labels[chances.argmax()]), float(chances.max())
     tell_once(f"there is no {path} (see --train_language): only scripts are told apart")
-    names = Counter(unicodedata.name(letter, "?").split()[0].lower() for letter in text[:SEEN] if letter.isalpha())
-    name, count = next(iter(names.most_common(1)), ("", 0))
-    return name, count / max(1, names.total())
-
-
-@functools.lru_cache
-def tell_once(message: str) -> None:
-    """One line on stderr, once in a process."""
-    print(message, file=sys.stderr)
-
-
-# --- n-gram language model ---------------------------------------------------------------------------------------------
+    scripts = Counter(unicodedata.name(letter, "?").split()[0].lower() for letter in letters)
+    name, count = scripts.most_common(1)[0]
+    return name, count / len(letters)
 
 
 @dataclasses.dataclass
@@ -825,112 +888,118 @@ class NgramModel:
     """Interpolated Kneser-Ney with three discounts (Chen and Goodman 1998), over units 0 .. vocab_size - 1.
 
     p(w | h) = (c(hw) - D(c)) / c(h) + back(h) p(w | h without its first unit), and in the end 1 / vocab_size. c counts
-    occurrences at the highest order, below it the different units that stand before. tables[n - 1] is for n-grams: their
-    64-bit keys, sorted; the first term of each; and back(h) for each h of the table of one unit less.
+    occurrences at the highest order, below it the different units that stand before. Of each order, from 1 on, there
+    are the 64-bit keys of its n-grams, sorted; with each the first term and, for the order above, back(h).
     """
     vocab_size: int
-    tables: list[tuple[np.ndarray, np.ndarray, np.ndarray]]
-
-    @classmethod
-    def train(cls, units: np.ndarray, vocab_size: int, order: int) -> "NgramModel":
-        """Count the n-grams of units (integers, shape (N,)); 10 million and order 6 take half a minute and 3 GB."""
-        if not 1 <= order <= units.size:
-            raise ValueError(f"{units.size:,} units are too few for {order}-grams")
-        tables = []
-        keys, first, places = np.unique(grams(units.astype(np.uint64), order), True, True)
-        counts = np.bincount(places)
-        for n in range(order, 0, -1):
-            # How much less than c an n-gram seen c = 0, 1, 2, 3 or more times is worth, by how many are seen so often.
-            few = np.maximum(1.0, np.bincount(np.minimum(counts, 5), minlength=6)[1:5])
-            ratio = few[0] / (few[0] + 2 * few[1])
-            less = [0, *(c - (c + 1) * ratio * few[c] / few[c - 1] for c in (1, 2, 3))]
-            discounts = np.clip(less, [0, 0.1, 0.1, 0.1], [0, 0.95, 1.9, 2.85])[np.minimum(counts, 3)]
-            lower, starts, shorter = np.unique(grams(units.astype(np.uint64), n - 1), True, True)
-            history = shorter[first]
-            total = np.maximum(1, np.bincount(history, counts, lower.size))
-            back = np.bincount(history, discounts, lower.size) / total  # 0 where nothing follows
-            tables.insert(0, (keys, (counts - discounts) / total[history], np.where(back > 0, back, 1)))
-            counts = np.maximum(1, np.bincount(shorter[first + 1], minlength=lower.size))
-            keys, first = lower, starts
-        return cls(vocab_size, tables)
+    sizes: np.ndarray  # numbers of n-grams: the next three arrays hold one order after the other
+    keys: np.ndarray
+    first_terms: np.ndarray
+    backs: np.ndarray  # begins with that of the empty history, the last order has none
 
     def bits(self, units: np.ndarray) -> np.ndarray:
         """-log2 p of each unit after those before it, of shape (N,)."""
         chances = np.full(units.size, 1 / self.vocab_size)
-        found, place = np.ones(units.size + 1, bool), np.zeros(units.size + 1, int)  # of the history of each unit
-        for n, (keys, own, back) in enumerate(self.tables, 1):
-            wanted = grams(units.astype(np.uint64), n)
-            chances[n - 1:] *= np.where(found[:-1], back[place[:-1]], 1)
-            place = np.minimum(np.searchsorted(keys, wanted), keys.size - 1)
-            found = keys[place] == wanted
-            chances[n - 1:] += np.where(found, own[place], 0)
+        backs = np.full(units.size + 1, self.backs[0])  # of the history of each unit, and one behind the last
+        ends = np.cumsum(self.sizes)
+        for n, (start, end) in enumerate(zip(ends - self.sizes, ends), 1):
+            wanted = ngram_keys(units.astype(np.uint64), n)
+            place = start + np.searchsorted(self.keys[start:end], wanted)
+            place = np.minimum(place, end - 1)
+            found = self.keys[place] == wanted
+            chances[n - 1:] *= backs[:-1]
+            chances[n - 1:] += np.where(found, self.first_terms[place], 0)
+            if end < len(self.keys):
+                backs = np.where(found, self.backs[1 + place], 1)
         return -np.log2(chances)
 
-    def save(self, path: str | Path) -> None:
-        """Write an .npz file, which `load_ngrams` reads."""
-        names = {f"{name}{n}": table for n, row in enumerate(self.tables) for name, table in zip(("keys", "own", "back"), row)}
-        with bpe.replacing(path) as file:
-            np.savez(file, vocab_size=self.vocab_size, **names)
+
+def train_ngrams(units: np.ndarray, vocab_size: int, order: int) -> NgramModel:
+    """Count the n-grams of units (integers, shape (N,)). 10 million and order 6 take half a minute and 3 GB."""
+    if not 1 <= order <= units.size:
+        raise ValueError(f"{units.size:,} units are too few for {order}-grams")
+    units = units.astype(np.uint64)
+    keys, first, places = np.unique(ngram_keys(units, order), True, True)
+    counts, rows = np.bincount(places), []
+    for n in range(order, 0, -1):
+        # How much an n-gram seen c = 1, 2, 3 or more times is worth less than c, from how many are seen so often.
+        few = np.maximum(1.0, np.bincount(np.minimum(counts, 5), minlength=6)[1:5])
+        ratio = few[0] / (few[0] + 2 * few[1])
+        less = [c - (c + 1) * ratio * few[c] / few[c - 1] for c in (1, 2, 3)]
+        discounts = np.clip(less, 0.1, [0.95, 1.9, 2.85])[np.minimum(counts, 3) - 1]
+        shorter, starts, places = np.unique(ngram_keys(units, n - 1), True, True)
+        history = places[first]
+        total = np.bincount(history, counts, shorter.size)
+        back = np.bincount(history, discounts, shorter.size) / np.maximum(1, total)
+        rows.insert(0, (keys, (counts - discounts) / total[history], np.where(total, back, 1)))
+        counts = np.bincount(places[first + 1], minlength=shorter.size)
+        counts = np.maximum(1, counts)  # the text begins with it
+        keys, first = shorter, starts
+    return NgramModel(vocab_size, np.array([len(row[0]) for row in rows]), *map(np.concatenate, zip(*rows)))
 
 
-@functools.lru_cache
-def load_ngrams(path: str) -> NgramModel:
-    """Read what NgramModel.save wrote. Raises ValueError for another file, OSError for none."""
-    with reading_arrays(path) as arrays:
-        rows = [tuple(arrays[f"{name}{n}"] for name in ("keys", "own", "back")) for n in range(len(arrays) // 3)]
-        return NgramModel(int(arrays["vocab_size"]), rows)
+def ngram_bits_per_byte(folder: str | Path, order: int = 6) -> float:
+    """Bits per byte of the held-out documents of a folder of token files, by the n-grams of its training tokens."""
+    folder = Path(folder)
+    train, val = np.load(folder / "train.npy"), np.load(folder / "val.npy")
+    model = train_ngrams(train, bpe.load(folder / "tokenizer.json").vocab_size, order)
+    size = json.loads((folder / "manifest.json").read_bytes())["val"]["bytes"]
+    return float(model.bits(val).sum() / size)
 
 
-def ngram_bits_per_byte(folder: str, order: int = 6) -> float:
-    """Bits per byte of the held-out documents of a folder of token files, by an n-gram model of its training tokens."""
-    train, val = (np.load(Path(folder) / f"{side}.npy") for side in ("train", "val"))
-    manifest = json.loads((Path(folder) / "manifest.json").read_bytes())
-    model = NgramModel.train(train, bpe.load(Path(folder) / "tokenizer.json").vocab_size, order)
-    return float(model.bits(val).sum() / manifest["val"]["bytes"])
+# --- filters: all of them --------------------------------------------------------------------------------------------
 
 
-# --- all filters -------------------------------------------------------------------------------------------------------
-
-
-def speaks(text: str, codes: str, path: str = "") -> tuple[bool, str]:
+def speaks(codes: str, text: str) -> tuple[bool, str]:
     """(Whether a text is in one of the languages of a comma list, "" being any; the code of its own)."""
-    code, _ = detect_language(text, path)
+    code, _ = detect_language(text)
     return not codes or code in codes.split(","), code
 
 
-def rated(text: str, path: str, low: float, high: float) -> tuple[bool, float]:
-    """(Whether the probability of the second label of the classifier in a file lies between two bounds, that)."""
-    chance = float(load_classifier(path).probabilities(text)[1])
+def rated(path: str, low: float, high: float, text: str) -> tuple[bool, float]:
+    """(Whether the second label's probability, by the classifier in a file, lies between two bounds; that)."""
+    chance = float(load_arrays(path, Classifier).probabilities(text)[1])
     return low <= chance <= high, chance
 
 
-def surprise(text: str, path: str, most: float) -> tuple[bool, float]:
-    """(Whether a model of bytes in a file needs at most so many bits a byte for a text, that)."""
-    model, units = load_ngrams(path), np.frombuffer(text[:SEEN].encode("utf-8", "replace"), np.uint8)
-    bits = float(model.bits(units).sum() / max(1, units.size))
+def surprise(path: str, most: float, text: str) -> tuple[bool, float]:
+    """(Whether the n-gram model of bytes in a file needs at most so many bits a byte for a text; that)."""
+    units = np.frombuffer(text[:SEEN].encode("utf-8", "replace"), np.uint8)
+    bits = float(load_arrays(path, NgramModel).bits(units).sum() / max(1, units.size))
     return bits <= most, bits
 
 
 def filters(o: Options) -> dict[str, Callable[[str], tuple[bool, object]]]:
-    """{name of a step: text -> (whether to keep it, the rule that it breaks or what was measured)}, by some options.
+    """{name: a function text -> (whether to keep it, the rule that it breaks or what was measured)}, by some options.
 
-    Files of models are read when a text comes, once in a process, so that a filter can be sent to any process.
+    Files of models are read when a first text comes, so that a filter can be sent to any process.
     """
-    return {**{rules: functools.partial(obey, rules) for rules in RULES},
-            "language": functools.partial(speaks, codes=o.language),
-            "quality": functools.partial(rated, path=o.quality, low=o.min_quality, high=1.0),
-            "harmful": functools.partial(rated, path=o.harmful, low=0.0, high=o.max_harmful),
-            "perplexity": functools.partial(surprise, path=o.ngrams, most=o.max_bits)}
+    rules = {group: partial(obey, group) for group, *_ in RULES}
+    models = {"language": partial(speaks, o.language),
+              "quality": partial(rated, o.quality, o.min_quality, 1.0),
+              "harmful": partial(rated, o.harmful, 0.0, o.max_harmful),
+              "perplexity": partial(surprise, o.ngrams, o.max_bits)}
+    return rules | models
 
 
 FILTERS = filters(Options())
 
 
+def read_languages(path: Path) -> dict[str, list[str]]:
+    """{code: texts} from a JSON file of that form, or from a folder with files code.txt, a text on each line."""
+    if path.is_dir():
+        return {file.stem: decode(file.read_bytes()).splitlines() for file in path.glob("*.txt")}
+    languages = json.loads(path.read_bytes())
+    with bpe.blaming(f"{path} has not the form {{code: [texts]}}"):
+        return {code: [text + "" for text in texts] for code, texts in languages.items()}
+
+
 def train_filter(o: Options) -> None:
-    """Do what one of the options --train_... asks for: a model is written to --output, a file .npz."""
+    """Do what one of the options --train_... asks for: the model is written to --output, if that ends in .npz."""
     def texts(input: str) -> Iterator[str]:
         files = bpe.find_files(input)
-        return (text for text, _ in Corpus(files, o.separator, 1 + sum(map(os.path.getsize, files))).pieces("reading"))
+        corpus = Corpus(files, o.separator, 1 + sum(map(os.path.getsize, files)))
+        return (text for text, _ in corpus.pieces("reading"))
 
     if o.train_language:
         model, name = train_language(read_languages(Path(o.train_language))), "language.npz"
@@ -940,10 +1009,10 @@ def train_filter(o: Options) -> None:
         print(f"{ngram_bits_per_byte(o.train_ngrams):.4f} bits a byte of the held-out documents by 6-grams of tokens")
         return
     else:
-        together = "\n".join(texts(o.train_ngrams)).encode("utf-8", "replace")
-        model, name = NgramModel.train(np.frombuffer(together, np.uint8), 256, 6), "ngrams.npz"
+        units = np.frombuffer("\n".join(texts(o.train_ngrams)).encode("utf-8", "replace"), np.uint8)
+        model, name = train_ngrams(units, 256, 6), "ngrams.npz"
     name = o.output if o.output.endswith(".npz") else name
-    model.save(name)
+    save_arrays(name, model)
     print(f"{name}: {os.path.getsize(name):,} bytes")
 
 
