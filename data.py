@@ -381,8 +381,8 @@ LINKS = 0.4  # a block with more than this share of links is a menu
 
 # Character sets, each with letters that are frequent beyond ASCII in a language written in it.
 ALPHABETS = """cp1252 äöüÄÖß cp1252 éèêàâçùûîôœ cp1252 áéíóúñ¿¡ cp1252 ãõçáéíóúâêà cp1252 åäöøæ cp1252 àèéìòù
-    cp1250 ąćęłńóśźż cp1250 áčďéěíňóřšťúůýž cp1250 áéíóöőúüű cp1250 ăâîşţ cp1254 çğıöşüİ cp1251 оеаинтсрвлкмдпуяыьзбгчй
-    koi8-r оеаинтсрвлкмдпуяыьзбгчй cp1253 αοιετσνηυρπκμλςάέίό cp1255 יוהלאמרשתבנ cp1256 ايلمنورتبةعدسفهكق
+    cp1250 ąćęłńóśźż cp1250 áčďéěíňóřšťúůýž cp1250 áéíóöőúüű cp1250 ăâîşţ cp1254 çğıöşüİ cp1251 оеаинтсрвлкмдп
+    koi8-r оеаинтсрвлкмдп cp1253 αοιετσνηυρπκμλςάέίό cp1255 יוהלאמרשתבנחקדםעפ cp1256 ايلمنورتبةعدسفهكق
     cp874 านรกเงมยลวดทสอ่้ gb18030 的一是不了在人有我他这中大来上国个到说们为子和你地出
     big5 的一是不了在人有我他這中大來上國個到說們為子和你地出 cp932 のにはをたがでてとしれさいなるもこらン、。
     euc-jp のにはをたがでてとしれさいなるもこらン、。 cp949 이다는의을에가지고하은한로기사를도서""".split()
@@ -610,7 +610,7 @@ class Document:
         return len(STOP_WORDS.intersection(self.text.lower().split()))
 
     def sentences(self, _: str) -> int:
-        """Ends of sentences in the lines that C4 keeps: of five words, with a final mark, nothing legal or technical."""
+        """Ends of sentences in the lines that C4 keeps: five words, a final mark, nothing legal or technical."""
         good = [line for line in self.lines if line.endswith((".", "!", "?", '"')) and not line.endswith("...")]
         good = [line for line in good if len(line.split()) >= 5 and not LEGAL.search(line)]
         return sum(len(re.findall(r"[.!?]['\")\]]?(?=\s|\Z)", line)) for line in good)

@@ -1,9 +1,18 @@
 """The filters, masks, classifiers, n-gram models and readers of data.py: each rule on both sides of its line, each machine
 against a slow one written differently, each pattern against text made to slow it down.
 """
+import bz2
+import gzip
+import json
+import lzma
+import os
 import random
 import re
+import shutil
+import subprocess
+import sys
 import time
+import types
 from collections import Counter
 
 import numpy as np
@@ -131,7 +140,7 @@ def test_each_n_gram_rule_has_two_sides(n):
     name = f"top_{n}gram" if n < 5 else f"repeated_{n}grams"
     limit = measured("repetition", name, "")[2]
     values = []
-    for times in range(2, 80):
+    for times in range(2, 80, 2):
         words = [f"{i:05}" for i in range(1000)]
         for i in range(times):
             words[i * 11:i * 11 + n] = [word * 2 for word in WORDS[5 * n:6 * n]]
@@ -199,10 +208,10 @@ ATTACKS = ["a", "a.", "1", "1 ", "1-", "1.", "a@", "a@b.", "@", ":", "a:", "1:",
            "(1)", "+1 ", "4111 ", "4111-1111 ", " ", "\n", "#", "...", "…", "{", ".\"", "a\n", "<", "é", "xoxb-1", "\0", "4111 111111 "]
 
 
-def slow(function, sizes=(1, 4)):
+def slow(function, sizes=(1, 4), attacks=ATTACKS):
     """The attacks on which four times the text takes a function more than 9 times as long (and above 0.1 s)."""
     out = []
-    for attack in ATTACKS:
+    for attack in attacks:
         seconds = []
         for size in sizes:
             text = attack * int(size * 12_000 / len(attack)) + "!"
@@ -220,4 +229,374 @@ def test_time_is_linear(name):
 
 
 def test_the_rule_on_time_bites():
-    assert slow(re.compile(r"\w+@\w+").search, (0.3, 1.2)) != []
+    assert slow(re.compile(r"\w+@\w+").search, (0.3, 1.2), ["a", "-"]) == [("a", [pytest.approx(0, abs=99)] * 2)]
+
+
+# ------------------------------------------------------------------------------------------------ classifiers and language
+
+LETTERS = {"aa": "abcdefgh", "bb": "efghijkl", "cc": "αβγδεζηθ", "dd": "的一是不了在人有"}
+
+
+def made_up(code, seed, count=40):
+    """Text of a made-up language: words of its own letters, in an order of its own."""
+    rng = random.Random(f"{code}{seed}")
+    return " ".join("".join(rng.choice(LETTERS[code][i % 3:i % 3 + 5]) for i in range(rng.randrange(2, 8))) for _ in range(count))
+
+
+@pytest.fixture(scope="module")
+def languages():
+    return {code: [made_up(code, i) for i in range(30)] for code in LETTERS}
+
+
+def test_features_are_the_n_grams_of_a_text():
+    """Buckets against a slow loop over slices; the same text in another process gives the same ones."""
+    model = data.Classifier(np.array(["x"]), "characters", 3, 0.0, np.zeros((1 << 12, 1), np.int8), 1.0)
+    cleaned = " ab cé 的 "
+    found = model.features("AB, cÉ! 1 的")
+    slow, at = {}, 0
+    for n in (1, 2, 3):
+        for i in range(len(cleaned) - n + 1):
+            key = 0
+            for letter in cleaned[i:i + n]:
+                key = (key + ord(letter) + 1) * 0x9E3779B97F4A7C15 % 2 ** 64
+                key ^= key >> 32
+            assert found[at] == key >> 52
+            assert slow.setdefault(cleaned[i:i + n], found[at]) == found[at]
+            at += 1
+    assert at == found.size and found.min() >= 0 and found.max() < 1 << 12
+    words = data.Classifier(np.array(["x"]), "words", 2, 0.0, np.zeros((1 << 18, 1), np.int8), 1.0)
+    assert words.features("The cat. THE cat!").size == 11 and len({*words.features("the cat. the cat!")}) == 4 + 4
+    assert words.features("").size == 0
+
+
+def test_language_is_told(languages, tmp_path, monkeypatch):
+    """Unseen text of each language; the file is small, the same at each training, and is read again as it was written."""
+    model = data.train_language(languages)
+    data.save_arrays(tmp_path / "language.npz", model)
+    data.save_arrays(tmp_path / "again.npz", data.train_language(languages))
+    assert (tmp_path / "language.npz").read_bytes() == (tmp_path / "again.npz").read_bytes()
+    assert (tmp_path / "language.npz").stat().st_size < 10_000 * len(languages)
+    for code in languages:
+        for seed in range(100, 120):
+            found, chance = data.detect_language(made_up(code, seed, 8), str(tmp_path / "language.npz"))
+            assert found == code and 0.5 < chance <= 1
+    mixture = data.detect_language(made_up("aa", 1, 1) + " " + made_up("bb", 1, 1), str(tmp_path / "language.npz"))
+    assert mixture[1] < 1 and data.detect_language("12 34!", str(tmp_path / "language.npz")) == ("", 0.0)
+    monkeypatch.setattr(data, "__file__", str(tmp_path / "data.py"))  # the file beside data.py
+    keep = data.filters(data.Options(language="aa,cc"))["language"]
+    assert [keep(made_up(code, 7)) for code in LETTERS] == [(code in ("aa", "cc"), code) for code in LETTERS]
+    assert data.FILTERS["language"](made_up("bb", 7)) == (True, "bb")
+
+
+def test_naive_bayes_by_hand():
+    """The weights against a dictionary of counts, text by text."""
+    languages = {"x": ["abab", "abc"], "y": ["bcd ab", "dd"]}
+    model = data.train_language(languages)
+    counts = {code: Counter(b for f in [model.features(" ".join(texts))] for b in f.tolist()) for code, texts in languages.items()}
+    counts = {code: {bucket: count ** 0.7 for bucket, count in counter.items()} for code, counter in counts.items()}
+    total = {code: sum(counter.values()) for code, counter in counts.items()}
+    for label, code in enumerate(languages):
+        unseen = 0.8 * len(counts[code]) / total[code]
+        for bucket in set().union(*counts.values()) | {5}:
+            common = sum(counts[c].get(bucket, 0) / total[c] for c in counts) / 2 + 1e-9
+            share = max(0, counts[code].get(bucket, 0) - 0.8) / total[code]
+            assert abs(model.weights[bucket, label] * model.step - np.log(share / common + unseen) / 4) <= model.step / 1.99
+
+
+def test_what_is_not_translated_is_left_out(languages):
+    same = {code: texts + ["one text under all codes"] * 9 for code, texts in languages.items()}
+    assert np.array_equal(data.train_language(same).weights, data.train_language(languages).weights)
+    with pytest.raises(ValueError, match="two languages"):
+        data.train_language({"aa": ["the same"], "bb": ["the same"], "cc": ["another"]})
+
+
+def test_scripts_are_told_apart_without_a_model(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(data, "__file__", str(tmp_path / "data.py"))
+    data.tell_once.cache_clear()
+    assert data.detect_language("Hello!") == ("latin", 1.0)
+    assert data.detect_language("Привет, мир") == ("cyrillic", 1.0)
+    assert data.detect_language("abc абвгд") == ("cyrillic", 5 / 8)
+    assert data.detect_language(" 123 ") == ("", 0.0)
+    assert capsys.readouterr().err.count("only scripts are told apart") == 1
+
+
+def two_kinds(seed, count):
+    """Texts that differ in the order of words alone, so that single words tell little and pairs tell much."""
+    rng = random.Random(seed)
+    pairs = [(a, b) for a in WORDS[:8] for b in WORDS[20:28]]
+    good, bad = [], []
+    for i in range(count):
+        some = [rng.choice(pairs) for _ in range(12)]
+        good.append(" ".join(f"{a} {b}." for a, b in some))
+        bad.append(" ".join(f"{b} {a}." for a, b in some))
+    return good, bad
+
+
+def test_classifier_learns_and_its_file_is_used_by_filters(tmp_path):
+    good, bad = two_kinds(0, 300)
+    model = data.train_classifier(good, bad)
+    path = str(tmp_path / "q.npz")
+    data.save_arrays(path, model)
+    o = data.Options(quality=path, harmful=path, min_quality=0.6, max_harmful=0.4)
+    quality, harmful = data.filters(o)["quality"], data.filters(o)["harmful"]
+    test_good, test_bad = two_kinds(1, 50)
+    assert all(quality(text)[0] and not harmful(text)[0] for text in test_good)
+    assert not any(quality(text)[0] or not harmful(text)[0] for text in test_bad)
+    keep, value = quality(test_good[0])
+    assert value == pytest.approx(model.probabilities(test_good[0])[1]) and 0.6 <= value <= 1
+    other = data.train_classifier(good, bad)
+    assert np.array_equal(model.weights, other.weights) and model.step == other.step
+    assert not np.array_equal(data.train_classifier(good, bad, seed=1).weights, model.weights)
+    assert model.probabilities("")[1] == 0.5 and quality("")[0] is False
+    for kinds in [(good, []), ([], bad), (good, [""]), ([], [])]:
+        with pytest.raises(ValueError, match="both kinds"):
+            data.train_classifier(*kinds)
+
+
+def test_one_step_of_adagrad_by_hand():
+    """Two texts of one word, one batch, three passes: against the formula in floats."""
+    model = data.train_classifier(["yes"], ["no"])
+    weight, square = {"yes": 0.0, "no": 0.0}, {"yes": 1e-8, "no": 1e-8}
+    for _ in range(3):
+        for word, label in (("yes", 1), ("no", 0)):
+            slope = 1 / (1 + np.exp(-weight[word])) - label
+            square[word] += slope ** 2
+            weight[word] -= 0.2 * slope / square[word] ** 0.5
+    for word in weight:
+        assert model.probabilities(word)[1] == pytest.approx(1 / (1 + np.exp(-weight[word])), abs=2e-3)
+
+
+@pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04broken", b"\x93NUMPY", "pickle", "other", "npy"])
+def test_a_file_that_is_no_model_is_one_line(content, tmp_path):
+    path = tmp_path / "m.npz"
+    if content == "pickle":
+        np.savez(path, labels=np.array([{}], object), unit="words")
+    elif content == "other":
+        np.savez(path, a=np.zeros(3))
+    elif content == "npy":
+        np.save(path.open("wb"), np.zeros(3))
+    else:
+        path.write_bytes(content)
+    for kind in (data.Classifier, data.NgramModel):
+        with pytest.raises(ValueError, match="holds no model") as caught:
+            data.load_arrays(str(path), kind)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(FileNotFoundError):
+        data.FILTERS["quality"]("text") if not os.path.exists("quality.npz") else data.load_arrays("none", data.Classifier)
+
+
+# -------------------------------------------------------------------------------------------------------- n-gram language model
+
+def slow_kneser_ney(units, vocab_size, order):
+    """p(word, history) by dictionaries of tuples and recursion; the discounts are taken from counts of counts."""
+    units = tuple(units)
+    levels = []
+    for n in range(1, order + 1):
+        occurrences = Counter(units[i:i + n] for i in range(len(units) - n + 1))
+        longer = {units[i:i + n + 1] for i in range(len(units) - n)}
+        counts = occurrences if n == order else {gram: max(1, sum(l[1:] == gram for l in longer)) for gram in occurrences}
+        n1, n2, n3, n4 = (max(1, sum(count == c for count in counts.values())) for c in (1, 2, 3, 4))
+        y = n1 / (n1 + 2 * n2)
+        d = [min(0.95, max(0.1, 1 - 2 * y * n2 / n1)), min(1.9, max(0.1, 2 - 3 * y * n3 / n2)), min(2.85, max(0.1, 3 - 4 * y * n4 / n3))]
+        levels.append((counts, d))
+
+    def p(word, history, n):
+        if n == 0:
+            return 1 / vocab_size
+        history = history[-(n - 1):] if n > 1 else ()
+        lower = p(word, history, n - 1)
+        counts, d = levels[n - 1]
+        after = {gram: count for gram, count in counts.items() if gram[:-1] == history}
+        if len(history) < n - 1 or not after:
+            return lower
+        total = sum(after.values())
+        back = sum(d[min(count, 3) - 1] for count in after.values()) / total
+        count = after.get((*history, word), 0)
+        return (count - d[min(count, 3) - 1] if count else 0) / total + back * lower
+    return lambda word, history: p(word, tuple(history), min(order, len(history) + 1))
+
+
+@pytest.mark.parametrize("vocab_size, count, order", [(3, 40, 3), (6, 150, 4), (2, 9, 2), (5, 30, 1), (4, 5, 5)])
+def test_kneser_ney(vocab_size, count, order):
+    """Against dictionaries and recursion, on text seen and not; and all probabilities add up to 1 after any history."""
+    rng = np.random.default_rng(vocab_size)
+    units = rng.integers(0, vocab_size, count) * rng.integers(0, 2, count)
+    model, slow = data.train_ngrams(units, vocab_size, order), slow_kneser_ney(units.tolist(), vocab_size, order)
+    for text in (units, rng.integers(0, vocab_size, 30), units[:2], units[:0]):
+        wanted = [-np.log2(slow(int(word), text[:i].tolist())) for i, word in enumerate(text)]
+        assert model.bits(text) == pytest.approx(wanted)
+    for _ in range(40):
+        history = rng.integers(0, vocab_size, rng.integers(0, order + 2))
+        chances = [2.0 ** -model.bits(np.append(history, word))[-1] for word in range(vocab_size)]
+        assert sum(chances) == pytest.approx(1, abs=1e-12) and min(chances) > 0
+
+
+def test_kneser_ney_of_too_little():
+    for order in (0, 6):
+        with pytest.raises(ValueError, match="too few"):
+            data.train_ngrams(np.arange(5), 5, order)
+
+
+def test_perplexity_filter(tmp_path):
+    """Text like the training text needs few bits, letters at random many."""
+    text = prose(3000).encode()
+    data.save_arrays(tmp_path / "n.npz", data.train_ngrams(np.frombuffer(text, np.uint8), 256, 5))
+    keep = data.filters(data.Options(ngrams=str(tmp_path / "n.npz"), max_bits=3.0))["perplexity"]
+    (good, few), (bad, many) = keep(prose(100, 5)), keep("".join(random.Random(0).choices("abcdefghijklmnop", k=500)))
+    assert good and not bad and few < 3 < many and keep("") == (True, 0.0)
+
+
+def test_bits_per_byte_of_a_folder(tmp_path, documents):
+    """Of the files that data.py writes, over the bytes of the held-out text."""
+    (tmp_path / "c.txt").write_text("<|endoftext|>".join(documents), encoding="utf-8")
+    manifest = data.prepare(str(tmp_path / "c.txt"), "char", str(tmp_path / "out"), 300, separator="<|endoftext|>", val_fraction=0.2)
+    train, val = (np.load(tmp_path / "out" / f"{side}.npy") for side in ("train", "val"))
+    vocab_size = data.bpe.load(tmp_path / "out" / "tokenizer.json").vocab_size
+    wanted = data.train_ngrams(train, vocab_size, 3).bits(val).sum() / manifest["val"]["bytes"]
+    assert data.ngram_bits_per_byte(tmp_path / "out", 3) == pytest.approx(wanted) and 0 < wanted < 4
+
+
+# --------------------------------------------------------------------------------------------------------------- commands
+
+def test_training_by_command(run_script, tmp_path, languages, monkeypatch, capsys):
+    """Each --train_... writes a file that its filter reads; what cannot be trained is one line."""
+    (tmp_path / "l.json").write_text(json.dumps(languages), encoding="utf-8")
+    (tmp_path / "folder").mkdir()
+    for code, texts in languages.items():
+        (tmp_path / "folder" / f"{code}.txt").write_text("\n".join(texts), encoding="utf-8")
+    good, bad = two_kinds(0, 40)
+    for name, texts in (("good", good), ("bad", bad)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (tmp_path / "text.txt").write_text(prose(500))
+    monkeypatch.chdir(tmp_path)
+    done = run_script("data.py", "--train_language=l.json", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("language.npz: "), done
+    data.train_filter(data.Options(train_language="folder", output="f.npz"))
+    data.train_filter(data.Options(train_classifier=True, positive="good.jsonl", negative="bad.jsonl"))
+    data.train_filter(data.Options(train_ngrams="text.txt", output="n.npz"))
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["f.npz:", "quality.npz:", "n.npz:"]
+    assert (tmp_path / "language.npz").read_bytes() == (tmp_path / "f.npz").read_bytes()
+    assert data.filters(data.Options(quality=str(tmp_path / "quality.npz")))["quality"](good[0])[0]
+    assert data.filters(data.Options(ngrams=str(tmp_path / "n.npz")))["perplexity"](prose(90))[0]
+    (tmp_path / "bad.json").write_text('{"de": "text", "en": [1]}')
+    (tmp_path / "no.json").write_text("no")
+    done = run_script("data.py", "--train_language=bad.json", cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1) and "{code: [texts]}" in done.stderr
+    for words in (dict(train_language="no.json"), dict(train_language="none.json"), dict(train_ngrams="none"),
+                  dict(train_classifier=True, positive="good.jsonl", negative="none"), dict(train_ngrams="folder/none")):
+        with pytest.raises((ValueError, OSError)) as caught:
+            data.train_filter(data.Options(**words))
+        assert "\n" not in str(caught.value)
+
+
+# ---------------------------------------------------------------------------------------------------------------- readers
+
+def bytes_of(path):
+    return b"".join(block or b"" for block in data.read_blocks(path))
+
+
+PACKERS = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}
+
+
+@pytest.mark.parametrize("kind", PACKERS)
+def test_packed_files_are_known_by_how_they_begin(kind, tmp_path):
+    """One member, several, a bomb in small blocks, a damaged one and a cut one; whatever the name is."""
+    pack, parts = PACKERS[kind], [os.urandom(70_000), b"text " * 300_000, b"end"]
+    path = tmp_path / "name.txt"
+    path.write_bytes(b"".join(map(pack, parts)))
+    assert bytes_of(path) == b"".join(parts) and max(map(len, data.read_blocks(path))) <= 1 << 20
+    path.write_bytes(pack(bytes(20_000_000)))
+    assert max(map(len, data.read_blocks(path))) <= 1 << 20 and sum(map(len, data.read_blocks(path))) == 20_000_000
+    packed = pack(parts[0])
+    path.write_bytes(packed[:40_000])
+    blocks = list(data.read_blocks(path))
+    assert blocks.count(None) == 1 and parts[0].startswith(b"".join(block or b"" for block in blocks))
+    path.write_bytes(packed[:1000] + b"\xff" * 500 + packed[1500:] + pack(parts[2]))
+    blocks = list(data.read_blocks(path))
+    assert None in blocks and blocks[-1] == parts[2]
+
+
+def test_web_archives_in_any_packing(tmp_path):
+    records = [({"WARC-Type": "response", "WARC-Target-URI": f"http://e.org/{i}"}, f"page {i}".encode() * 999) for i in range(20)]
+    data.write_warc(tmp_path / "a.warc", records)
+    plain = (tmp_path / "a.warc").read_bytes()
+    for kind, pack in PACKERS.items():
+        (tmp_path / f"a.warc.{kind}").write_bytes(pack(plain))
+        assert [payload for _, payload in data.read_warc(tmp_path / f"a.warc.{kind}")] == [payload for _, payload in records]
+
+
+def test_zstd_where_python_has_it(tmp_path, monkeypatch):
+    """Python 3.14's module, played by a stand-in where there is none: bytes behind the magic, bz2 inside."""
+    class Decompressor:
+        def __init__(self):
+            self.inner = bz2.BZ2Decompressor()
+
+        def __getattr__(self, name):
+            return getattr(self.inner, name)
+
+        def decompress(self, block, limit=-1):
+            return self.inner.decompress(block.removeprefix(b"\x28\xb5\x2f\xfd"), limit)
+
+    monkeypatch.setitem(sys.modules, "compression", types.ModuleType("compression"))
+    monkeypatch.setitem(sys.modules, "compression.zstd", types.SimpleNamespace(ZstdDecompressor=Decompressor, ZstdError=KeyError))
+    data.unpackers.cache_clear()
+    (tmp_path / "a").write_bytes(b"\x28\xb5\x2f\xfd" + bz2.compress(b"hello" * 9999))
+    assert bytes_of(tmp_path / "a") == b"hello" * 9999
+    monkeypatch.undo()
+    data.unpackers.cache_clear()
+    if sys.version_info < (3, 14):
+        assert bytes_of(tmp_path / "a").startswith(b"\x28\xb5")  # as it is
+
+
+CHARSETS = {
+    "cp1252": ["Les élèves étaient très heureux de fêter Noël là-bas, où ça brûle.", "Die Straße führt über größere Hügel und schöne Täler.",
+               "El niño comió piñones en la montaña con su papá.", "Não há razão para a questão, então irmãos lá estão."],
+    "cp1250": ["Zażółć gęślą jaźń, proszę państwa, książki są tańsze.", "Příliš žluťoučký kůň úpěl ďábelské ódy.",
+               "Egy hűvös vödör őrült író tükörfúrógépe."],
+    "cp1251": ["Съешь же ещё этих мягких французских булок, да выпей чаю."], "koi8-r": ["Съешь же ещё этих мягких французских булок."],
+    "cp1253": ["Ο ήλιος λάμπει και τα παιδιά παίζουν στην αυλή."], "cp1255": ["ילדים משחקים בחצר והשמש זורחת מעל הים."],
+    "cp1256": ["الأطفال يلعبون في الحديقة والشمس مشرقة اليوم."], "cp874": ["เด็ก ๆ กำลังเล่นอยู่ในสวนและแดดออก"],
+    "gb18030": ["我们在学校里学习中国的历史，他说这是一个很大的国家。"], "big5": ["我們在學校裡學習中國的歷史，他說這是一個很大的國家。"],
+    "cp932": ["私は毎日学校に行って、日本の歴史を勉強しています。"], "euc-jp": ["私は毎日学校に行って、日本の歴史を勉強しています。"],
+    "cp949": ["나는 매일 학교에 가서 한국의 역사를 공부합니다. 이것은 책이다."],
+}
+
+
+@pytest.mark.parametrize("charset", CHARSETS)
+def test_character_sets_are_told_by_their_letters(charset):
+    for text in CHARSETS[charset]:
+        assert data.decode(text.encode(charset)) == text
+        assert data.decode((text * 999).encode(charset)) == text * 999  # the sample may end within a character
+
+
+def test_a_character_set_that_is_told_goes_first():
+    """Byte order mark, then valid UTF-8, header, meta, letters; UTF-8 with a few errors stays UTF-8."""
+    text = "Съешь же ещё этих булок. "
+    assert data.decode(text.encode("koi8-r"), "Content-Type: text/html; charset=windows-1251") != text
+    assert data.decode(text.encode("cp1251"), "Content-Type: text/html; charset=windows-1251") == text
+    assert data.decode(b"<meta charset=koi8-r>" + text.encode("koi8-r")) == "<meta charset=koi8-r>" + text
+    assert data.decode(text.encode("utf-16")) == text and data.decode(b"\xef\xbb\xbf" + text.encode()) == text
+    assert data.decode(text.encode() * 9 + b"\xff" + text.encode()) == text * 9 + "\ufffd" + text
+    assert data.decode(b"caf\xe9 for all, and no other letter") == "café for all, and no other letter"
+    assert data.decode(bytes(range(256)) * 9)[:1] == "\0"
+
+
+PDF = (b"%PDF-1.4\n1 0 obj<</Type/Catalog/Pages 2 0 R>>endobj 2 0 obj<</Type/Pages/Kids[3 0 R]/Count 1>>endobj 3 0 obj<</Type/Page"
+       b"/Parent 2 0 R/MediaBox[0 0 300 144]/Contents 4 0 R/Resources<</Font<</F1 5 0 R>>>>>>endobj 4 0 obj<</Length 44>>stream\n"
+       b"BT /F1 18 Tf 10 100 Td (Hello from a PDF) Tj ET\nendstream endobj 5 0 obj<</Type/Font/Subtype/Type1/BaseFont/Helvetica"
+       b">>endobj trailer<</Root 1 0 R>>")
+
+
+def test_pdf(monkeypatch, capsys):
+    """A file's text; nothing for a damaged one, for one that takes too long and, told once, where pdftotext is missing."""
+    if shutil.which("pdftotext"):
+        assert data.decode(PDF).strip() == "Hello from a PDF"
+        assert data.decode(b"%PDF-1.4 no more") == ""
+    run = subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda words, **more: run(["sleep", "5"], **more))
+    assert data.pdf_text(PDF, seconds=0.05) == ""
+    monkeypatch.undo()
+    monkeypatch.setenv("PATH", "/nowhere")
+    data.tell_once.cache_clear()
+    assert [data.decode(PDF), data.decode(PDF)] == ["", ""]
+    assert capsys.readouterr().err.count("pdftotext is not installed") == 1
