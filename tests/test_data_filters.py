@@ -600,3 +600,129 @@ def test_pdf(monkeypatch, capsys):
     data.tell_once.cache_clear()
     assert [data.decode(PDF), data.decode(PDF)] == ["", ""]
     assert capsys.readouterr().err.count("pdftotext is not installed") == 1
+
+
+# ------------------------------------------------------------------------------------------------------------------ fuzzing
+
+PAGE = ("<!doctype html><html><head><meta charset=utf-8><title>t</title><style>p{}</style></head><body class=x><nav><a href=/>home</a>"
+        "</nav><article><h1>Über</h1><p>A long first paragraph, with <b>bold</b> &amp; <a href='#'>links</a>.<ul><li>one<li>two</ul>"
+        "<table><tr><td>1<td>2</table><pre>code\n  x</pre><!-- c --><![CDATA[d]]><script>if(a<b){}</script></article></body></html>")
+PIECES = [b"<", b">", b"<!--", b"-->", b"<![CDATA[", b"]]>", b"<script>", b"</script", b"<pre>", b"</td>", b"&#x110000;", b"&#0;", b"&",
+          b"\"", b"'", b"=", b"\0", b"\xff", b"\xfe", b"\xc3", b"\xed\xa0\x80", b"\r\n\r\n", b"WARC/1.0\r\n", b"Content-Length: 9",
+          b"Content-Length: -1", b"Content-Length: 99999999999", b"charset=utf-7", b"charset=gb18030", b"\x1f\x8b\x08", b"{\"text\":",
+          b"BZh91AY&SY", b"\xfd7zXZ\0", b"%PDF-", b"Transfer-Encoding: chunked\r\n", b"ffffffff\r\n", b"<title>", b"<svg>", b"\xef\xbb\xbf"]
+
+
+def mutated(rng, seed):
+    """A few random cuts, copies, flips and insertions."""
+    out = bytearray(seed)
+    for _ in range(rng.randrange(1, 8)):
+        at, end = sorted((rng.randrange(len(out) + 1), rng.randrange(len(out) + 1)))
+        end = min(end, at + 40)
+        kind = rng.randrange(5)
+        if kind == 0:
+            del out[at:end]
+        elif kind == 1:
+            out[at:at] = out[at:end] * rng.randrange(1, 9)
+        elif kind == 2 and at < len(out):
+            out[at] ^= 1 << rng.randrange(8)
+        elif kind == 3:
+            out[at:at] = rng.choice(PIECES) * rng.choice([1, 1, 1, 50])
+        else:
+            out[at:end] = bytes(rng.randrange(256) for _ in range(end - at))
+    return bytes(out)
+
+
+def seeds(folder):
+    """{kind: inputs} that are mutated."""
+    records = [({"WARC-Type": "response", "Content-Type": "application/http", "http": "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n"},
+                b"5\r\nhello\r\n0\r\n\r\n"),
+               ({"WARC-Type": "response", "Content-Type": "application/http", "http": "HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\n"},
+                gzip.compress(PAGE.encode())), ({"WARC-Type": "warcinfo"}, b"software: x")]
+    archives = []
+    for name in ("a.warc", "a.warc.gz"):
+        data.write_warc(folder / name, records)
+        archives.append((folder / name).read_bytes())
+    rows = b"".join(json.dumps({"text": text}).encode() + b"\n" for text in ("one", "zwei \ud800", PAGE)) + b"{}\n[1]\nnull\n"
+    return {"page": [PAGE.encode(), PAGE.replace("utf-8", "koi8-r").encode("utf-16")], "warc": archives,
+            "packed": [pack(PAGE.encode() * 3) for pack in PACKERS.values()], "jsonl": [rows], "text": ["Grüße 的 ".encode() * 9]}
+
+
+def survive(kind, raw, path, filtered):
+    """What a worker does to an input of a kind; an exception comes out of here if one comes out of data.py."""
+    texts = []
+    if kind in ("warc", "packed", "jsonl"):
+        path.write_bytes(raw)
+    if kind == "warc":
+        counts = Counter()
+        found = list(data.read_warc(path, counts))
+        assert counts["broken"] or found or not raw.strip()
+        texts = [data.extract(payload) + data.decode(payload, headers.get("http", "")) for headers, payload in found]
+    elif kind == "packed":
+        raw = b"".join(block or b"" for block in data.read_blocks(path))
+    elif kind == "jsonl":
+        counts = Counter()
+        texts = [text for text, _ in data.read_jsonl(path, counts)]
+        assert len(texts) + counts["bad_lines"] == sum(not line.isspace() for line in raw.decode("utf-8", "replace").encode().split(b"\n") if line)
+    texts += [data.extract(raw), data.extract(raw, main=False), data.decode(raw)]
+    for text in texts:
+        assert isinstance(text, str) and "\ud800" not in text
+        text.encode()
+        if not filtered:
+            continue
+        for name in GROUPS:
+            assert isinstance(data.FILTERS[name](text)[0], bool)
+        for mask in data.MASKS.values():
+            text, count = mask(text)
+            assert count >= 0
+
+
+def fuzz(folder, count, seed):
+    """`count` mutated inputs of each kind in turn; the one that fails is left in the folder."""
+    rng, kinds = random.Random(seed), seeds(folder)
+    pdf_text, data.pdf_text = data.pdf_text, lambda raw: ""  # a process for each would take an hour
+    try:
+        for i in range(count):
+            kind = list(kinds)[i % len(kinds)]
+            raw = mutated(rng, rng.choice(kinds[kind]))
+            (folder / "input").write_bytes(raw)
+            survive(kind, raw, folder / "file", i % 9 == 0)
+    finally:
+        data.pdf_text = pdf_text
+
+
+def test_mutated_input_raises_nothing(tmp_path):
+    fuzz(tmp_path, 200, 0)
+
+
+@pytest.mark.slow
+def test_100_000_mutated_inputs_raise_nothing(tmp_path):
+    fuzz(tmp_path, 100_000, 1)
+
+
+HUGE = {"nested tags": lambda n: b"<div>" * (n // 5), "nested spans": lambda n: b"<b><i>" * (n // 6), "attributes": lambda n: b"<p " + b"a=b " * (n // 4) + b">",
+        "comments": lambda n: b"<!--" * (n // 4), "quotes": lambda n: b"<p a=\"" * (n // 6), "ends": lambda n: b"</p></b>" * (n // 8),
+        "cdata": lambda n: b"<![CDATA[" * (n // 9), "scripts": lambda n: b"<script>" * (n // 8), "lists": lambda n: b"<ul><li>" * (n // 8),
+        "tables": lambda n: b"<table><tr><td>" * (n // 15), "pre": lambda n: b"<pre>\n" * (n // 6), "entities": lambda n: b"&#1;&amp" * (n // 8),
+        "less-than": lambda n: b"<" * n, "equals": lambda n: b"<p =" + b"=" * n, "bytes": lambda n: b"\x80\xff" * (n // 2), "spaces": lambda n: b"<p" + b" " * n}
+
+
+def seconds_of(function, *given):
+    began = time.process_time()
+    function(*given)
+    return time.process_time() - began
+
+
+@pytest.mark.parametrize("kind", HUGE)
+def test_a_page_made_to_be_slow_takes_linear_time(kind):
+    """Four times the page takes at most nine times as long."""
+    small, large = (seconds_of(data.extract, HUGE[kind](n)) for n in (20_000, 80_000))
+    assert large < max(0.2, 9 * small)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["nested tags", "attributes", "comments", "quotes", "bytes"])
+def test_a_page_of_50_megabytes(kind):
+    """Ten times the page takes at most thirty times as long."""
+    small, large = (seconds_of(data.extract, HUGE[kind](n)) for n in (5_000_000, 50_000_000))
+    assert large < max(1, 30 * small)
