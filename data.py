@@ -381,11 +381,13 @@ LINKS = 0.4  # a block with more than this share of links is a menu
 
 # Character sets, each with letters that are frequent beyond ASCII in a language written in it.
 ALPHABETS = """cp1252 äöüÄÖß cp1252 éèêàâçùûîïôœ cp1252 áéíóúñ¿¡ cp1252 ãõçáéíóúâêà cp1252 åäöøæ cp1252 àèéìòù
-    cp1250 ąćęłńóśźż cp1250 áčďéěíňóřšťúůýž cp1250 áéíóöőúüű cp1250 ăâîşţ cp1254 çğıöşüİ cp1251 оеаинтсрвлкмдп
-    koi8-r оеаинтсрвлкмдп cp1253 αοιετσνηυρπκμλςάέίό cp1255 יוהלאמרשתבנחקדםעפ cp1256 ايلمنورتبةعدسفهكق
-    cp874 านรกเงมยลวดทสอ gb18030 的一是不了在人有我他这中大来上国个到说们为子和你地出
-    big5 的一是不了在人有我他這中大來上國個到說們為子和你地出 cp932 のにはをたがでてとしれさいなるもこらン
-    euc-jp のにはをたがでてとしれさいなるもこらン cp949 이다는의을에가지고하은한로기사를도서""".split()
+    cp1252 àèéíïòóúüç· cp1252 áðéíóúýþæö cp1250 ąćęłńóśźż cp1250 áčďéěíňóřšťúůýžľôä cp1250 áéíóöőúüű cp1250 ăâîşţ
+    cp1250 čćžšđ cp1254 çğıöşüİâ cp1251 оеаинтсрвлкмдп koi8-r оеаинтсрвлкмдп cp1253 αοιετσνηυρπκμλςάέίό
+    cp1255 יוהלאמרשתבנחקדםעפ cp1256 ايلمنورتبةعدسفهكق cp874 านรกเงมยลวดทสอ
+    gb18030 的一是不在了有和人这中大为上个国我以要他时来用们生到作地于出就分对成会可主发年动同工也能下过子说种面而方后多定行学法所
+    big5 的一是不在了有和人這中大為上個國我以要他時來用們生到作地於出就分對成會可主發年動同工也能下過子說種面而方後多定行學法所
+    cp932 のにはをたがでてとしれさいなるもこらン euc-jp のにはをたがでてとしれさいなるもこらン
+    cp949 이다는의을에가지고하은한로기사를도서""".split()
 
 
 def guess_charset(raw: bytes) -> str:
@@ -394,9 +396,9 @@ def guess_charset(raw: bytes) -> str:
     for name, letters in zip(ALPHABETS[::2], ALPHABETS[1::2]):
         with contextlib.suppress(UnicodeDecodeError):
             text = codecs.getincrementaldecoder(name)().decode(raw[:HEAD])  # may end within a character
-            foreign = [letter for letter in text if letter > "\x7f" and letter.isalpha()]
+            foreign = [letter for letter in text if letter > "\x7f" and letter not in "“”„‘’–—…«»、。，"]
             share = sum(map(letters.__contains__, foreign)) / max(1, len(foreign))
-            best = (share, name) if share > 1.1 * best[0] else best
+            best = (share, name) if share > best[0] else best
     return best[1]
 
 
