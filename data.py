@@ -22,6 +22,7 @@ import difflib
 import gzip
 import hashlib
 import html
+import http.client
 import importlib
 import inspect
 import ipaddress
@@ -36,6 +37,7 @@ import sys
 import textwrap
 import time
 import unicodedata
+import urllib.request
 import zipfile
 import zlib
 from collections import Counter
@@ -1016,6 +1018,65 @@ def train_filter(o: Options) -> None:
     name = o.output if o.output.endswith(".npz") else name
     save_arrays(name, model)
     print(f"{name}: {os.path.getsize(name):,} bytes")
+
+
+# --- rewriting by a language model -----------------------------------------------------------------------------------
+
+# The four styles of WRAP (Maini et al. 2024), in other words than theirs.
+STYLES = {
+    "easy": "Tell the following text again for a small child: short sentences, the simplest words, no fact left out.",
+    "medium": "Write the following text again as a good encyclopedia would: clear, whole sentences, no fact left out.",
+    "hard": "Write the following text again for experts, as concisely and with as learned words as they would use.",
+    "qa": "Turn the following text into questions and their answers, each on a line: `Question: ...`, `Answer: ...`.",
+}
+
+
+def ask_server(url: str, body: bytes, tries: int, wait: float) -> str:
+    """What a model says to a request (JSON) to an OpenAI-compatible server; the key is the variable API_KEY.
+
+    Where the server is busy (status 429), in trouble (500 and above) or away, it is asked again after `wait` seconds,
+    twice that, and so on. Raises ConnectionError in one line after so many tries, or at once for another status.
+    """
+    request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+    if os.environ.get("API_KEY"):  # goes to no server to which this one redirects
+        request.add_unredirected_header("Authorization", f"Bearer {os.environ['API_KEY']}")
+    for trial in range(tries):
+        time.sleep(wait * 2 ** (trial - 1) if trial else 0)
+        try:
+            with urllib.request.urlopen(request, timeout=600) as answer:
+                return json.loads(answer.read(1 << 26))["choices"][0]["message"]["content"] + ""
+        except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
+            problem = f"{type(error).__name__}: {error}"
+            if getattr(error, "code", 500) < 500 and error.code != 429:
+                break
+    raise ConnectionError(f"{url} gave no answer ({problem})")
+
+
+def rewrite(texts: Iterable[str], style: str, url: str, model: str = "", cache: str | Path = "rewritten",
+            workers: int = 8, tries: int = 6, wait: float = 1.0) -> list[str]:
+    """Each text in one of the STYLES, by the server at url (such as http://localhost:8000/v1/chat/completions).
+
+    Answers lie in the folder `cache` under a hash of all that was asked, so that nothing is asked for twice. `workers`
+    requests run at a time. Raises ConnectionError as ask_server does; what was answered until then stays.
+    """
+    def one(text: str) -> str:
+        messages = [{"role": "system", "content": STYLES[style]}, {"role": "user", "content": text}]
+        body = json.dumps({"model": model, "messages": messages}).encode()
+        place = Path(cache, hashlib.sha256(url.encode() + b"\n" + body).hexdigest() + ".txt")
+        if not place.exists():
+            answer = ask_server(url, body, tries, wait)
+            with bpe.replacing(place) as file:
+                file.write(answer.encode("utf-8", "replace"))
+        return place.read_bytes().decode()
+
+    if style not in STYLES:
+        raise ValueError(f"the style {style} is none of {', '.join(STYLES)}")
+    Path(cache).mkdir(parents=True, exist_ok=True)
+    texts = list(texts)
+    different = list(dict.fromkeys(texts))
+    with ThreadPoolExecutor(workers) as pool:
+        answers = dict(zip(different, pool.map(one, different)))
+    return [answers[text] for text in texts]
 
 
 # --- steps -----------------------------------------------------------------------------------------------------------

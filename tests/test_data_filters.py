@@ -3,6 +3,7 @@ against a slow one written differently, each pattern against text made to slow i
 """
 import bz2
 import gzip
+import http.server
 import json
 import lzma
 import os
@@ -11,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import types
 from collections import Counter
@@ -600,6 +602,74 @@ def test_pdf(monkeypatch, capsys):
     data.tell_once.cache_clear()
     assert [data.decode(PDF), data.decode(PDF)] == ["", ""]
     assert capsys.readouterr().err.count("pdftotext is not installed") == 1
+
+
+# --------------------------------------------------------------------------------------------------------------- rewriting
+
+class Answers(http.server.BaseHTTPRequestHandler):
+    """A server that says what was asked, after some trouble: self.server.trouble holds statuses to give first."""
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.asked.append((body, self.headers.get("Authorization")))
+        status = self.server.trouble.pop(0) if self.server.trouble else 200
+        if status == "lost":
+            return  # the connection ends without an answer
+        said = {"choices": [{"message": {"content": "-".join(message["content"] for message in body["messages"])}}]}
+        answer = b"no JSON" if status == "broken" else json.dumps(said).encode()
+        self.send_response(200 if status == "broken" else status)
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
+        server.asked, server.trouble = [], []
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        server.url = f"http://127.0.0.1:{server.server_port}/v1/chat/completions"
+        yield server
+        server.shutdown()
+
+
+@pytest.mark.parametrize("style", data.STYLES)
+def test_rewriting_is_asked_for_once(server, style, tmp_path, monkeypatch):
+    """In order, each different text once, from the cache the second time; the key comes from API_KEY and lies nowhere."""
+    monkeypatch.setenv("API_KEY", "secret-key")
+    texts = ["one", "zwei ü", "one", "three"]
+    said = data.rewrite(texts, style, server.url, "m", tmp_path / "cache", wait=0.001)
+    assert said == [f"{data.STYLES[style]}-{text}" for text in texts] and len(server.asked) == 3
+    assert {key for _, key in server.asked} == {"Bearer secret-key"} and server.asked[0][0]["model"] == "m"
+    server.trouble = [404] * 9
+    assert data.rewrite(texts, style, server.url, "m", tmp_path / "cache") == said and len(server.asked) == 3
+    assert not any(b"secret-key" in path.read_bytes() for path in (tmp_path / "cache").iterdir())
+    monkeypatch.delenv("API_KEY")
+    server.trouble = []
+    data.rewrite(["four"], style, server.url, "m", tmp_path / "cache")
+    assert server.asked[-1][1] is None
+
+
+def test_rewriting_tries_again(server, tmp_path):
+    server.trouble = [429, 503, "lost", "broken", 500]
+    assert data.rewrite(["a"], "qa", server.url, cache=tmp_path, wait=0.001, tries=6)[0].endswith("-a")
+    assert len(server.asked) == 6
+    server.trouble = [500] * 3
+    with pytest.raises(ConnectionError, match="gave no answer .*500") as caught:
+        data.rewrite(["b"], "qa", server.url, cache=tmp_path, wait=0.001, tries=3)
+    assert "\n" not in str(caught.value) and len(server.asked) == 9
+    server.trouble = [401]
+    with pytest.raises(ConnectionError, match="401"):
+        data.rewrite(["b"], "qa", server.url, cache=tmp_path, wait=0.001)
+    assert len(server.asked) == 10 and len(list(tmp_path.iterdir())) == 1
+    with pytest.raises(ValueError, match="none of easy, medium, hard, qa"):
+        data.rewrite(["b"], "formal", server.url)
+    with pytest.raises(ConnectionError):
+        data.rewrite(["b"], "qa", "http://127.0.0.1:9/none", cache=tmp_path, wait=0.001, tries=2)
 
 
 # ------------------------------------------------------------------------------------------------------------------ fuzzing
