@@ -6,6 +6,7 @@ Writes: --output, a folder: train.npy and val.npy (1-D, uint16 or uint32; every 
         tokenizer.json, manifest.json, and documents.jsonl if pages were extracted
 Usage:  python data.py --input=stories.txt --separator="<|endoftext|>"
         python data.py --input=crawl.warc.gz --steps=extract,tokenise
+        python data.py --train_language=languages.json  (also --train_classifier, --train_ngrams)
 
 The input may be larger than memory: each pass (extract, split, train the tokenizer,
 encode) streams it. A second run with the same input and options reuses the
@@ -61,7 +62,7 @@ FEW = 20  # fewer documents than this are too few to hold out whole ones
 @dataclasses.dataclass
 class Options:
     input: str = ""  # files and folders, a comma list; empty: the text of the standard library
-    output: str = "data"  # folder for the token files
+    output: str = "data"  # folder for the token files; of --train_...: a file .npz
     tokenizer: str = "bpe"  # a file, or a kind to train on the training part: bpe, char, byte, word
     vocab_size: int = 8192  # tokens of a tokenizer that is trained here
     pattern: str = "gpt2"  # how a tokenizer that is trained here cuts text before merging
@@ -809,9 +810,9 @@ class Classifier:
         odds = np.exp(scores - scores.max())
         return odds / odds.sum()
 
-    def set_weights(self, weights: np.ndarray) -> None:
-        """Round weights to multiples of a step."""
-        self.step = float(np.abs(weights).max()) / 127 or 1.0
+    def set_weights(self, weights: np.ndarray, levels: int = 127) -> None:
+        """Round weights to multiples of a step; the largest is so many steps."""
+        self.step = float(np.abs(weights).max()) / levels or 1.0
         self.weights = np.round(weights / self.step).astype(np.int8)
 
 
@@ -832,13 +833,13 @@ def train_language(languages: dict[str, list[str]]) -> Classifier:
         for start in range(0, len(text), PIECE):
             found = model.features(text[start:start + PIECE])
             counts[:, label] += np.bincount(found, minlength=len(counts))
-    counts **= 0.7
-    discount, total = 0.8, counts.sum(0)
+    counts **= 0.6
+    discount, total = 0.3, counts.sum(0)
     common = (counts / total).mean(1, keepdims=True) + 1e-9
     share = np.maximum(0, counts - discount) / total  # p = share + unseen * common
     unseen = discount * np.minimum(1, counts).sum(0) / total
     # log(p / common); n-grams overlap, so that each tells about a fourth of what it would alone
-    model.set_weights(np.log(share / common + unseen) / model.orders)
+    model.set_weights(np.log(share / common + unseen) / model.orders, 31)  # the file is smaller than with more
     return model
 
 
@@ -957,7 +958,7 @@ def ngram_bits_per_byte(folder: str | Path, order: int = 6) -> float:
 def speaks(codes: str, text: str) -> tuple[bool, str]:
     """(Whether a text is in one of the languages of a comma list, "" being any; the code of its own)."""
     code, _ = detect_language(text)
-    return not codes or code in codes.split(","), code
+    return not codes or code in codes.split(","), code or "no letters"
 
 
 def rated(path: str, low: float, high: float, text: str) -> tuple[bool, float]:
@@ -1008,6 +1009,8 @@ def train_filter(o: Options) -> None:
     if o.train_language:
         model, name = train_language(read_languages(Path(o.train_language))), "language.npz"
     elif o.train_classifier:
+        if not o.positive or not o.negative:
+            raise ValueError("--train_classifier needs --positive and --negative, files of texts of two kinds")
         model, name = train_classifier(texts(o.positive), texts(o.negative), o.seed), "quality.npz"
     elif Path(o.train_ngrams, "train.npy").exists():
         print(f"{ngram_bits_per_byte(o.train_ngrams):.4f} bits a byte of the held-out documents by 6-grams of tokens")

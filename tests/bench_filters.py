@@ -76,7 +76,7 @@ def bench_language(folder, more, folds=10):
         rivals = {}
         if fasttext:
             rows = [(text, code) for code, texts in kept.items() for text in texts]
-            rivals = {"fastText": train_fasttext(rows, minn=1, maxn=4, epoch=50, lr=0.5, dim=50, bucket=100_000)}
+            rivals = {"fastText": train_fasttext(rows, minn=2, maxn=4, epoch=25, lr=0.5, dim=16, bucket=100_000)}
         with tempfile.TemporaryDirectory() as scratch:
             path = f"{scratch}/{fold}.npz"
             data.save_arrays(path, model)
