@@ -35,7 +35,9 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import textwrap
+import threading
 import time
 import unicodedata
 import urllib.request
@@ -405,15 +407,25 @@ def guess_charset(raw: bytes) -> str:
     return best[1]
 
 
-def pdf_text(raw: bytes, seconds: float = 60) -> str:
-    """The text of a PDF file by poppler's pdftotext; "" if that is not installed (told once), fails or takes longer."""
-    try:
-        done = subprocess.run(["pdftotext", "-enc", "UTF-8", "-", "-"], input=raw, capture_output=True, timeout=seconds)
-    except FileNotFoundError:
-        return tell_once("PDF files give no text: pdftotext is not installed (it is part of poppler)") or ""
-    except subprocess.TimeoutExpired:
+def pdf_text(raw: bytes, seconds: float = 60, most: int = 1 << 26) -> str:
+    """The text of a PDF file by poppler's pdftotext: what comes in that time, of that many bytes.
+
+    It reads its standard input, so that no name of a file is taken for an option. If it is missing, one line says so.
+    """
+    if not shutil.which("pdftotext"):
+        tell_once("PDF files give no text: pdftotext is not installed (it is part of poppler)")
         return ""
-    return done.stdout.decode("utf-8", "replace").replace("\f", "\n\n")
+    command = ["pdftotext", "-enc", "UTF-8", "-", "-"]
+    with tempfile.TemporaryFile() as file:
+        file.write(raw)
+        file.seek(0)
+        with subprocess.Popen(command, stdin=file, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+            timer = threading.Timer(seconds, process.kill)
+            timer.start()
+            text = process.stdout.read(most)
+            timer.cancel()
+            process.kill()
+    return text.decode("utf-8", "replace").replace("\f", "\n\n")
 
 
 def decode(raw: bytes, header: str = "") -> str:

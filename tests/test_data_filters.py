@@ -590,15 +590,17 @@ PDF = (b"%PDF-1.4\n1 0 obj<</Type/Catalog/Pages 2 0 R>>endobj 2 0 obj<</Type/Pag
        b">>endobj trailer<</Root 1 0 R>>")
 
 
-def test_pdf(monkeypatch, capsys):
+def test_pdf(monkeypatch, capsys, tmp_path):
     """A file's text; nothing for a damaged one, for one that takes too long and, told once, where pdftotext is missing."""
     if shutil.which("pdftotext"):
         assert data.decode(PDF).strip() == "Hello from a PDF"
         assert data.decode(b"%PDF-1.4 no more") == ""
-    run = subprocess.run
-    monkeypatch.setattr(subprocess, "run", lambda words, **more: run(["sleep", "5"], **more))
-    assert data.pdf_text(PDF, seconds=0.05) == ""
-    monkeypatch.undo()
+    for script, wanted in (("sleep 9", ""), ("echo a; sleep 9", "a\n"), ("while true; do echo aaaaaaa; done", "aaaaaaa\n" * 12 + "aaaa")):
+        (tmp_path / "pdftotext").write_text(f"#!/bin/sh\n{script.replace('sleep', 'exec sleep')}\n")
+        (tmp_path / "pdftotext").chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+        began = time.monotonic()
+        assert data.pdf_text(PDF, seconds=1, most=100) == wanted and time.monotonic() - began < 8
     monkeypatch.setenv("PATH", "/nowhere")
     data.tell_once.cache_clear()
     assert [data.decode(PDF), data.decode(PDF)] == ["", ""]
