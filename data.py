@@ -958,9 +958,10 @@ def train_ngrams(units: np.ndarray, vocab_size: int, order: int) -> NgramModel:
 def ngram_bits_per_byte(folder: str | Path, order: int = 6) -> float:
     """Bits per byte of the held-out documents of a folder of token files, by the n-grams of its training tokens."""
     folder = Path(folder)
-    train, val = np.load(folder / "train.npy"), np.load(folder / "val.npy")
+    with bpe.blaming(f"{folder} holds no whole token files"):
+        train, val = np.load(folder / "train.npy"), np.load(folder / "val.npy")
+        size = json.loads((folder / "manifest.json").read_bytes())["val"]["bytes"]
     model = train_ngrams(train, bpe.load(folder / "tokenizer.json").vocab_size, order)
-    size = json.loads((folder / "manifest.json").read_bytes())["val"]["bytes"]
     return float(model.bits(val).sum() / size)
 
 
@@ -1006,8 +1007,9 @@ def read_languages(path: Path) -> dict[str, list[str]]:
     """{code: texts} from a JSON file of that form, or from a folder with files code.txt, a text on each line."""
     if path.is_dir():
         return {file.stem: decode(file.read_bytes()).splitlines() for file in path.glob("*.txt")}
-    languages = json.loads(path.read_bytes())
+    raw = path.read_bytes()
     with bpe.blaming(f"{path} has not the form {{code: [texts]}}"):
+        languages = json.loads(raw)
         return {code: [text + "" for text in texts] for code, texts in languages.items()}
 
 
