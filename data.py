@@ -792,7 +792,7 @@ def word_key(word: str) -> int:
 
 @dataclasses.dataclass
 class Classifier:
-    """Weights of hashed n-grams: their sum over the n-grams of a text, over n ** power, is a label's logarithm of odds.
+    """Weights of hashed n-grams: their sum over those of a text, over n ** power, plus an offset, is a label's score.
 
     With characters as units, digits and ASCII punctuation count as spaces.
     """
@@ -802,6 +802,7 @@ class Classifier:
     power: float
     weights: np.ndarray  # int8, of shape (buckets, labels); buckets are a power of two
     step: float  # what a weight of 1 stands for
+    offset: float = 0.0  # of the last label
 
     def features(self, text: str) -> np.ndarray:
         """The bucket of each n-gram of a text."""
@@ -819,6 +820,7 @@ class Classifier:
         found = self.features(text[:SEEN])
         scores = self.weights[found].sum(0, dtype=np.int64) * self.step
         scores /= max(1, found.size) ** self.power
+        scores[-1] += self.offset
         odds = np.exp(scores - scores.max())
         return odds / odds.sum()
 
@@ -861,6 +863,7 @@ def train_classifier(positive: Iterable[str], negative: Iterable[str], seed: int
     The label "positive" is the second one. Raises ValueError if one kind has no text.
     """
     weights, squares = np.zeros(1 << 18, np.float32), np.full(1 << 18, 1e-8, np.float32)
+    square = 1e-8  # of the offset
     model = Classifier(np.array(["negative", "positive"]), "words", 2, 0.5, weights, 1.0)
     texts = [(model.features(text[:SEEN]), label) for label, kind in enumerate((negative, positive)) for text in kind]
     texts = [(found, label) for found, label in texts if found.size]
@@ -872,11 +875,14 @@ def train_classifier(positive: Iterable[str], negative: Iterable[str], seed: int
         parts, labels = zip(*(texts[i] for i in batch))
         found, sizes = np.concatenate(parts), np.array([*map(len, parts)])
         starts = np.cumsum(sizes) - sizes
-        scores = np.add.reduceat(weights[found], starts) / np.sqrt(sizes)
+        scores = np.add.reduceat(weights[found], starts) / np.sqrt(sizes) + model.offset
         errors = 1 / (1 + np.exp(-scores)) - labels
         slopes = np.repeat((errors / np.sqrt(sizes)).astype(np.float32), sizes)  # one per n-gram
         np.add.at(squares, found, slopes ** 2)
         np.subtract.at(weights, found, 0.2 * slopes / np.sqrt(squares[found]))
+        slope = float(errors.mean())
+        square += slope ** 2
+        model.offset -= 0.2 * slope / square ** 0.5
     model.set_weights(np.stack([0 * weights, weights], 1))
     return model
 

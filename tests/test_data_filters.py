@@ -350,7 +350,7 @@ def test_classifier_learns_and_its_file_is_used_by_filters(tmp_path):
     other = data.train_classifier(good, bad)
     assert np.array_equal(model.weights, other.weights) and model.step == other.step
     assert not np.array_equal(data.train_classifier(good, bad, seed=1).weights, model.weights)
-    assert model.probabilities("")[1] == 0.5 and quality("")[0] is False
+    assert model.probabilities("")[1] == pytest.approx(1 / (1 + np.exp(-model.offset)))
     for kinds in [(good, []), ([], bad), (good, [""]), ([], [])]:
         with pytest.raises(ValueError, match="both kinds"):
             data.train_classifier(*kinds)
@@ -359,14 +359,15 @@ def test_classifier_learns_and_its_file_is_used_by_filters(tmp_path):
 def test_one_step_of_adagrad_by_hand():
     """Two texts of one word, one batch, three passes: against the formula in floats."""
     model = data.train_classifier(["yes"], ["no"])
-    weight, square = {"yes": 0.0, "no": 0.0}, {"yes": 1e-8, "no": 1e-8}
+    weight, square = {"yes": 0.0, "no": 0.0, "": 0.0}, {"yes": 1e-8, "no": 1e-8, "": 1e-8}
     for _ in range(3):
-        for word, label in (("yes", 1), ("no", 0)):
-            slope = 1 / (1 + np.exp(-weight[word])) - label
+        slopes = {word: 1 / (1 + np.exp(-weight[word] - weight[""])) - label for word, label in (("yes", 1), ("no", 0))}
+        slopes[""] = (slopes["yes"] + slopes["no"]) / 2
+        for word, slope in slopes.items():
             square[word] += slope ** 2
             weight[word] -= 0.2 * slope / square[word] ** 0.5
     for word in weight:
-        assert model.probabilities(word)[1] == pytest.approx(1 / (1 + np.exp(-weight[word])), abs=2e-3)
+        assert model.probabilities(word)[1] == pytest.approx(1 / (1 + np.exp(-weight[word] - weight[""] * (word != ""))), abs=2e-3)
 
 
 @pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04broken", b"\x93NUMPY", "pickle", "other", "npy"])
