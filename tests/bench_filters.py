@@ -1,11 +1,13 @@
 """What the filters of data.py reach and cost, beside fastText where it is installed.
 
-Usage: python tests/bench_filters.py --data=FOLDER [--tokens=FOLDER] [--more=languages.json] [--only=language,classifier,...]
+Usage: python tests/bench_filters.py --data=FOLDER [--tokens=FOLDER] [--more=languages.json] [--folds=10]
+       [--only=language,classifier,...]
 
 FOLDER is the folder of real files that tests take from TEST_DATA. Prints, one line each:
-language    Accuracy at 100 characters on the texts of web/lang that a tenth of the hashes holds out (all ten tenths in
-            turn), ours and fastText trained on the same texts, and bytes of our file. Texts that stand under several codes
-            are not translated: they are left out on both sides. --more adds training texts, {code: [texts]}.
+language    Accuracy at 100 characters on the texts of web/lang that are held out (a tenth by their hash, all tenths in turn;
+            --folds=5 for fifths), ours and fastText trained on the same texts, and bytes of our file. Texts that stand
+            under several codes are not translated: they are left out on both sides. --more adds training texts,
+            {code: [texts]}.
 classifier  AUC and processor time in training of two tasks, ours and fastText with its own settings and with word pairs.
             "blocks": blocks of web/aeb_dev's pages, of at least 20 characters, that lie in the article or do not; every
             fourth page is held out. "code": the standard library's own modules or its tests, in pieces of 2,000
@@ -62,7 +64,7 @@ def fold_of(text, folds):
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") % folds
 
 
-def bench_language(folder, more, folds=10):
+def bench_language(folder, more, folds):
     languages = json.loads((folder / "web/lang/debconf.json").read_bytes())
     codes = Counter(text for texts in languages.values() for text in set(texts))
     languages = {code: [text for text in texts if codes[text] == 1] for code, texts in languages.items()}
@@ -172,11 +174,12 @@ def main():
     parser.add_argument("--data", required=True)
     parser.add_argument("--tokens", default="")
     parser.add_argument("--more", default="")
+    parser.add_argument("--folds", type=int, default=10)
     parser.add_argument("--only", default="language,classifier,ngrams,speed")
     o = parser.parse_args()
     folder, parts = Path(o.data), o.only.split(",")
     if "language" in parts:
-        bench_language(folder, o.more)
+        bench_language(folder, o.more, o.folds)
     if "classifier" in parts:
         bench_classifier(folder)
     if "ngrams" in parts and o.tokens:
