@@ -1,11 +1,12 @@
 """Web pages and text become tokens: the main content is extracted, documents are held out and encoded.
 
-Reads:  --input: text files, folders, .jsonl files (field "text"), with --steps=extract,tokenise also .html and WARC
+Reads:  --input: text files, folders, .jsonl files (field "text" or "messages"), with other --steps also .html and WARC
         files; without it the text of Python's standard library
 Writes: --output, a folder: train.npy and val.npy (1-D, uint16 or uint32; every document ends with <|endoftext|>),
-        tokenizer.json, manifest.json, and documents.jsonl if pages were extracted
+        tokenizer.json, manifest.json; with other steps documents.jsonl, examples.json, contamination.json, the --report
 Usage:  python data.py --input=stories.txt --separator="<|endoftext|>"
-        python data.py --input=crawl.warc.gz --steps=extract,tokenise
+        python data.py --input=crawl.warc.gz --steps=extract,length,pii,dedup,tokenise --report=report.html --look=3
+        SLURM_ARRAY_TASK_ID=0 SLURM_ARRAY_TASK_COUNT=4 python data.py ..., for each of 0 to 3; then data.py ... --merge
 
 The input may be larger than memory: each pass (extract, split, train the tokenizer,
 encode) streams it. A second run with the same input and options reuses the
@@ -15,8 +16,10 @@ are never on both sides; of fewer than 20 documents the last tenth of the text.
 import argparse
 import array
 import contextlib
+import csv
 import dataclasses
 import difflib
+import functools
 import gzip
 import hashlib
 import html
@@ -24,6 +27,7 @@ import inspect
 import itertools
 import json
 import lzma
+import math
 import os
 import re
 import shutil
@@ -35,6 +39,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO, Callable, Iterable, Iterator
+from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -42,10 +47,10 @@ import bpe
 
 FORMAT = 1  # of the manifest; counts up when files of the same manifest would become different
 PIECE = 1 << 20  # characters of the longest piece of a document
-STEPS = ("tokenise", "extract,tokenise")
-PAGES = re.compile(r"\.(html?|warc(\.gz)?|warc\.wet(\.gz)?)$", re.I)  # the files that the step extract is for
+PAGES = re.compile(r"\.(html?|warc|warc\.wet)(\.gz)?$", re.I)  # the files that the step extract is for
 JOB = 1 << 22  # characters that a process encodes: bounds memory
 FEW = 20  # fewer documents than this are too few to hold out whole ones
+FREE = {"input", "output", "workers", "shard", "merge", "report", "look"}  # options that change no file
 
 
 @dataclasses.dataclass
@@ -59,7 +64,15 @@ class Options:
     val_fraction: float = 0.02  # share of the documents that is held out for validation
     workers: int = 0  # processes; 0: one per core
     seed: int = 0  # another seed holds out other documents
-    steps: str = "tokenise"  # or extract,tokenise: web pages give their main content first
+    steps: str = "tokenise"  # in this order, such as extract,length,pii,dedup,tokenise (a wrong name lists all)
+    shard: str = ""  # i/n: do every n-th part of the input, one machine of n on one folder; then --merge
+    merge: bool = False  # go on behind what the shards have done
+    threshold: float = 0.8  # dedup: Jaccard similarity of the word 5-grams from which documents are copies
+    false_positives: float = 1e-6  # urls, exact, lines: share of the new that is taken for seen
+    eval_data: str = ""  # decontaminate: files and folders of evaluation sets (jsonl, csv, txt), a comma list
+    max_document_bytes: int = 100000000  # longer documents are dropped
+    report: str = ""  # write a page about what each step removed, such as report.html
+    look: int = 0  # print so many random documents, as they were and what became of them
 
 
 def options(kind: type, words: list[str]):
@@ -465,6 +478,17 @@ def extract(page: bytes | str, main: bool = True) -> str:
     return to_markdown([block for block in blocks if block[0].main], LINKS) if main else to_markdown(blocks, 1)
 
 
+# --- filters ---------------------------------------------------------------------------------------------------------
+
+# Filters: text -> (whether it is kept, the rule that it broke or the number that was measured).
+FILTERS: dict[str, Callable[[str], tuple[bool, object]]] = {
+    "length": lambda text: (len(text) >= 100, "under 100 characters"),
+}
+ADDRESS = re.compile(r"[\w.+-]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63})+")
+# Masks: text -> (text without what is private, the number of places).
+MASKS: dict[str, Callable[[str], tuple[str, int]]] = {"email": lambda text: ADDRESS.subn("<email>", text)}
+
+
 # --- steps -----------------------------------------------------------------------------------------------------------
 
 
@@ -489,35 +513,6 @@ def batches(pieces: Iterable[tuple[int, str, bool]]) -> Iterator[list[tuple[int,
             yield batch
             batch, size = [], 0
     yield batch
-
-
-def read_pages(files: Iterable[Path], counts: Counter) -> Iterator[tuple[int, bytes, bool]]:
-    """The web pages in .html and WARC files, as pieces for `batches`; what else a WARC file holds is counted."""
-    for path in files:
-        for headers, page in read_warc(path, counts) if ".warc" in path.suffixes else [({}, path.read_bytes())]:
-            good = headers.get("WARC-Type") in (None, "response", "resource", "conversion") and b"\0" not in page[:1024]
-            counts["pages" if good else "other_records"] += 1
-            if good:
-                yield 0, page, True
-
-
-def extract_batch(batch: list[tuple[int, bytes, bool]]) -> list[str]:
-    """The main content of each page; plain text as it is."""
-    return [extract(page) if b"<" in page[:1024] else decode(page) for _, page, _ in batch]
-
-
-def extract_pages(files: list[Path], folder: Path, workers: int) -> tuple[list[Path], Counter]:
-    """Write the main content of all pages to documents.jsonl, and give it in their place; pages = kept + without_text.
-
-    Memory holds one batch a process, whatever the size of the files.
-    """
-    counts, pages = Counter(), [path for path in files if PAGES.search(path.name)]
-    with open(folder / "documents.jsonl", "w", encoding="utf-8") as file:
-        for texts in bpe.parallel(extract_batch, batches(read_pages(pages, counts)), workers):
-            lines = [json.dumps({"text": text}) + "\n" for text in texts if text.strip()]
-            file.writelines(lines)
-            counts.update(kept=len(lines), without_text=len(texts) - len(lines))
-    return sorted({*files} - {*pages}) + [folder / "documents.jsonl"], counts
 
 
 def write_header(file: BinaryIO, dtype: np.dtype, length: int) -> None:
@@ -545,6 +540,766 @@ def tokenise(corpus: Corpus, tokenizer: bpe.Tokenizer, folder: Path, workers: in
             file.flush()
             os.fsync(file.fileno())
     return counts
+
+
+# --- keys of documents: duplicates and evaluation sets -----------------------------------------------------------------
+# A document has keys of 64 bits: of its URL, its text, its lines, or its n-grams of words. What has a key that was seen
+# before, in an earlier document or in an evaluation set, is dropped. Near copies share many n-grams.
+
+PERMUTATIONS = 128  # of a MinHash signature
+GRAM = 5  # words of the n-grams by which near copies are found
+LEAKED = (8, 13)  # words of the shortest text of an evaluation set that is looked for, and of the n-grams of longer ones
+RANDOM = np.random.default_rng(0)
+LETTER = RANDOM.integers(0, 1 << 64, 256, np.uint64)
+POWER = np.cumprod(np.full(1 << 17, 0x9E3779B97F4A7C15, np.uint64))
+INVERSE = np.cumprod(np.full(1 << 17, pow(0x9E3779B97F4A7C15, -1, 1 << 64), np.uint64))
+FACTOR, SHIFT = RANDOM.integers(0, 1 << 32, (2, PERMUTATIONS, 1), np.uint32)
+FACTOR |= 1  # odd, so that x -> FACTOR x + SHIFT (mod 2^32) is a permutation
+SPACELESS = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")  # no spaces between words
+TRACKING = re.compile("(utm_|fbclid=|gclid=|msclkid=|mc_[ce]id=|phpsessid=|jsessionid=|sessionid=|ref=)", re.I)
+ROWS = 1 << 24  # keys that are sorted at a time
+
+
+def mixed(keys: np.ndarray) -> np.ndarray:
+    """Numbers of 64 bits, scrambled one to one, in place."""
+    keys ^= keys >> np.uint64(32)
+    keys *= np.uint64(0xD6E8FEB86659FD93)
+    keys ^= keys >> np.uint64(29)
+    return keys
+
+
+def grams(text: str, n: int) -> np.ndarray:
+    """A key for each n words in a row (for the whole text if it has fewer); words are what white space parts.
+
+    sums[i] = sum of LETTER[byte j] r^j over j < i, so the difference at two places, over r^start, is a hash of the bytes
+    between them (Karp and Rabin 1987), for all n-grams at once.
+    """
+    words = (text if text.isascii() else SPACELESS.sub(r" \g<0> ", text)).split() or [""]
+    n, keys = min(n, len(words)), []
+    for at in range(0, len(words) - n + 1, 1024):
+        part = words[at:at + 1023 + n]
+        if sum(map(len, part)) + len(part) > len(POWER) // 4:  # in bytes as many as there are powers
+            part = [word[:64] for word in part]
+        letters = np.frombuffer(" ".join(part)[:len(POWER) // 4].encode(), np.uint8)
+        sums = np.zeros(len(letters) + 1, np.uint64)
+        np.cumsum(LETTER[letters] * POWER[:len(letters)], out=sums[1:])
+        spaces = np.flatnonzero(letters == 32)
+        starts, ends = np.append(0, spaces + 1), np.append(spaces, len(letters))
+        starts = starts[:len(starts) - n + 1]
+        keys.append((sums[ends[n - 1:]] - sums[starts]) * INVERSE[starts])
+    return mixed(np.concatenate(keys))
+
+
+def digests(texts: Iterable[str]) -> np.ndarray:
+    """A key for each text, however long."""
+    raw = (hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest() for text in texts)
+    return np.frombuffer(b"".join(raw), "<u8")
+
+
+def signature(shingles: np.ndarray) -> np.ndarray:
+    """The least of a set of keys under each of the permutations, (PERMUTATIONS,) uint32 (Broder 1997)."""
+    keys, least = (shingles >> np.uint64(32)).astype(np.uint32), np.full(PERMUTATIONS, 0xFFFFFFFF, np.uint32)
+    for at in range(0, len(keys), 512):  # (128, 512) stays in the cache
+        values = FACTOR * keys[at:at + 512]
+        values += SHIFT
+        np.minimum(least, values.min(1), out=least)
+    return least
+
+
+def bands_for(threshold: float) -> tuple[int, int]:
+    """(bands b, rows r): the most rows with which 99.5% of the pairs at the threshold share a band.
+
+    Two documents of Jaccard similarity s share one with probability 1 - (1 - s^r)^b (Leskovec et al. 2014, chapter 3).
+    """
+    rows = [r for r in range(1, 33) if (1 - threshold**r) ** (PERMUTATIONS // r) <= 0.005]
+    return PERMUTATIONS // max(rows, default=1), max(rows, default=1)
+
+
+def near_keys(text: str, threshold: float) -> np.ndarray:
+    """The bands of a document's signature, as one key each, and behind them its different 5-grams, sorted."""
+    shingles = np.unique(grams(text, GRAM))
+    b, r = bands_for(threshold)
+    rows = signature(shingles)[:b * r].reshape(b, r).astype(np.uint64)
+    return np.concatenate([mixed((rows * POWER[:r]).sum(1, dtype=np.uint64)), shingles])
+
+
+def jaccard(a: np.ndarray, b: np.ndarray) -> float:
+    """Size of the intersection over size of the union of two sets, each sorted."""
+    both = np.sort(np.concatenate([a, b]), kind="stable")  # merges the two in linear time
+    shared = np.count_nonzero(both[1:] == both[:-1])
+    return shared / (len(both) - shared)
+
+
+def sharing(bands: np.ndarray) -> Iterator[np.ndarray]:
+    """Groups of two or more documents, ascending, that have a band in common; bands is (b, documents), and may lie on
+    disk: ROWS keys at a time are in memory."""
+    for band in bands:
+        passes = 1 + len(band) // ROWS
+        for residue in range(passes):
+            parts = (at + np.flatnonzero(band[at:at + ROWS] % passes == residue) for at in range(0, len(band), ROWS))
+            index = np.concatenate([*parts])
+            keys = band[index]
+            order = np.argsort(keys, kind="stable")
+            keys, index = keys[order], index[order]
+            same = keys[1:] == keys[:-1]
+            found = np.append(same, False) | np.append(False, same)
+            cuts = np.flatnonzero(np.diff(keys[found])) + 1
+            yield from np.split(index[found], cuts) if found.any() else []
+
+
+def minhash_pairs(texts: Iterable[str], threshold: float = 0.8) -> list[tuple[int, int, float]]:
+    """All pairs (i, j, similarity) of texts whose word 5-grams have a Jaccard similarity of at least the threshold.
+
+    Pairs come from MinHash and LSH (Broder 1997; 128 permutations), which find at least 99% of them; the similarity
+    is exact, so no pair is wrong.
+    """
+    keys = [near_keys(text, threshold) for text in texts]
+    b = bands_for(threshold)[0]
+    pairs = {pair for group in sharing(np.array([key[:b] for key in keys]).T) for pair in
+             itertools.combinations(group.tolist(), 2)}
+    scored = ((i, j, jaccard(keys[i][b:], keys[j][b:])) for i, j in sorted(pairs))
+    return [pair for pair in scored if pair[2] >= threshold]
+
+
+class Bloom:
+    """A set of keys in -log2(rate) / ln 2 bits each, which says of a new key that it is known with probability `rate`
+    once `count` keys are in it (Bloom 1970)."""
+
+    def __init__(self, count: int, rate: float):
+        self.size = 64 + math.ceil(-count * math.log(rate) / math.log(2) ** 2)  # bits
+        self.probes = max(1, round(-math.log2(rate)))
+        self.bits = np.zeros(self.size // 8 + 1, np.uint8)
+
+    def places(self, keys: np.ndarray, probe: int) -> tuple[np.ndarray, np.ndarray]:
+        """Byte and bit of the keys for one of the probes: hash1 + probe hash2 (Kirsch and Mitzenmacher 2006)."""
+        place = (keys + np.uint64(probe) * (mixed(keys.copy()) | np.uint64(1))) % np.uint64(self.size)
+        return place >> np.uint64(3), np.uint8(1) << (place & np.uint64(7)).astype(np.uint8)
+
+    def add(self, keys: np.ndarray) -> np.ndarray:
+        """Put keys in; for each whether it was known, or stands earlier among them."""
+        known = np.ones(len(keys), bool)
+        known[np.unique(keys, return_index=True)[1]] = False
+        left = np.flatnonzero(~known)
+        for probe in range(self.probes):  # of the new ones half are out after each probe
+            byte, bit = self.places(keys[left], probe)
+            left = left[self.bits[byte] & bit > 0]
+        known[left] = True
+        for probe in range(self.probes):
+            np.bitwise_or.at(self.bits, *self.places(keys[~known], probe))
+        return known
+
+
+def normal_url(url: str) -> str:
+    """A URL without what does not change the page: scheme, www, port, case of the host, fragment, marks of trackers."""
+    try:
+        parts = urlsplit(url.strip())
+        port = "" if parts.port in (None, 80, 443) else f":{parts.port}"
+    except ValueError:  # as http://[
+        return url
+    query = "&".join(sorted(word for word in parts.query.split("&") if not TRACKING.match(word)))
+    host = (parts.hostname or "").removeprefix("www.").rstrip(".")
+    return f"{host}{port}{parts.path.rstrip('/')}?{query}".rstrip("?")
+
+
+def letters_of(text: str) -> str:
+    """Letters and digits alone, in small letters: what is compared with evaluation sets."""
+    return " ".join(re.findall(r"\w+", text.lower()))
+
+
+def read_evaluation(path: Path) -> Iterator[tuple[str, str]]:
+    """(name, text) of each field of a file of an evaluation set: rows of jsonl, of csv (MMLU's), paragraphs of text."""
+    with bpe.opened(path, "rt", encoding="utf-8", errors="replace", newline="") as file:
+        if ".jsonl" in path.suffixes:
+            rows = (json.loads(line) for line in file if line.strip())
+        elif ".csv" in path.suffixes:
+            rows = (dict(zip(("question", *["answer"] * (len(row) - 1)), row)) | {"answer": row[1:]}
+                    for row in csv.reader(file))
+        else:
+            rows = ({"text": text} for text in file.read().split("\n\n"))
+        for number, row in enumerate(rows):
+            for field, value in row.items():
+                texts = value if isinstance(value, list) else [value]
+                yield from ((f"{number} {field}", text) for text in texts if isinstance(text, str))
+
+
+@functools.lru_cache(1)
+def evaluation_keys(eval_data: str) -> tuple[dict, list[tuple[str, str, bool]]]:
+    """({n: (sorted keys, the item of each)}, [(file, "number field", whether it has keys) of each item]) of some evaluation sets.
+
+    An item of LEAKED[1] words or more has its n-grams of that many words, a shorter one itself; (Brown et al. 2020,
+    appendix C). Those below LEAKED[0] words would be found everywhere, and have none.
+    """
+    items, parts = [], {}
+    for path in bpe.find_files(eval_data):
+        with bpe.blaming(f"--eval_data: {path} is damaged"):
+            for name, text in read_evaluation(path):
+                text = letters_of(text)
+                n = min(len(text.split()), LEAKED[1])
+                if n >= LEAKED[0]:
+                    keys = grams(text, n)
+                    parts.setdefault(n, []).append((keys, np.full(len(keys), len(items))))
+                items.append((path.name, name, n >= LEAKED[0]))
+    tables = {}
+    for n, rows in parts.items():
+        keys, owners = map(np.concatenate, zip(*rows))
+        order = np.argsort(keys)
+        tables[n] = keys[order], owners[order]
+    return tables, items
+
+
+# --- the pipeline ------------------------------------------------------------------------------------------------------
+# Documents are records, dicts with "text" (or "messages"), "origin", "url" and what steps add. The steps are cut into
+# stages: what looks at one document alone runs in one pass, in parallel; behind it the keys of all documents are compared.
+# The input is cut into parts, and a file for each part and stage lies on disk, so a run that was killed goes on.
+
+PART = 1 << 26  # bytes of documents, as they are read, in a part
+FIRST = 4  # examples that are kept of what a step removes for one reason
+SAMPLE = 64  # random documents that are kept for --look
+GLANCE = 2000  # characters that are kept of an example
+
+
+def places(record: dict) -> list[tuple[dict, str]]:
+    """Where the text of a record stands, as (dict, key): in "text", or in each of its messages."""
+    return [(record, "text")] if "text" in record else [(message, "content") for message in record["messages"]]
+
+
+def text_of(record: dict) -> str:
+    """All text of a record."""
+    return "\n\n".join(holder[key] for holder, key in places(record))
+
+
+def size_of(record: dict) -> int:
+    """Bytes of a record's text, or of what was read."""
+    return len(record["raw"]) if "raw" in record else len(text_of(record).encode())
+
+
+def read_record(record: dict, o: Options, notes: "Notes") -> str:
+    """What was read becomes text; the fields of a row of jsonl stay."""
+    kind, raw, header = (record.pop(key) for key in ("kind", "raw", "header"))
+    if kind != "row":
+        record |= {"text": decode(raw, header), "markup": kind == "page"}
+        return ""
+    try:
+        row = {"origin": record["origin"]} | json.loads(raw.decode("utf-8", "replace"))
+        record.clear()
+        record |= row
+        for holder, key in places(record):  # JSON can spell half of a surrogate pair
+            holder[key] = bpe.well_formed(holder[key])
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return "no JSON with text or messages"
+    return ""
+
+
+def extract_page(record: dict, o: Options, notes: "Notes") -> str:
+    """A page becomes its main content; other records stay."""
+    if record.get("markup") and "<" in record["text"][:1024]:
+        record["text"] = extract(record["text"])
+    return "" if text_of(record).strip() else "no text"
+
+
+def mask_all(record: dict, o: Options, notes: "Notes") -> str:
+    """Masks take the place of what is private."""
+    for name, mask in MASKS.items():
+        for holder, key in places(record):
+            holder[key], count = mask(holder[key])
+            notes.counts[f"pii/masked/{name}"] += count
+    return ""
+
+
+def decontaminate(record: dict, o: Options, notes: "Notes") -> str:
+    """A document that shares an n-gram with an evaluation set is dropped; each item that it shares one with is noted."""
+    tables, items = evaluation_keys(o.eval_data)
+    text, hits = letters_of(text_of(record)), set()
+    for n, (keys, owners) in tables.items():
+        found = grams(text, n)
+        left, right = np.searchsorted(keys, found), np.searchsorted(keys, found, "right")
+        for i in np.flatnonzero(right > left):
+            hits.update(owners[left[i]:right[i]].tolist())
+    for hit in hits:
+        notes.counts["decontaminate/found/" + " ".join(items[hit][:2])] += 1
+    return f"in {items[min(hits)][0]}" if hits else ""
+
+
+# Steps that look at one document: they change the record in place, and give the reason why it is dropped, or "".
+STEPS: dict[str, Callable[[dict, Options, "Notes"], str]] = {
+    "read": read_record, "extract": extract_page, "pii": mask_all, "decontaminate": decontaminate}
+# Steps that look at all documents: the keys of one.
+KEYS: dict[str, Callable[[dict, Options], np.ndarray]] = {
+    "urls": lambda record, o: digests([normal_url(record["url"])] if record.get("url") else []),
+    "exact": lambda record, o: digests([" ".join(text_of(record).split())]),
+    "lines": lambda record, o: digests(" ".join(line.split()) for holder, key in places(record)
+                                       for line in holder[key].split("\n")),
+    "dedup": lambda record, o: near_keys(text_of(record), o.threshold),
+}
+
+
+def stages(steps: str) -> list[tuple[str, list[str], str]]:
+    """The steps as passes (whose keys decide first, steps on one document, whose keys are noted at the end)."""
+    out, before, local = [], "", []
+    for name in steps.split(","):
+        if name in KEYS:
+            out.append((before, local, name))
+            before, local = name, []
+        elif name != "tokenise":
+            local.append(name)
+    return [*out, (before, local, "")]
+
+
+def check_steps(o: Options) -> None:
+    """Raise ValueError for steps that are none, or stand in a wrong order."""
+    names, known = o.steps.split(","), ["extract", *FILTERS, "pii", *KEYS, "decontaminate", "tokenise"]
+    if {*names} - {*known} or len({*names}) < len(names) or {"extract", "tokenise"} & {*names[1:-1]} \
+            or len(names) > 1 and ("extract" == names[-1] or "tokenise" == names[0]):
+        raise ValueError(f"--steps={o.steps}: choose from {', '.join(known)}; extract comes first, tokenise last, "
+                         "and none twice")
+    if "decontaminate" in names and not o.eval_data:
+        raise ValueError("the step decontaminate needs --eval_data, the evaluation sets")
+    if not 0 < o.false_positives < 1 or not 0 < o.threshold <= 1 or o.max_document_bytes < 1 or o.look < 0:
+        raise ValueError("--threshold and --false_positives lie between 0 and 1, --max_document_bytes above 0, "
+                         "--look not below")
+
+
+@dataclasses.dataclass
+class Notes:
+    """What steps did to some documents."""
+    # step/in, step/kept, step/dropped/REASON, step/bytes_in, step/bytes_kept, step/seconds, ...
+    counts: Counter = dataclasses.field(default_factory=Counter)
+    examples: dict = dataclasses.field(default_factory=dict)  # step/reason -> the first texts that were dropped
+    sample: list = dataclasses.field(default_factory=list)  # of random documents [a random number, origin, fate, text]
+
+    def add(self, counts: dict, examples: dict, sample: list) -> None:
+        """Take in the notes on the documents that follow."""
+        self.counts.update(counts)
+        for reason, texts in examples.items():
+            self.examples[reason] = (self.examples.get(reason, []) + texts)[:FIRST]
+        self.sample = sorted(self.sample + sample)[:SAMPLE]
+
+    def drop(self, step: str, reason: str, origin: str, text: str) -> None:
+        """A document is dropped."""
+        self.counts[f"{step}/dropped/{reason}"] += 1
+        row = [int(digests([origin])[0]), origin, f"dropped by {step}: {reason}", text[:GLANCE]]
+        self.add({}, {f"{step}/{reason}": [text[:GLANCE]]}, [row])
+
+    def keep(self, record: dict) -> None:
+        """A document has come through all steps."""
+        where = {"language": record.get("language"), "domain": normal_url(record.get("url") or "").split("/")[0]}
+        self.counts.update(f"{kind}/documents/{name}" for kind, name in where.items() if isinstance(name, str) and name)
+        text, origin = text_of(record), str(record.get("origin"))
+        self.add({}, {}, [[int(digests([origin])[0]), origin, "kept", text[:GLANCE]]])
+
+    def steps(self) -> dict[str, dict]:
+        """The counts as {step: {"in": n, "kept": n, "dropped": {reason: n}, ...}}."""
+        out = {}
+        for name, value in self.counts.items():
+            step, what, *reason = name.split("/", 2)
+            inner = out.setdefault(step, {}).setdefault(what, {}) if reason else out.setdefault(step, {})
+            inner[reason[0] if reason else what] = round(value, 3)
+        return out
+
+
+def cut_at(between: bytes, blocks: Iterable[bytes | None], most: int, broken: Counter) -> Iterator[bytes]:
+    """What stands between separators (if that is b"": the whole), without what is blank.
+
+    Of what is longer than `most` bytes no more than these are given. Damaged places are counted in broken["broken"].
+    """
+    held, searched, ends = bytearray(), 0, False  # ends: the document was given, its rest is passed over
+    for block in itertools.chain(blocks, [between]):
+        broken["broken"] += block is None
+        held += block or b""
+        while between and (end := held.find(between, searched)) >= 0:
+            if held[:end].strip() and not ends:
+                yield bytes(held[:min(end, most)])
+            del held[:end + len(between)]
+            searched, ends = 0, False
+        searched = max(0, len(held) + 1 - len(between or b"."))
+        if len(held) > most:
+            if not ends:
+                yield bytes(held[:most])
+            del held[:searched]
+            searched, ends = 0, True
+    if held.strip() and not ends:
+        yield bytes(held)
+
+
+def read_raw(files: Iterable[Path], o: Options, notes: Notes) -> Iterator[dict]:
+    """What files hold, as records with "kind" (page, row of jsonl, text), "raw" (bytes), "header" (of HTTP), "origin".
+
+    What is damaged, too long or no document is dropped and counted in notes.
+    """
+    for path in files:
+        kind = "page" if PAGES.search(path.name) else "row" if ".jsonl" in path.suffixes else "text"
+        between, broken = {"row": b"\n", "text": o.separator.encode()}.get(kind, b""), Counter()
+        if ".warc" in path.suffixes:
+            found = read_warc(path, broken, o.max_document_bytes)
+        else:
+            found = (({}, raw) for raw in cut_at(between, read_blocks(path), o.max_document_bytes, broken))
+        for number, (headers, raw) in enumerate(itertools.chain(found, [({}, None)])):
+            lost = broken.pop("broken", 0)
+            notes.counts.update({"read/in": lost, "read/dropped/damaged": lost} if lost else {})
+            reason = ""
+            if headers.get("WARC-Type") not in (None, "response", "resource", "conversion"):
+                reason = "record of another type"
+            elif len(raw or b"") >= o.max_document_bytes:
+                reason = "longer than max_document_bytes"
+            elif b"\0" in (raw or b"")[:1024] and raw[:2] not in (b"\xff\xfe", b"\xfe\xff"):
+                reason = "binary"
+            if reason:
+                notes.counts["read/in"] += 1
+                notes.drop("read", reason, f"{path}#{number}", headers.get("WARC-Target-URI", ""))
+            elif raw is not None:
+                yield {"origin": f"{path}#{number}", "url": headers.get("WARC-Target-URI", ""), "kind": kind, "raw": raw,
+                       "header": headers.get("http", "")}
+
+
+def by_keys(name: str, record: dict, flags: np.ndarray) -> str:
+    """Drop what has been seen before, as the flags of a document's keys say: lines, or the whole."""
+    if name != "lines":
+        return {"dedup": "near copy"}.get(name, "seen before") * bool(flags.any())
+    for holder, key in places(record):
+        lines = holder[key].split("\n")
+        known, flags = flags[:len(lines)], flags[len(lines):]
+        holder[key] = "\n".join(line for line, seen in zip(lines, known) if not seen or not line.strip()).strip("\n")
+    return "" if text_of(record).strip() else "all lines seen before"
+
+
+def take_step(name: str, record: dict, flags: np.ndarray, o: Options, notes: Notes) -> str:
+    """Do a step on a record, in place; the reason why it is dropped, or ""."""
+    if name in KEYS:
+        return by_keys(name, record, flags)
+    if name in STEPS:
+        return STEPS[name](record, o, notes)
+    keep, value = FILTERS[name](text_of(record))
+    record[name] = value
+    return "" if keep else value if isinstance(value, str) else name
+
+
+def do_document(record: dict, flags: np.ndarray, steps: list[str], o: Options, notes: Notes) -> dict | None:
+    """A document goes through steps; None if it is dropped. Whatever it does to a step, it is dropped and counted."""
+    for step in steps:
+        began, text = time.process_time(), ""
+        notes.counts.update({f"{step}/in": 1, f"{step}/bytes_in": size_of(record)})
+        try:
+            text = "" if step == "read" else text_of(record)
+            reason = take_step(step, record, flags, o, notes)
+        except Exception as error:  # of a filter that was not made for such a text
+            reason = f"error {type(error).__name__}"
+        notes.counts[f"{step}/seconds"] += time.process_time() - began
+        if reason:
+            notes.drop(step, reason, record.get("origin", "?"), text)
+            return None
+        notes.counts.update({f"{step}/kept": 1, f"{step}/bytes_kept": size_of(record)})
+    return record
+
+
+def do_batch(job: tuple, given: str) -> tuple[tuple, bytes, np.ndarray, np.ndarray, Notes]:
+    """A stage's steps on a batch: (its part, lines of JSON, keys, number of keys of each document, notes)."""
+    part, records, flags, sizes, notes = job
+    number, words = json.loads(given)
+    o, lines, keys = Options(**words), [], [np.zeros(0, "<u8")]
+    first, local, last = stages(o.steps)[number]
+    steps = [first] * (number > 0) + ["read"] * (number == 0) + local
+    for record, flag in zip(records, np.split(flags, np.cumsum(sizes))):
+        record = do_document(json.loads(record) if number else record, flag, steps, o, notes)
+        if record is None:
+            continue
+        record.pop("markup", None)
+        if last:
+            keys.append(KEYS[last](record, o))
+        else:
+            notes.keep(record)
+        lines.append(json.dumps(record, default=str) + "\n")
+    return part, "".join(lines).encode(), np.concatenate(keys), np.array([*map(len, keys[1:])], np.int64), notes
+
+
+# --- the parts of a run on disk
+
+
+def shard_of(o: Options) -> tuple[int, int]:
+    """(i, n) of --shard=i/n; (0, 1) without."""
+    found = re.fullmatch(r"(\d+)/(\d+)", o.shard or "0/1")
+    if not found or not int(found[1]) < int(found[2]):
+        raise ValueError(f"--shard={o.shard}: write i/n, such as 0/4, with i from 0 to n - 1")
+    return int(found[1]), int(found[2])
+
+
+def finished(work: Path, group: int) -> tuple[list[str], bool]:
+    """The parts of a group of files that are done, up to the first that is not; whether that are all."""
+    names = []
+    for piece in itertools.count():
+        path = work / f"0-{group:05}.{piece:04}.json"
+        if not path.exists():
+            return names, False
+        names.append(path.stem[2:])
+        if json.loads(path.read_bytes())["last"]:
+            return names, True
+
+
+def raw_jobs(groups: list[list[Path]], o: Options, work: Path) -> Iterator[tuple]:
+    """The input in batches for the first stage, without the parts that are done or another machine's."""
+    index, count = shard_of(o)
+    for group, files in enumerate(groups):
+        if finished(work, group)[1] or len(groups) >= count and group % count != index:
+            continue
+        notes, batch, held, total, piece = Notes(), [], 0, 0, 0
+        for record in itertools.chain(read_raw(files, o, notes), [None]):
+            batch += [record] * (record is not None)
+            held += len(record["raw"]) if record else JOB
+            if held < JOB:
+                continue
+            total += held
+            ends, name = record is None or total >= PART, f"{group:05}.{piece:04}"
+            if not (work / f"0-{name}.json").exists() and (len(groups) >= count or piece % count == index):
+                none = np.zeros(len(batch), np.int64)
+                yield (name, ends, record is None), batch, none[:0], none, Notes(**vars(notes))
+            notes.__init__()
+            batch, held, total, piece = [], 0, total * (not ends), piece + ends
+
+
+def part_jobs(number: int, parts: list[str], work: Path) -> Iterator[tuple]:
+    """What the stage before kept, in batches, with what was found out about its keys; without the parts that are done."""
+    for name in parts:
+        if (work / f"{number}-{name}.json").exists():
+            continue
+        sizes, at, used = np.fromfile(work / f"{number - 1}-{name}.sizes", np.int64), 0, 0
+        flags = np.fromfile(work / f"{number - 1}-{name}.flags", bool)
+        with open(work / f"{number - 1}-{name}.jsonl", "rb") as file:
+            lines = [b""]
+            while lines:
+                lines = file.readlines(JOB)
+                count = sizes[at:at + len(lines)]
+                yield (name, not lines, not lines), lines, flags[used:used + count.sum()], count, Notes()
+                at, used = at + len(lines), used + count.sum()
+
+
+def do_stage(number: int, jobs: Callable[[], Iterator], o: Options, work: Path, workers: int) -> None:
+    """Do the jobs of a stage; for each part four files, of which the notes come last: they say that it is done.
+
+    If a process is killed, the parts that it left are done once more. Raises ChildProcessError if that happens again.
+    """
+    given = json.dumps([number, dataclasses.asdict(o)])
+    for again in (True, False):
+        try:
+            written, notes = "", Notes()
+            for (name, ends, last), lines, keys, sizes, more in bpe.parallel(do_batch, jobs(), workers, given):
+                notes = notes if name == written else Notes()
+                notes.add(**vars(more))
+                for kind, content in (("jsonl", lines), ("keys", keys.tobytes()), ("sizes", sizes.tobytes())):
+                    with open(work / f"{number}-{name}.{kind}", "ab" if name == written else "wb") as file:
+                        file.write(content)
+                        if ends:
+                            file.flush()
+                            os.fsync(file.fileno())
+                written = "" if ends else name
+                show_live(f"stage {number + 1} of {len(stages(o.steps))}, part {name}")
+                if ends:
+                    with bpe.replacing(work / f"{number}-{name}.json") as file:
+                        file.write(json.dumps({"last": last, **vars(notes)}).encode())
+            show_live("")
+            return
+        except ChildProcessError:
+            if not again:
+                raise
+            print("a process was killed, perhaps for want of memory: what it did is done again", file=sys.stderr)
+
+
+def find_copies(parts: list[str], work: Path, o: Options) -> tuple[list[np.ndarray], list[list[int]]]:
+    """(first document of each part, clusters of near copies, as numbers of documents, the one to keep first).
+
+    Kept is the copy with the most different 5-grams, of equal ones the earliest. A cluster is what verified pairs
+    connect. The keys stay on disk; memory holds some 40 bytes a document.
+    """
+    b, files, starts = bands_for(o.threshold)[0], [], []
+    for name in parts:
+        sizes = np.fromfile(work / f"{name}.sizes", np.int64)
+        starts.append(np.append(0, np.cumsum(sizes)))
+        empty = not sizes.any()
+        files.append(np.zeros(0, "<u8") if empty else np.memmap(work / f"{name}.keys", "<u8", "r"))
+    first = np.cumsum([0] + [len(start) - 1 for start in starts])
+    bands = np.lib.format.open_memmap(work / "bands.npy", "w+", "<u8", (b, first[-1]))
+    for at, start, keys in zip(first, starts, files):
+        bands[:, at:at + len(start) - 1] = keys[start[:-1] + np.arange(b)[:, None]]
+    parent = np.arange(first[-1])
+
+    def shingles(i: int) -> np.ndarray:
+        part = np.searchsorted(first, i, "right") - 1
+        return files[part][starts[part][i - first[part]] + b:starts[part][i - first[part] + 1]]
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = parent[parent[i]]
+            i = parent[i]
+        return int(i)
+
+    for group in sharing(bands):
+        members = {}  # root -> documents of this group; one is compared until a document of a root is near
+        for i in group.tolist():
+            for other in [other for other in members if other != root(i)]:
+                if any(jaccard(shingles(i), shingles(j)) >= o.threshold for j in members[other]):
+                    members.setdefault(root(i), []).extend(members.pop(other))
+                    parent[other] = root(i)
+            members.setdefault(root(i), []).append(i)
+    clusters = {}
+    for i in np.flatnonzero(parent != np.arange(len(parent))).tolist():
+        clusters.setdefault(root(i), [root(i)]).append(i)
+    return first, [sorted(cluster, key=lambda i: (-len(shingles(i)), i)) for cluster in clusters.values()]
+
+
+def find_seen(number: int, name: str, parts: list[str], o: Options, work: Path) -> None:
+    """Write for each part of a stage which of its keys were seen before (of near copies: the first key of each)."""
+    done, began, clusters = work / f"{number}.json", time.process_time(), []
+    parts = [f"{number}-{part}" for part in parts]
+    if done.exists():
+        return
+    if name == "dedup":
+        first, clusters = find_copies(parts, work, o)
+        copies = np.sort(np.array([i for cluster in clusters for i in cluster[1:]], np.int64))
+    else:
+        bloom = Bloom(sum((work / f"{part}.keys").stat().st_size for part in parts) // 8, o.false_positives)
+    for at, part in enumerate(parts):
+        sizes, keys = np.fromfile(work / f"{part}.sizes", np.int64), np.fromfile(work / f"{part}.keys", "<u8")
+        flags = np.zeros(len(keys), bool)
+        if name == "dedup":
+            here = copies[np.searchsorted(copies, first[at]):np.searchsorted(copies, first[at + 1])] - first[at]
+            flags[(np.cumsum(sizes) - sizes)[here]] = True
+        else:
+            for start in range(0, len(keys), 1 << 16):
+                flags[start:start + (1 << 16)] = bloom.add(keys[start:start + (1 << 16)])
+        flags.tofile(work / f"{part}.flags")
+    shown = []
+    for cluster in sorted(clusters, key=len)[:-9:-1]:
+        texts = []
+        for i in cluster[:FIRST]:
+            at = np.searchsorted(first, i, "right") - 1
+            with open(work / f"{parts[at]}.jsonl", "rb") as file:
+                texts.append(text_of(json.loads(next(itertools.islice(file, int(i - first[at]), None))))[:GLANCE])
+        shown.append([len(cluster), texts])
+    with bpe.replacing(done) as file:
+        file.write(json.dumps({"clusters": shown, "seconds": time.process_time() - began}).encode())
+
+
+def work_through(files: list[Path], o: Options, work: Path, workers: int) -> tuple[list[Path], Notes, list]:
+    """All steps but tokenise: (files of what is kept, notes on what is not, the largest clusters of copies)."""
+    work.mkdir(exist_ok=True)
+    index, count = shard_of(o)
+    groups, size = [[]], 0
+    for path in files:  # of many small files some make a group
+        size += path.stat().st_size
+        groups[-1].append(path)
+        if size >= PART:
+            groups, size = [*groups, []], 0
+    groups = [group for group in groups if group]
+    plan, notes, clusters = stages(o.steps), Notes(), []
+    for number, (_, _, last) in enumerate(plan):
+        if number == 0 and not o.merge:
+            do_stage(0, lambda: raw_jobs(groups, o, work), o, work, workers)
+        elif number:
+            do_stage(number, lambda: part_jobs(number, parts, work), o, work, workers)
+        if number == 0:
+            done = [finished(work, group) for group in range(len(groups))]
+            parts = [name for names, _ in done for name in names]
+            lacking = [group for group, (_, whole) in enumerate(done) if not whole]
+            if lacking and count == 1:
+                raise ValueError(f"--merge: the shards have not done all of {groups[lacking[0]][0]} yet")
+        if count == 1 and last:
+            find_seen(number, last, parts, o, work)
+            found = json.loads((work / f"{number}.json").read_bytes())
+            clusters += found["clusters"]
+            notes.counts[f"{last}/seconds"] += found["seconds"]
+        for path in sorted(work.glob(f"{number}-*.json")):
+            meta = json.loads(path.read_bytes())
+            notes.add(meta["counts"], meta["examples"], meta["sample"])
+        if count > 1:
+            return [], notes, []
+    return [work / f"{len(plan) - 1}-{name}.jsonl" for name in parts], notes, clusters
+
+
+# --- looking at it
+
+
+def table(steps: dict[str, dict]) -> list[str]:
+    """What each step got, kept and dropped, for what reasons, in lines of up to 80 characters."""
+    lines = [f"{'step':26}{'documents':>12}{'kept':>12}{'share':>8}{'MB kept':>11}{'seconds':>11}"]
+    for name, row in steps.items():
+        if "in" in row:
+            lines.append(f"{name:26}{row['in']:>12,}{row.get('kept', 0):>12,}{row.get('kept', 0) / row['in']:>8.1%}"
+                         f"{row.get('bytes_kept', 0) / 1e6:>11,.1f}{row.get('seconds', 0):>11,.1f}")
+        for what in ("dropped", "masked", "removed"):
+            for reason, count in sorted(row.get(what, {}).items(), key=lambda pair: -pair[1]):
+                lines.append(f"  {f'{what}: {reason}':<48.48}{-count:>12,}")
+    return lines
+
+
+PAGE = """<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>What the steps removed</title>
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<style>body{font:15px sans-serif;max-width:60em;margin:2em auto;padding:0 1em}
+td,th{padding:2px 12px;text-align:right}td:first-child,th:first-child{text-align:left}
+pre{white-space:pre-wrap;background:#f4f4f4;padding:8px;max-height:14em;overflow:auto;font-size:12px}
+i{display:inline-block;height:10px;background:#47c}</style>"""
+
+
+def bars(title: str, counts: dict[str, int]) -> str:
+    """A table of numbers with bars, the largest first, as HTML."""
+    top = sorted(counts.items(), key=lambda pair: -pair[1])[:25]
+    rows = [f"<tr><td>{html.escape(name)}<td>{count:,}<td style='text-align:left'><i style='width:"
+            f"{300 * count / max(1, top[0][1]):.0f}px'></i>" for name, count in top]
+    return f"<h2>{html.escape(title)}</h2><table>{''.join(rows)}</table>" if rows else ""
+
+
+def write_report(path: str, manifest: dict, found: dict) -> None:
+    """A page about what each step removed, with examples: no script, nothing from outside, all text escaped."""
+    steps, quoted = manifest["steps"], lambda text: f"<pre>{html.escape(text)}</pre>"
+    out = [PAGE, "<h1>What the steps removed</h1>", quoted("\n".join(table(steps)))]
+    out += [f"<p>{side}.npy: {manifest[side]['documents']:,} documents, {manifest[side]['tokens']:,} tokens</p>"
+            for side in ("train", "val") if side in manifest]
+    for title in ("language", "domain"):
+        out.append(bars(f"Kept, by {title}", steps.get(title, {}).get("documents", {})))
+    for name, row in steps.items():
+        out.append(bars(f"{name}: dropped", row.get("dropped", {})))
+        for reason in row.get("dropped", {}):
+            texts = [text for text in found["examples"].get(f"{name}/{reason}", []) if text]
+            out += [f"<h3>{html.escape(f'{name}: {reason}')}</h3>" * bool(texts), *map(quoted, texts)]
+    out += ["<h2>The largest clusters of near copies; the first is kept</h2>"] * bool(found["clusters"])
+    for size, texts in found["clusters"]:
+        out += [f"<h3>{size} documents</h3>", *map(quoted, texts)]
+    with bpe.replacing(path) as file:
+        file.write("\n".join(out).encode("utf-8", "replace"))
+
+
+def write_documents(files: list[Path], notes: Notes, clusters: list, o: Options, part: Path) -> list[Path]:
+    """Write what the steps kept as documents.jsonl (returned), what they removed as examples.json, leaks they found."""
+    with open(part / "documents.jsonl", "wb") as whole:
+        for path in files:
+            with open(path, "rb") as file:
+                shutil.copyfileobj(file, whole)
+    found = {"examples": notes.examples, "sample": notes.sample, "clusters": clusters}
+    (part / "examples.json").write_text(json.dumps(found))
+    if "decontaminate" in o.steps:
+        hits, sets = notes.steps().get("decontaminate", {}).get("found", {}), {}
+        for file, item, checked in evaluation_keys(o.eval_data)[1]:
+            row = sets.setdefault(file, {"texts": 0, "too_short": 0, "found": {}})
+            row["texts"] += checked
+            row["too_short"] += not checked
+            if f"{file} {item}" in hits:
+                row["found"][item] = hits[f"{file} {item}"]
+        (part / "contamination.json").write_text(json.dumps(sets, indent=1))
+    return [part / "documents.jsonl"]
+
+
+def present(o: Options, manifest: dict) -> None:
+    """Write --report; print --look's random documents as they were read, and what became of them."""
+    path = Path(o.output) / "examples.json"
+    found = json.loads(path.read_bytes()) if path.exists() else {"examples": {}, "sample": [], "clusters": []}
+    if o.report:
+        write_report(o.report, manifest, found)
+        print(f"{o.report}: what each step removed, a page to read before trusting the data")
+    for _, origin, fate, text in found["sample"][:o.look]:
+        path, _, number = origin.rpartition("#")
+        raws = (record for record in read_raw([Path(path)], o, Notes()) if record["origin"] == origin)
+        raw = next(raws, {"raw": b"(not found)"})["raw"]
+        for title, words in ((f"{origin} as it was", decode(raw[:GLANCE])), (fate, text)):
+            print(f"--- {title} ".ljust(80, "-"))
+            print("\n".join(line.encode("unicode_escape").decode() if not line.isprintable() else line
+                            for line in words[:GLANCE].split("\n")))
 
 
 # --- the whole -------------------------------------------------------------------------------------------------------
@@ -579,10 +1334,33 @@ def check_options(options: dict, workers: int, folder: Path) -> None:
         raise ValueError(f"--tokenizer={tokenizer} is neither a file nor a kind ({kinds})")
     if not 0 < options["val_fraction"] < 1 or workers < 0:
         raise ValueError("--val_fraction must lie between 0 and 1, and --workers must not be negative")
-    if options["steps"] not in STEPS:
-        raise ValueError(f"--steps={options['steps']}: it can be {' or '.join(STEPS)}")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output={folder} is a file; it must be a folder")
+
+
+@contextlib.contextmanager
+def claimed(folder: Path, o: Options) -> Iterator[None]:
+    """Make a folder and keep other runs out of it, but those of other shards. Raises ValueError if one is in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    index, count = shard_of(o)
+    path = folder / ".lock"
+    try:
+        with open(path, "w") as lock:
+            with contextlib.suppress(ImportError):  # not on Windows
+                import fcntl
+                try:  # a shard locks one byte, a whole run all
+                    fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, count > 1, index)
+                except OSError:
+                    raise ValueError(f"another run of data.py works in {folder}") from None
+            try:
+                yield
+            finally:
+                if count == 1:
+                    path.unlink(missing_ok=True)
+    except OSError as error:
+        if error.errno and not error.filename:  # a full disk
+            raise OSError(error.errno, error.strerror, str(folder)) from None
+        raise
 
 
 @contextlib.contextmanager
@@ -597,57 +1375,73 @@ def rebuilding(folder: Path) -> Iterator[Path]:
         (folder / "manifest.json").unlink(missing_ok=True)
         for path in sorted(part.iterdir(), key=lambda path: path.name == "manifest.json"):
             os.replace(path, folder / path.name)
-    except OSError as error:
-        if error.errno and not error.filename:  # a full disk
-            raise OSError(error.errno, error.strerror, str(folder)) from None
-        raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
 
+def encode_all(files: list[Path], size: int, o: Options, coder: bpe.Tokenizer | None, part: Path, workers: int) -> dict:
+    """Hold documents out, train the tokenizer unless one is given, write token files; what the manifest says of it."""
+    corpus = Corpus(files, o.separator, size)
+    corpus.split(o.val_fraction, o.seed)
+    texts = (text for side, text, _ in corpus.sided("training the tokenizer") if side == 0)
+    coder = coder or bpe.train(o.tokenizer, texts, o.vocab_size, o.pattern, workers=workers)
+    if bpe.END not in coder.special_tokens:
+        raise ValueError(f"--tokenizer={o.tokenizer} has no {bpe.END}, which ends each document")
+    began = time.monotonic()
+    counts = tokenise(corpus, coder, part, workers)
+    tokens = sum(count["tokens"] for count in counts.values())
+    coder.save(part / "tokenizer.json")
+    return {**counts, "utf8_errors": corpus.counts["utf8_errors"], "bad_lines": corpus.counts["bad_lines"],
+            "tokens_per_s": round(tokens / (time.monotonic() - began))}
+
+
 def prepare(input: str, tokenizer: str, output: str, vocab_size: int, pattern: str = "gpt2", separator: str = "",
-            val_fraction: float = 0.02, workers: int = 0, seed: int = 0, steps: str = "tokenise") -> dict:
+            val_fraction: float = 0.02, workers: int = 0, seed: int = 0, **more: object) -> dict:
     """Make train.npy, val.npy, tokenizer.json and manifest.json in the folder `output`; the manifest is returned.
 
     The arguments are the fields of Options. Files of an earlier run with the same input, options and code are reused.
-    Raises ValueError or OSError, with the old files untouched.
+    With steps before tokenise, the parts of a run that ended early are, too. Raises ValueError or OSError, with the old
+    files untouched.
     """
     began, folder, tokenizer = time.monotonic(), Path(output), tokenizer or "bpe"
-    options = {"tokenizer": tokenizer, "vocab_size": vocab_size, "pattern": pattern, "separator": separator,
-               "val_fraction": val_fraction, "seed": seed, "steps": steps}
+    o = Options(input, output, tokenizer, vocab_size, pattern, separator, val_fraction, workers, seed, **more)
+    options = {name: value for name, value in vars(o).items() if name not in FREE}
     kind = tokenizer in bpe.TRAINERS
     check_options(options, workers, folder)
+    check_steps(o)
     # An output folder that lies in an input folder is no input.
     files = [path for path in bpe.find_files(input) if folder.resolve() not in path.resolve().parents]
     inputs = [fingerprint(path) for path in files]
     size = sum(file["bytes"] for file in inputs)
     if not size:
         raise ValueError(f"--input={input} holds no text")
-    code = [fingerprint(Path(path))["sha256"] for path in (__file__, bpe.__file__, *[tokenizer] * (not kind))]
+    beside = [tokenizer] * (not kind) + (bpe.find_files(o.eval_data) if o.eval_data else [])
+    code = [fingerprint(Path(path))["sha256"] for path in (__file__, bpe.__file__, *beside)]
     wanted = {"format": FORMAT, "options": options, "code": code, "inputs": inputs}
     if manifest := earlier(folder, wanted):
         print(f"{folder}: the files of an earlier run with the same input and options are reused")
         return manifest
     workers = min(workers or os.cpu_count(), 1 + size // JOB)
-    with rebuilding(folder) as part:
-        coder = None if kind else bpe.load(tokenizer)  # a bad file is told before the work
-        files, extracted = extract_pages(files, part, workers) if "extract" in steps else (files, {})
-        corpus = Corpus(files, separator, size)
-        corpus.split(val_fraction, seed)
-        texts = (text for side, text, _ in corpus.sided("training the tokenizer") if side == 0)
-        coder = coder or bpe.train(tokenizer, texts, vocab_size, pattern, workers=workers)
-        if bpe.END not in coder.special_tokens:
-            raise ValueError(f"--tokenizer={tokenizer} has no {bpe.END}, which ends each document")
-        encoding = time.monotonic()
-        counts = tokenise(corpus, coder, part, workers)
-        now, tokens = time.monotonic(), sum(count["tokens"] for count in counts.values())
-        coder.save(part / "tokenizer.json")
-        manifest = {**wanted, **counts, "extract": extracted, "utf8_errors": corpus.counts["utf8_errors"],
-                    "bad_lines": corpus.counts["bad_lines"], "seconds": round(now - began, 3),
-                    "tokens_per_s": round(tokens / (now - encoding)),
-                    "files": {path.name: path.stat().st_size for path in sorted(part.iterdir())}}
-        manifest["inputs"] = manifest.pop("inputs")  # many lines, so last
-        (part / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    with claimed(folder, o):
+        coder, manifest = None if kind else bpe.load(tokenizer), {}  # a bad file is told before the work
+        if o.steps != "tokenise":
+            work = folder / f"parts-{hashlib.sha256(json.dumps(wanted).encode()).hexdigest()[:16]}"
+            files, notes, clusters = work_through(files, o, work, workers)
+            manifest = {"steps": notes.steps()}
+            print("\n".join(table(manifest["steps"])))
+            if not files:
+                return manifest
+        with rebuilding(folder) as part:
+            if o.steps != "tokenise":
+                files = write_documents(files, notes, clusters, o, part)
+            if "tokenise" in o.steps:
+                manifest |= encode_all(files, size, o, coder, part, workers)
+            manifest = {**wanted, **manifest, "seconds": round(time.monotonic() - began, 3),
+                        "files": {path.name: path.stat().st_size for path in sorted(part.iterdir())}}
+            manifest["inputs"] = manifest.pop("inputs")  # many lines, so last
+            (part / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        for path in folder.glob("parts-*"):
+            shutil.rmtree(path)
     return manifest
 
 
@@ -677,15 +1471,27 @@ def xz_bits_per_byte(folder: str) -> dict[str, float]:
 
 def main() -> None:
     o = options(Options, sys.argv[1:])
+    if not o.shard and not o.merge and o.steps != "tokenise":  # under torchrun, or of an array job
+        for index, count in (("RANK", "WORLD_SIZE"), ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT")):
+            if int(os.environ.get(count, 1)) > 1:
+                o.shard = f"{os.environ[index]}/{os.environ[count]}"
     manifest = prepare(**dataclasses.asdict(o))
+    if o.shard:
+        print("this shard is done; when all are: the same command with --merge in place of --shard")
+        return
+    present(o, manifest)
     for side in ("train", "val"):
-        count = manifest[side]
-        print(f"{side}.npy: {count['documents']:,} documents, {count['bytes']:,} bytes, {count['tokens']:,} tokens, "
-              f"{count['bytes'] / count['tokens']:.3f} bytes per token")
+        count = manifest.get(side)
+        if count:
+            print(f"{side}.npy: {count['documents']:,} documents, {count['bytes']:,} bytes, {count['tokens']:,} tokens, "
+                  f"{count['bytes'] / count['tokens']:.3f} bytes per token")
     for name, what in (("utf8_errors", "places that were not UTF-8 became U+FFFD"),
                        ("bad_lines", "lines were left out: no JSON object with a text")):
-        if manifest[name]:
+        if manifest.get(name):
             print(f"{manifest[name]:,} {what}")
+    if "train" not in manifest:
+        print(f"{manifest['seconds']} s\nnext: python data.py --input={o.output}/documents.jsonl")
+        return
     print(f"{manifest['seconds']} s, {manifest['tokens_per_s']:,} tokens/s\nnext: python train.py --data={o.output}")
 
 
