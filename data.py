@@ -3,7 +3,7 @@
 Reads:  --input: text files, folders, .jsonl files (field "text" or "messages"), with other --steps also .html and WARC
         files; without it the text of Python's standard library
 Writes: --output, a folder: train.npy and val.npy (1-D, uint16 or uint32; every document ends with <|endoftext|>),
-        tokenizer.json, manifest.json; with other steps documents.jsonl, examples.json, contamination.json, the --report
+        tokenizer.json, manifest.json; with other steps documents.jsonl, removed.jsonl, contamination.json
 Usage:  python data.py --input=stories.txt --separator="<|endoftext|>"
         python data.py --input=crawl.warc.gz --steps=extract,length,pii,dedup,tokenise --report=report.html --look=3
         SLURM_ARRAY_TASK_ID=0 SLURM_ARRAY_TASK_COUNT=4 python data.py ..., for each of 0 to 3; then data.py ... --merge
@@ -22,6 +22,7 @@ import difflib
 import functools
 import gzip
 import hashlib
+import heapq
 import html
 import inspect
 import itertools
@@ -542,65 +543,66 @@ def tokenise(corpus: Corpus, tokenizer: bpe.Tokenizer, folder: Path, workers: in
     return counts
 
 
-# --- keys of documents: duplicates and evaluation sets -----------------------------------------------------------------
+# --- keys of documents: duplicates and evaluation sets ---------------------------------------------------------------
 # A document has keys of 64 bits: of its URL, its text, its lines, or its n-grams of words. What has a key that was seen
 # before, in an earlier document or in an evaluation set, is dropped. Near copies share many n-grams.
 
 PERMUTATIONS = 128  # of a MinHash signature
 GRAM = 5  # words of the n-grams by which near copies are found
-LEAKED = (8, 13)  # words of the shortest text of an evaluation set that is looked for, and of the n-grams of longer ones
+LEAKED = (8, 13)  # words of the shortest text of an evaluation set that is looked for; of the n-grams of longer ones
+LONGEST = 1 << 17  # bytes that are hashed at a time
 RANDOM = np.random.default_rng(0)
 LETTER = RANDOM.integers(0, 1 << 64, 256, np.uint64)
-POWER = np.cumprod(np.full(1 << 17, 0x9E3779B97F4A7C15, np.uint64))
-INVERSE = np.cumprod(np.full(1 << 17, pow(0x9E3779B97F4A7C15, -1, 1 << 64), np.uint64))
 FACTOR, SHIFT = RANDOM.integers(0, 1 << 32, (2, PERMUTATIONS, 1), np.uint32)
-FACTOR |= 1  # odd, so that x -> FACTOR x + SHIFT (mod 2^32) is a permutation
+BASE = 0x9E3779B97F4A7C15
+POWER = np.cumprod(np.full(LONGEST, BASE, np.uint64))
+INVERSE = np.cumprod(np.full(LONGEST, pow(BASE, -1, 1 << 64), np.uint64))
 SPACELESS = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")  # no spaces between words
-TRACKING = re.compile("(utm_|fbclid=|gclid=|msclkid=|mc_[ce]id=|phpsessid=|jsessionid=|sessionid=|ref=)", re.I)
+TRACKING = re.compile("(utm_|fbclid=|gclid=|msclkid=|mc_[ce]id=|phpsessid=|sessionid=)", re.I)
 ROWS = 1 << 24  # keys that are sorted at a time
 
 
 def mixed(keys: np.ndarray) -> np.ndarray:
-    """Numbers of 64 bits, scrambled one to one, in place."""
-    keys ^= keys >> np.uint64(32)
+    """Numbers of 64 bits, scrambled one to one."""
+    keys = keys ^ keys >> np.uint64(32)
     keys *= np.uint64(0xD6E8FEB86659FD93)
-    keys ^= keys >> np.uint64(29)
-    return keys
+    return keys ^ keys >> np.uint64(29)
 
 
 def grams(text: str, n: int) -> np.ndarray:
     """A key for each n words in a row (for the whole text if it has fewer); words are what white space parts.
 
-    sums[i] = sum of LETTER[byte j] r^j over j < i, so the difference at two places, over r^start, is a hash of the bytes
-    between them (Karp and Rabin 1987), for all n-grams at once.
+    With sums[i] = sum of LETTER[byte j] r^j over j < i, the difference at two places, over r^start, is a hash of the
+    bytes between them (Karp and Rabin 1987).
     """
     words = (text if text.isascii() else SPACELESS.sub(r" \g<0> ", text)).split() or [""]
     n, keys = min(n, len(words)), []
     for at in range(0, len(words) - n + 1, 1024):
         part = words[at:at + 1023 + n]
-        if sum(map(len, part)) + len(part) > len(POWER) // 4:  # in bytes as many as there are powers
-            part = [word[:64] for word in part]
-        letters = np.frombuffer(" ".join(part)[:len(POWER) // 4].encode(), np.uint8)
+        if sum(map(len, part)) + len(part) > LONGEST // 4:  # characters, of up to 4 bytes
+            part = [word[:30] for word in part]
+        letters = np.frombuffer(" ".join(part).encode(), np.uint8)
         sums = np.zeros(len(letters) + 1, np.uint64)
         np.cumsum(LETTER[letters] * POWER[:len(letters)], out=sums[1:])
-        spaces = np.flatnonzero(letters == 32)
-        starts, ends = np.append(0, spaces + 1), np.append(spaces, len(letters))
-        starts = starts[:len(starts) - n + 1]
-        keys.append((sums[ends[n - 1:]] - sums[starts]) * INVERSE[starts])
+        spaces = np.flatnonzero(letters == ord(" "))
+        starts = np.append(0, spaces + 1)[:len(part) - n + 1]
+        ends = np.append(spaces, len(letters))[n - 1:]
+        keys.append((sums[ends] - sums[starts]) * INVERSE[starts])
     return mixed(np.concatenate(keys))
 
 
 def digests(texts: Iterable[str]) -> np.ndarray:
     """A key for each text, however long."""
-    raw = (hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest() for text in texts)
+    raw = [hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts]
     return np.frombuffer(b"".join(raw), "<u8")
 
 
 def signature(shingles: np.ndarray) -> np.ndarray:
     """The least of a set of keys under each of the permutations, (PERMUTATIONS,) uint32 (Broder 1997)."""
-    keys, least = (shingles >> np.uint64(32)).astype(np.uint32), np.full(PERMUTATIONS, 0xFFFFFFFF, np.uint32)
+    keys = (shingles >> np.uint64(32)).astype(np.uint32)
+    least = np.full(PERMUTATIONS, 0xFFFFFFFF, np.uint32)
     for at in range(0, len(keys), 512):  # (128, 512) stays in the cache
-        values = FACTOR * keys[at:at + 512]
+        values = (FACTOR | np.uint32(1)) * keys[at:at + 512]  # times an odd number: one to one modulo 2^32
         values += SHIFT
         np.minimum(least, values.min(1), out=least)
     return least
@@ -611,16 +613,17 @@ def bands_for(threshold: float) -> tuple[int, int]:
 
     Two documents of Jaccard similarity s share one with probability 1 - (1 - s^r)^b (Leskovec et al. 2014, chapter 3).
     """
-    rows = [r for r in range(1, 33) if (1 - threshold**r) ** (PERMUTATIONS // r) <= 0.005]
-    return PERMUTATIONS // max(rows, default=1), max(rows, default=1)
+    missed = {r: (1 - threshold**r) ** (PERMUTATIONS // r) for r in range(1, 33)}
+    r = max([r for r in missed if missed[r] <= 0.005], default=1)
+    return PERMUTATIONS // r, r
 
 
 def near_keys(text: str, threshold: float) -> np.ndarray:
     """The bands of a document's signature, as one key each, and behind them its different 5-grams, sorted."""
     shingles = np.unique(grams(text, GRAM))
     b, r = bands_for(threshold)
-    rows = signature(shingles)[:b * r].reshape(b, r).astype(np.uint64)
-    return np.concatenate([mixed((rows * POWER[:r]).sum(1, dtype=np.uint64)), shingles])
+    rows = signature(shingles)[:b * r].reshape(b, r)
+    return np.concatenate([mixed((rows * POWER[:r]).sum(1)), shingles])
 
 
 def jaccard(a: np.ndarray, b: np.ndarray) -> float:
@@ -631,39 +634,76 @@ def jaccard(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def sharing(bands: np.ndarray) -> Iterator[np.ndarray]:
-    """Groups of two or more documents, ascending, that have a band in common; bands is (b, documents), and may lie on
-    disk: ROWS keys at a time are in memory."""
-    for band in bands:
-        passes = 1 + len(band) // ROWS
-        for residue in range(passes):
-            parts = (at + np.flatnonzero(band[at:at + ROWS] % passes == residue) for at in range(0, len(band), ROWS))
-            index = np.concatenate([*parts])
-            keys = band[index]
-            order = np.argsort(keys, kind="stable")
-            keys, index = keys[order], index[order]
-            same = keys[1:] == keys[:-1]
-            found = np.append(same, False) | np.append(False, same)
-            cuts = np.flatnonzero(np.diff(keys[found])) + 1
-            yield from np.split(index[found], cuts) if found.any() else []
+    """Groups of two or more documents, ascending, that have a band in common; bands is (b, documents).
+
+    It may lie on disk: ROWS keys at a time, those of a band with the same remainder, are sorted in memory.
+    """
+    passes = 1 + bands.shape[1] // ROWS
+    for band, remainder in itertools.product(bands, range(passes)):
+        blocks = range(0, max(1, len(band)), ROWS)
+        index = np.concatenate([at + np.flatnonzero(band[at:at + ROWS] % passes == remainder) for at in blocks])
+        if len(index) < 2:
+            continue
+        order = np.argsort(band[index], kind="stable")
+        keys, index = band[index][order], index[order]
+        same = keys[1:] == keys[:-1]
+        found = np.append(same, False) | np.append(False, same)
+        cuts = np.flatnonzero(np.diff(keys[found])) + 1
+        yield from np.split(index[found], cuts) if found.any() else []
 
 
 def minhash_pairs(texts: Iterable[str], threshold: float = 0.8) -> list[tuple[int, int, float]]:
     """All pairs (i, j, similarity) of texts whose word 5-grams have a Jaccard similarity of at least the threshold.
 
-    Pairs come from MinHash and LSH (Broder 1997; 128 permutations), which find at least 99% of them; the similarity
-    is exact, so no pair is wrong.
+    MinHash and LSH find at least 99% of them; the similarity is exact, so no pair is wrong.
     """
     keys = [near_keys(text, threshold) for text in texts]
     b = bands_for(threshold)[0]
-    pairs = {pair for group in sharing(np.array([key[:b] for key in keys]).T) for pair in
-             itertools.combinations(group.tolist(), 2)}
-    scored = ((i, j, jaccard(keys[i][b:], keys[j][b:])) for i, j in sorted(pairs))
+    pairs = set()
+    for group in sharing(np.array([key[:b] for key in keys]).reshape(-1, b).T):
+        pairs.update(itertools.combinations(group.tolist(), 2))
+    scored = [(i, j, jaccard(keys[i][b:], keys[j][b:])) for i, j in sorted(pairs)]
     return [pair for pair in scored if pair[2] >= threshold]
 
 
+def find_copies(keys: np.ndarray, starts: np.ndarray, threshold: float, scratch: Path) -> list[list[int]]:
+    """Clusters of near copies, the one to keep first: that with the most different 5-grams, of equal ones the earliest.
+
+    Document i has keys[starts[i]:starts[i + 1]]. A cluster is what verified pairs connect. Keys and the file `scratch`
+    stay on disk; memory holds some 30 bytes a document.
+    """
+    b, count = bands_for(threshold)[0], len(starts) - 1
+    bands = np.lib.format.open_memmap(scratch, "w+", "<u8", (b, count))
+    for at in range(0, count, 1 << 12):  # the bands of a document come together, now the documents of a band do
+        some = starts[at:min(at + (1 << 12), count)]
+        bands[:, at:at + len(some)] = keys[some + np.arange(b)[:, None]]
+    parent = np.arange(count)
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = i = parent[parent[i]]
+        return int(i)
+
+    def near(i: int, j: int) -> bool:
+        return jaccard(keys[starts[i] + b:starts[i + 1]], keys[starts[j] + b:starts[j + 1]]) >= threshold
+
+    for group in sharing(bands):
+        members = {}  # root -> documents of this group; one is compared until a document of a root is near
+        for i in group.tolist():
+            for other in {*members} - {root(i)}:
+                if any(near(i, j) for j in members[other]):
+                    members.setdefault(root(i), []).extend(members.pop(other))
+                    parent[other] = root(i)
+            members.setdefault(root(i), []).append(i)
+    clusters = {}
+    for i in np.flatnonzero(parent != np.arange(count)).tolist():
+        clusters.setdefault(root(i), [root(i)]).append(i)
+    return [sorted(cluster, key=lambda i: (starts[i] - starts[i + 1], i)) for cluster in clusters.values()]
+
+
 class Bloom:
-    """A set of keys in -log2(rate) / ln 2 bits each, which says of a new key that it is known with probability `rate`
-    once `count` keys are in it (Bloom 1970)."""
+    """A set of keys in -log2(rate) / ln 2 bits each; a new one is taken for known with probability `rate` at most, as
+    long as no more than `count` are in it (Bloom 1970)."""
 
     def __init__(self, count: int, rate: float):
         self.size = 64 + math.ceil(-count * math.log(rate) / math.log(2) ** 2)  # bits
@@ -672,15 +712,16 @@ class Bloom:
 
     def places(self, keys: np.ndarray, probe: int) -> tuple[np.ndarray, np.ndarray]:
         """Byte and bit of the keys for one of the probes: hash1 + probe hash2 (Kirsch and Mitzenmacher 2006)."""
-        place = (keys + np.uint64(probe) * (mixed(keys.copy()) | np.uint64(1))) % np.uint64(self.size)
-        return place >> np.uint64(3), np.uint8(1) << (place & np.uint64(7)).astype(np.uint8)
+        steps = mixed(keys) | np.uint64(1)
+        place = (keys + np.uint64(probe) * steps) % np.uint64(self.size)
+        return place // 8, np.uint8(1) << (place % 8).astype(np.uint8)
 
     def add(self, keys: np.ndarray) -> np.ndarray:
         """Put keys in; for each whether it was known, or stands earlier among them."""
         known = np.ones(len(keys), bool)
         known[np.unique(keys, return_index=True)[1]] = False
         left = np.flatnonzero(~known)
-        for probe in range(self.probes):  # of the new ones half are out after each probe
+        for probe in range(self.probes):  # half of the new ones are out after each probe
             byte, bit = self.places(keys[left], probe)
             left = left[self.bits[byte] & bit > 0]
         known[left] = True
@@ -693,11 +734,11 @@ def normal_url(url: str) -> str:
     """A URL without what does not change the page: scheme, www, port, case of the host, fragment, marks of trackers."""
     try:
         parts = urlsplit(url.strip())
-        port = "" if parts.port in (None, 80, 443) else f":{parts.port}"
+        port = f":{parts.port}" * (parts.port not in (None, 80, 443))
     except ValueError:  # as http://[
         return url
     query = "&".join(sorted(word for word in parts.query.split("&") if not TRACKING.match(word)))
-    host = (parts.hostname or "").removeprefix("www.").rstrip(".")
+    host = (parts.hostname or "").removeprefix("www.")
     return f"{host}{port}{parts.path.rstrip('/')}?{query}".rstrip("?")
 
 
@@ -707,55 +748,51 @@ def letters_of(text: str) -> str:
 
 
 def read_evaluation(path: Path) -> Iterator[tuple[str, str]]:
-    """(name, text) of each field of a file of an evaluation set: rows of jsonl, of csv (MMLU's), paragraphs of text."""
+    """(name, text) of each field of a file of an evaluation set: rows of jsonl, of csv as MMLU has them, paragraphs."""
     with bpe.opened(path, "rt", encoding="utf-8", errors="replace", newline="") as file:
         if ".jsonl" in path.suffixes:
             rows = (json.loads(line) for line in file if line.strip())
         elif ".csv" in path.suffixes:
-            rows = (dict(zip(("question", *["answer"] * (len(row) - 1)), row)) | {"answer": row[1:]}
-                    for row in csv.reader(file))
+            rows = ({"question": row[:1], "answer": row[1:]} for row in csv.reader(file))
         else:
             rows = ({"text": text} for text in file.read().split("\n\n"))
         for number, row in enumerate(rows):
             for field, value in row.items():
                 texts = value if isinstance(value, list) else [value]
-                yield from ((f"{number} {field}", text) for text in texts if isinstance(text, str))
+                yield from ((f"{path.name} {number} {field}", text) for text in texts if isinstance(text, str))
 
 
 @functools.lru_cache(1)
-def evaluation_keys(eval_data: str) -> tuple[dict, list[tuple[str, str, bool]]]:
-    """({n: (sorted keys, the item of each)}, [(file, "number field", whether it has keys) of each item]) of some evaluation sets.
+def evaluation_keys(eval_data: str) -> tuple[dict[int, tuple[np.ndarray, np.ndarray]], list[str], list[str]]:
+    """({n: (sorted n-grams of words, the item of each)}, names of the items, names of those that are too short).
 
-    An item of LEAKED[1] words or more has its n-grams of that many words, a shorter one itself; (Brown et al. 2020,
-    appendix C). Those below LEAKED[0] words would be found everywhere, and have none.
+    An item of LEAKED[1] words or more has its n-grams of that many words, a shorter one itself; those below LEAKED[0]
+    words would be found everywhere (Brown et al. 2020, appendix C).
     """
-    items, parts = [], {}
+    items, short, parts = [], [], {}
     for path in bpe.find_files(eval_data):
         with bpe.blaming(f"--eval_data: {path} is damaged"):
             for name, text in read_evaluation(path):
                 text = letters_of(text)
-                n = min(len(text.split()), LEAKED[1])
-                if n >= LEAKED[0]:
-                    keys = grams(text, n)
-                    parts.setdefault(n, []).append((keys, np.full(len(keys), len(items))))
-                items.append((path.name, name, n >= LEAKED[0]))
-    tables = {}
-    for n, rows in parts.items():
-        keys, owners = map(np.concatenate, zip(*rows))
-        order = np.argsort(keys)
-        tables[n] = keys[order], owners[order]
-    return tables, items
+                n = min(text.count(" ") + 1, LEAKED[1])
+                if n < LEAKED[0]:
+                    short.append(name)
+                    continue
+                keys = grams(text, n)
+                parts.setdefault(n, []).append((keys, np.full(len(keys), len(items), np.uint64)))
+                items.append(name)
+    tables = {n: np.concatenate(rows, 1) for n, rows in parts.items()}
+    return {n: table[:, np.argsort(table[0])] for n, table in tables.items()}, items, short
 
 
-# --- the pipeline ------------------------------------------------------------------------------------------------------
-# Documents are records, dicts with "text" (or "messages"), "origin", "url" and what steps add. The steps are cut into
-# stages: what looks at one document alone runs in one pass, in parallel; behind it the keys of all documents are compared.
-# The input is cut into parts, and a file for each part and stage lies on disk, so a run that was killed goes on.
+# --- the pipeline ----------------------------------------------------------------------------------------------------
+# Documents are records, dicts with "text" (or "messages"), "origin", "url" and what steps add. Steps that look at one
+# document run together in one pass, in parallel; behind them the keys of all documents are compared: that is a stage.
+# Each part of the input has its files on disk for each stage, so that a run which was killed goes on behind them.
 
-PART = 1 << 26  # bytes of documents, as they are read, in a part
-FIRST = 4  # examples that are kept of what a step removes for one reason
-SAMPLE = 64  # random documents that are kept for --look
-GLANCE = 2000  # characters that are kept of an example
+PART = 1 << 26  # bytes of documents in a part, as they are read
+GLANCE = 2000  # characters that are kept of what is dropped
+FIRST = 4  # examples for each reason in the report
 
 
 def places(record: dict) -> list[tuple[dict, str]]:
@@ -768,74 +805,139 @@ def text_of(record: dict) -> str:
     return "\n\n".join(holder[key] for holder, key in places(record))
 
 
-def size_of(record: dict) -> int:
-    """Bytes of a record's text, or of what was read."""
-    return len(record["raw"]) if "raw" in record else len(text_of(record).encode())
+def cut_at(between: bytes, blocks: Iterable[bytes | None], most: int) -> Iterator[bytes | None]:
+    """What stands between separators (if that is b"": the whole), without what is blank; None for a damaged place.
+
+    Of what is longer than `most` bytes only these are given.
+    """
+    held, searched, given = bytearray(), 0, False  # given: only the rest of a long one is held
+    for block in itertools.chain(blocks, [between]):
+        if block is None:
+            yield None
+        held += block or b""
+        while between and (end := held.find(between, searched)) >= 0:
+            if not given and held[:end].strip():
+                yield bytes(held[:min(end, most)])
+            del held[:end + len(between)]
+            searched, given = 0, False
+        searched = max(0, len(held) + 1 - len(between or b"."))
+        if len(held) > most:
+            if not given:
+                yield bytes(held[:most])
+            del held[:searched]
+            searched, given = 0, True
+    if held.strip() and not given:
+        yield bytes(held)
 
 
-def read_record(record: dict, o: Options, notes: "Notes") -> str:
+def read_raw(files: Iterable[Path], o: Options) -> Iterator[dict]:
+    """What files hold, as records with "raw" (bytes; None for a damaged place), "origin", "kind" (page, text or row of
+    jsonl) and from a WARC file "url", "header" (of HTTP) and "type"."""
+    for path in files:
+        kind = "page" if PAGES.search(path.name) else "row" if ".jsonl" in path.suffixes else "text"
+        broken, number = Counter(), 0
+        if ".warc" in path.suffixes:
+            found = read_warc(path, broken, o.max_document_bytes)
+        else:
+            between = {"row": b"\n", "text": o.separator.encode()}.get(kind, b"")
+            found = (({}, raw) for raw in cut_at(between, read_blocks(path), o.max_document_bytes))
+        for number, (headers, raw) in enumerate(found):
+            origin = f"{path}#{number}"
+            yield from ({"origin": origin, "raw": None} for _ in range(broken.pop("broken", 0)))
+            names = {"url": "WARC-Target-URI", "header": "http", "type": "WARC-Type"}
+            about = {key: headers[name] for key, name in names.items() if name in headers}
+            yield {"origin": origin, "kind": kind, "raw": raw, **about}
+        yield from ({"origin": str(path), "raw": None} for _ in range(broken["broken"]))
+
+
+def read_record(record: dict, o: Options, counts: Counter) -> str:
     """What was read becomes text; the fields of a row of jsonl stay."""
-    kind, raw, header = (record.pop(key) for key in ("kind", "raw", "header"))
+    raw, kind, header, form = (record.pop(key, "") for key in ("raw", "kind", "header", "type"))
+    if raw is None:
+        return "damaged"
+    if form not in ("", "response", "resource", "conversion"):
+        return "record of another type"
+    if len(raw) >= o.max_document_bytes:
+        return "longer than --max_document_bytes"
+    if b"\0" in raw[:1024] and raw[:2] not in (b"\xff\xfe", b"\xfe\xff"):
+        return "binary"
     if kind != "row":
-        record |= {"text": decode(raw, header), "markup": kind == "page"}
+        record |= {"text": decode(raw, header), "page": kind == "page"}
         return ""
     try:
-        row = {"origin": record["origin"]} | json.loads(raw.decode("utf-8", "replace"))
-        record.clear()
-        record |= row
+        record |= json.loads(raw.decode("utf-8", "replace"))
         for holder, key in places(record):  # JSON can spell half of a surrogate pair
             holder[key] = bpe.well_formed(holder[key])
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        return "no JSON with text or messages"
+        return "no JSON with a text or messages"
     return ""
 
 
-def extract_page(record: dict, o: Options, notes: "Notes") -> str:
-    """A page becomes its main content; other records stay."""
-    if record.get("markup") and "<" in record["text"][:1024]:
+def extract_page(record: dict, o: Options, counts: Counter) -> str:
+    """A page becomes its main content; other documents stay."""
+    if record.get("page") is True and "<" in record["text"][:1024]:
         record["text"] = extract(record["text"])
     return "" if text_of(record).strip() else "no text"
 
 
-def mask_all(record: dict, o: Options, notes: "Notes") -> str:
+def mask_all(record: dict, o: Options, counts: Counter) -> str:
     """Masks take the place of what is private."""
     for name, mask in MASKS.items():
         for holder, key in places(record):
             holder[key], count = mask(holder[key])
-            notes.counts[f"pii/masked/{name}"] += count
+            counts[f"pii/masked/{name}"] += count
     return ""
 
 
-def decontaminate(record: dict, o: Options, notes: "Notes") -> str:
-    """A document that shares an n-gram with an evaluation set is dropped; each item that it shares one with is noted."""
-    tables, items = evaluation_keys(o.eval_data)
+def decontaminate(record: dict, o: Options, counts: Counter) -> str:
+    """A document that shares n words in a row with an evaluation set is dropped; each item that it does so is noted."""
+    tables, items, _ = evaluation_keys(o.eval_data)
     text, hits = letters_of(text_of(record)), set()
     for n, (keys, owners) in tables.items():
         found = grams(text, n)
         left, right = np.searchsorted(keys, found), np.searchsorted(keys, found, "right")
         for i in np.flatnonzero(right > left):
             hits.update(owners[left[i]:right[i]].tolist())
-    for hit in hits:
-        notes.counts["decontaminate/found/" + " ".join(items[hit][:2])] += 1
-    return f"in {items[min(hits)][0]}" if hits else ""
+    names = [items[hit] for hit in sorted(hits)]
+    counts.update(f"decontaminate/found/{name}" for name in names)
+    return f"found in {names[0].split()[0]}" if names else ""
 
 
 # Steps that look at one document: they change the record in place, and give the reason why it is dropped, or "".
-STEPS: dict[str, Callable[[dict, Options, "Notes"], str]] = {
-    "read": read_record, "extract": extract_page, "pii": mask_all, "decontaminate": decontaminate}
-# Steps that look at all documents: the keys of one.
+STEPS: dict[str, Callable[[dict, Options, Counter], str]] = {
+    "read": read_record, "extract": extract_page, "pii": mask_all, "decontaminate": decontaminate,
+}
+# Steps that compare all documents: the keys of one.
 KEYS: dict[str, Callable[[dict, Options], np.ndarray]] = {
     "urls": lambda record, o: digests([normal_url(record["url"])] if record.get("url") else []),
     "exact": lambda record, o: digests([" ".join(text_of(record).split())]),
-    "lines": lambda record, o: digests(" ".join(line.split()) for holder, key in places(record)
-                                       for line in holder[key].split("\n")),
+    "lines": lambda record, o: digests([" ".join(line.split()) for holder, key in places(record)
+                                        for line in holder[key].split("\n")]),
     "dedup": lambda record, o: near_keys(text_of(record), o.threshold),
 }
 
 
+def drop_seen(name: str, record: dict, flags: np.ndarray) -> str:
+    """Drop what was seen before, as the flags of a document's keys say: lines, or the whole."""
+    if name != "lines":
+        return {"dedup": "near copy"}.get(name, "seen before") * bool(flags.any())
+    for holder, key in places(record):
+        lines = holder[key].split("\n")
+        known, flags = flags[:len(lines)], flags[len(lines):]
+        holder[key] = "\n".join(line for line, seen in zip(lines, known) if not seen or not line.strip()).strip("\n")
+    return "" if text_of(record).strip() else "all lines seen before"
+
+
+def drop_filtered(name: str, record: dict) -> str:
+    """Ask a filter; what it measured becomes a field of the record."""
+    keep, value = FILTERS[name](text_of(record))
+    record[name] = value
+    return "" if keep else value if isinstance(value, str) else "out of bounds"
+
+
 def stages(steps: str) -> list[tuple[str, list[str], str]]:
-    """The steps as passes (whose keys decide first, steps on one document, whose keys are noted at the end)."""
-    out, before, local = [], "", []
+    """The steps as passes: (whose keys decide first, steps on one document, whose keys are taken at the end)."""
+    out, before, local = [], "read", []
     for name in steps.split(","):
         if name in KEYS:
             out.append((before, local, name))
@@ -846,471 +948,303 @@ def stages(steps: str) -> list[tuple[str, list[str], str]]:
 
 
 def check_steps(o: Options) -> None:
-    """Raise ValueError for steps that are none, or stand in a wrong order."""
+    """Raise ValueError for steps that are none or stand in a wrong order, and for options of theirs that cannot work."""
     names, known = o.steps.split(","), ["extract", *FILTERS, "pii", *KEYS, "decontaminate", "tokenise"]
-    if {*names} - {*known} or len({*names}) < len(names) or {"extract", "tokenise"} & {*names[1:-1]} \
-            or len(names) > 1 and ("extract" == names[-1] or "tokenise" == names[0]):
-        raise ValueError(f"--steps={o.steps}: choose from {', '.join(known)}; extract comes first, tokenise last, "
-                         "and none twice")
+    misplaced = "extract" in names[1:] or "tokenise" in names[:-1]
+    if misplaced or not {*names} <= {*known} or len({*names}) < len(names):
+        raise ValueError(f"--steps={o.steps}: choose from {','.join(known)}; extract first, tokenise last, none twice")
     if "decontaminate" in names and not o.eval_data:
         raise ValueError("the step decontaminate needs --eval_data, the evaluation sets")
-    if not 0 < o.false_positives < 1 or not 0 < o.threshold <= 1 or o.max_document_bytes < 1 or o.look < 0:
-        raise ValueError("--threshold and --false_positives lie between 0 and 1, --max_document_bytes above 0, "
-                         "--look not below")
+    if not 0 < o.false_positives < 1 or not 0 < o.threshold <= 1:
+        raise ValueError("--threshold and --false_positives must lie between 0 and 1")
+    if o.max_document_bytes < 1 or o.look < 0:
+        raise ValueError("--max_document_bytes must be above 0, and --look must not be negative")
 
 
-@dataclasses.dataclass
-class Notes:
-    """What steps did to some documents."""
-    # step/in, step/kept, step/dropped/REASON, step/bytes_in, step/bytes_kept, step/seconds, ...
-    counts: Counter = dataclasses.field(default_factory=Counter)
-    examples: dict = dataclasses.field(default_factory=dict)  # step/reason -> the first texts that were dropped
-    sample: list = dataclasses.field(default_factory=list)  # of random documents [a random number, origin, fate, text]
+def do_document(record: dict, flags: np.ndarray, steps: list[str], o: Options, counts: Counter) -> dict | None:
+    """A document goes through steps, in place; if it is dropped: where, why and the beginning of what it was.
 
-    def add(self, counts: dict, examples: dict, sample: list) -> None:
-        """Take in the notes on the documents that follow."""
-        self.counts.update(counts)
-        for reason, texts in examples.items():
-            self.examples[reason] = (self.examples.get(reason, []) + texts)[:FIRST]
-        self.sample = sorted(self.sample + sample)[:SAMPLE]
-
-    def drop(self, step: str, reason: str, origin: str, text: str) -> None:
-        """A document is dropped."""
-        self.counts[f"{step}/dropped/{reason}"] += 1
-        row = [int(digests([origin])[0]), origin, f"dropped by {step}: {reason}", text[:GLANCE]]
-        self.add({}, {f"{step}/{reason}": [text[:GLANCE]]}, [row])
-
-    def keep(self, record: dict) -> None:
-        """A document has come through all steps."""
-        where = {"language": record.get("language"), "domain": normal_url(record.get("url") or "").split("/")[0]}
-        self.counts.update(f"{kind}/documents/{name}" for kind, name in where.items() if isinstance(name, str) and name)
-        text, origin = text_of(record), str(record.get("origin"))
-        self.add({}, {}, [[int(digests([origin])[0]), origin, "kept", text[:GLANCE]]])
-
-    def steps(self) -> dict[str, dict]:
-        """The counts as {step: {"in": n, "kept": n, "dropped": {reason: n}, ...}}."""
-        out = {}
-        for name, value in self.counts.items():
-            step, what, *reason = name.split("/", 2)
-            inner = out.setdefault(step, {}).setdefault(what, {}) if reason else out.setdefault(step, {})
-            inner[reason[0] if reason else what] = round(value, 3)
-        return out
-
-
-def cut_at(between: bytes, blocks: Iterable[bytes | None], most: int, broken: Counter) -> Iterator[bytes]:
-    """What stands between separators (if that is b"": the whole), without what is blank.
-
-    Of what is longer than `most` bytes no more than these are given. Damaged places are counted in broken["broken"].
+    Whatever it does to a step, it is counted: counts has STEP/in, STEP/kept, STEP/dropped/REASON, STEP/bytes_kept, ...
     """
-    held, searched, ends = bytearray(), 0, False  # ends: the document was given, its rest is passed over
-    for block in itertools.chain(blocks, [between]):
-        broken["broken"] += block is None
-        held += block or b""
-        while between and (end := held.find(between, searched)) >= 0:
-            if held[:end].strip() and not ends:
-                yield bytes(held[:min(end, most)])
-            del held[:end + len(between)]
-            searched, ends = 0, False
-        searched = max(0, len(held) + 1 - len(between or b"."))
-        if len(held) > most:
-            if not ends:
-                yield bytes(held[:most])
-            del held[:searched]
-            searched, ends = 0, True
-    if held.strip() and not ends:
-        yield bytes(held)
-
-
-def read_raw(files: Iterable[Path], o: Options, notes: Notes) -> Iterator[dict]:
-    """What files hold, as records with "kind" (page, row of jsonl, text), "raw" (bytes), "header" (of HTTP), "origin".
-
-    What is damaged, too long or no document is dropped and counted in notes.
-    """
-    for path in files:
-        kind = "page" if PAGES.search(path.name) else "row" if ".jsonl" in path.suffixes else "text"
-        between, broken = {"row": b"\n", "text": o.separator.encode()}.get(kind, b""), Counter()
-        if ".warc" in path.suffixes:
-            found = read_warc(path, broken, o.max_document_bytes)
-        else:
-            found = (({}, raw) for raw in cut_at(between, read_blocks(path), o.max_document_bytes, broken))
-        for number, (headers, raw) in enumerate(itertools.chain(found, [({}, None)])):
-            lost = broken.pop("broken", 0)
-            notes.counts.update({"read/in": lost, "read/dropped/damaged": lost} if lost else {})
-            reason = ""
-            if headers.get("WARC-Type") not in (None, "response", "resource", "conversion"):
-                reason = "record of another type"
-            elif len(raw or b"") >= o.max_document_bytes:
-                reason = "longer than max_document_bytes"
-            elif b"\0" in (raw or b"")[:1024] and raw[:2] not in (b"\xff\xfe", b"\xfe\xff"):
-                reason = "binary"
-            if reason:
-                notes.counts["read/in"] += 1
-                notes.drop("read", reason, f"{path}#{number}", headers.get("WARC-Target-URI", ""))
-            elif raw is not None:
-                yield {"origin": f"{path}#{number}", "url": headers.get("WARC-Target-URI", ""), "kind": kind, "raw": raw,
-                       "header": headers.get("http", "")}
-
-
-def by_keys(name: str, record: dict, flags: np.ndarray) -> str:
-    """Drop what has been seen before, as the flags of a document's keys say: lines, or the whole."""
-    if name != "lines":
-        return {"dedup": "near copy"}.get(name, "seen before") * bool(flags.any())
-    for holder, key in places(record):
-        lines = holder[key].split("\n")
-        known, flags = flags[:len(lines)], flags[len(lines):]
-        holder[key] = "\n".join(line for line, seen in zip(lines, known) if not seen or not line.strip()).strip("\n")
-    return "" if text_of(record).strip() else "all lines seen before"
-
-
-def take_step(name: str, record: dict, flags: np.ndarray, o: Options, notes: Notes) -> str:
-    """Do a step on a record, in place; the reason why it is dropped, or ""."""
-    if name in KEYS:
-        return by_keys(name, record, flags)
-    if name in STEPS:
-        return STEPS[name](record, o, notes)
-    keep, value = FILTERS[name](text_of(record))
-    record[name] = value
-    return "" if keep else value if isinstance(value, str) else name
-
-
-def do_document(record: dict, flags: np.ndarray, steps: list[str], o: Options, notes: Notes) -> dict | None:
-    """A document goes through steps; None if it is dropped. Whatever it does to a step, it is dropped and counted."""
     for step in steps:
-        began, text = time.process_time(), ""
-        notes.counts.update({f"{step}/in": 1, f"{step}/bytes_in": size_of(record)})
+        began, text = time.process_time(), "" if step == "read" else text_of(record)
+        counts[f"{step}/in"] += 1
         try:
-            text = "" if step == "read" else text_of(record)
-            reason = take_step(step, record, flags, o, notes)
+            if step in KEYS:
+                reason = drop_seen(step, record, flags)
+            else:
+                reason = STEPS[step](record, o, counts) if step in STEPS else drop_filtered(step, record)
         except Exception as error:  # of a filter that was not made for such a text
-            reason = f"error {type(error).__name__}"
-        notes.counts[f"{step}/seconds"] += time.process_time() - began
+            reason = f"error: {type(error).__name__}"
+        counts[f"{step}/seconds"] += time.process_time() - began
         if reason:
-            notes.drop(step, reason, record.get("origin", "?"), text)
-            return None
-        notes.counts.update({f"{step}/kept": 1, f"{step}/bytes_kept": size_of(record)})
-    return record
+            counts[f"{step}/dropped/{reason}"] += 1
+            return {"step": step, "reason": reason, "origin": record["origin"], "text": text[:GLANCE]}
+        counts.update({f"{step}/kept": 1, f"{step}/bytes_kept": len(text_of(record).encode())})
+    return None
 
 
-def do_batch(job: tuple, given: str) -> tuple[tuple, bytes, np.ndarray, np.ndarray, Notes]:
-    """A stage's steps on a batch: (its part, lines of JSON, keys, number of keys of each document, notes)."""
-    part, records, flags, sizes, notes = job
-    number, words = json.loads(given)
-    o, lines, keys = Options(**words), [], [np.zeros(0, "<u8")]
+def do_batch(job: tuple, number: int, words: dict) -> tuple[tuple[str, bool], dict[str, bytes], Counter]:
+    """A stage's steps on a batch of documents: (part and whether it ends, what its files get, counts)."""
+    part, records, flags, sizes = job
+    o, counts, kept, removed, keys = Options(**words), Counter(), [], [], [np.zeros(0, "<u8")]
     first, local, last = stages(o.steps)[number]
-    steps = [first] * (number > 0) + ["read"] * (number == 0) + local
     for record, flag in zip(records, np.split(flags, np.cumsum(sizes))):
-        record = do_document(json.loads(record) if number else record, flag, steps, o, notes)
-        if record is None:
+        record = json.loads(record) if number else record
+        row = do_document(record, flag, [first, *local], o, counts)
+        if row:
+            removed.append(json.dumps(row) + "\n")
             continue
-        record.pop("markup", None)
+        record.pop("page", None)
         if last:
             keys.append(KEYS[last](record, o))
         else:
-            notes.keep(record)
-        lines.append(json.dumps(record, default=str) + "\n")
-    return part, "".join(lines).encode(), np.concatenate(keys), np.array([*map(len, keys[1:])], np.int64), notes
-
-
-# --- the parts of a run on disk
+            domain = normal_url(str(record.get("url", ""))).split("/")[0]
+            counts.update({f"domain/documents/{domain}": 1, f"language/documents/{record.get('language')}": 1})
+        kept.append(json.dumps(record, default=str) + "\n")
+    sizes = np.array([len(key) for key in keys[1:]], np.int64)
+    files = {"keys": np.concatenate(keys).tobytes(), "sizes": sizes.tobytes()}
+    return part, files | {"jsonl": "".join(kept).encode(), "removed": "".join(removed).encode()}, counts
 
 
 def shard_of(o: Options) -> tuple[int, int]:
     """(i, n) of --shard=i/n; (0, 1) without."""
-    found = re.fullmatch(r"(\d+)/(\d+)", o.shard or "0/1")
-    if not found or not int(found[1]) < int(found[2]):
+    found = re.fullmatch(r"(\d{1,9})/(\d{1,9})", o.shard or "0/1")
+    if not found or int(found[1]) >= int(found[2]):
         raise ValueError(f"--shard={o.shard}: write i/n, such as 0/4, with i from 0 to n - 1")
     return int(found[1]), int(found[2])
 
 
-def finished(work: Path, group: int) -> tuple[list[str], bool]:
-    """The parts of a group of files that are done, up to the first that is not; whether that are all."""
-    names = []
-    for piece in itertools.count():
-        path = work / f"0-{group:05}.{piece:04}.json"
-        if not path.exists():
-            return names, False
-        names.append(path.stem[2:])
-        if json.loads(path.read_bytes())["last"]:
-            return names, True
-
-
 def raw_jobs(groups: list[list[Path]], o: Options, work: Path) -> Iterator[tuple]:
-    """The input in batches for the first stage, without the parts that are done or another machine's."""
+    """The input in batches for the first stage, without the parts that are done and another machine's groups of files.
+
+    What comes last in a group is its part "end", of no documents.
+    """
     index, count = shard_of(o)
-    for group, files in enumerate(groups):
-        if finished(work, group)[1] or len(groups) >= count and group % count != index:
+    none = np.zeros(0, np.int64)
+    for group in range(index, len(groups), count):
+        if (work / f"0-{group:05}.end.json").exists():
             continue
-        notes, batch, held, total, piece = Notes(), [], 0, 0, 0
-        for record in itertools.chain(read_raw(files, o, notes), [None]):
+        batch, held, total, number = [], 0, 0, 0
+        for record in itertools.chain(read_raw(groups[group], o), [None]):
             batch += [record] * (record is not None)
-            held += len(record["raw"]) if record else JOB
-            if held < JOB:
-                continue
-            total += held
-            ends, name = record is None or total >= PART, f"{group:05}.{piece:04}"
-            if not (work / f"0-{name}.json").exists() and (len(groups) >= count or piece % count == index):
-                none = np.zeros(len(batch), np.int64)
-                yield (name, ends, record is None), batch, none[:0], none, Notes(**vars(notes))
-            notes.__init__()
-            batch, held, total, piece = [], 0, total * (not ends), piece + ends
+            size = len(record["raw"] or b"") + 100 if record else JOB
+            held, total = held + size, total + size
+            if held >= JOB:
+                ends, name = record is None or total >= PART, f"{group:05}.{number:04}"
+                if not (work / f"0-{name}.json").exists():
+                    yield (name, ends), batch, none, np.zeros(len(batch), np.int64)
+                batch, held, total, number = [], 0, total * (not ends), number + ends
+        yield (f"{group:05}.end", True), [], none, none
 
 
 def part_jobs(number: int, parts: list[str], work: Path) -> Iterator[tuple]:
-    """What the stage before kept, in batches, with what was found out about its keys; without the parts that are done."""
+    """What the stage before kept, in batches, with the flags of its keys; without the parts that are done."""
+    flags, used = np.load(work / f"{number - 1}.flags.npy", mmap_mode="r"), 0
     for name in parts:
+        path, at = work / f"{number - 1}-{name}", 0
+        sizes = np.fromfile(f"{path}.sizes", np.int64)
         if (work / f"{number}-{name}.json").exists():
+            used += sizes.sum()
             continue
-        sizes, at, used = np.fromfile(work / f"{number - 1}-{name}.sizes", np.int64), 0, 0
-        flags = np.fromfile(work / f"{number - 1}-{name}.flags", bool)
-        with open(work / f"{number - 1}-{name}.jsonl", "rb") as file:
-            lines = [b""]
-            while lines:
-                lines = file.readlines(JOB)
-                count = sizes[at:at + len(lines)]
-                yield (name, not lines, not lines), lines, flags[used:used + count.sum()], count, Notes()
-                at, used = at + len(lines), used + count.sum()
+        with open(f"{path}.jsonl", "rb") as file:
+            while lines := file.readlines(JOB):
+                few = sizes[at:at + len(lines)]
+                yield (name, False), lines, np.array(flags[used:used + few.sum()]), few
+                at, used = at + len(lines), used + few.sum()
+        yield (name, True), [], np.zeros(0, bool), sizes[:0]
 
 
 def do_stage(number: int, jobs: Callable[[], Iterator], o: Options, work: Path, workers: int) -> None:
-    """Do the jobs of a stage; for each part four files, of which the notes come last: they say that it is done.
+    """Do the jobs of a stage. Each part gets its files, of which the counts come last: they say that it is done.
 
-    If a process is killed, the parts that it left are done once more. Raises ChildProcessError if that happens again.
+    If a process is killed, the parts that were not done are begun again, once. Raises ChildProcessError the second time.
     """
-    given = json.dumps([number, dataclasses.asdict(o)])
     for again in (True, False):
         try:
-            written, notes = "", Notes()
-            for (name, ends, last), lines, keys, sizes, more in bpe.parallel(do_batch, jobs(), workers, given):
-                notes = notes if name == written else Notes()
-                notes.add(**vars(more))
-                for kind, content in (("jsonl", lines), ("keys", keys.tobytes()), ("sizes", sizes.tobytes())):
-                    with open(work / f"{number}-{name}.{kind}", "ab" if name == written else "wb") as file:
+            last, counts = "", Counter()
+            for (name, ends), contents, more in bpe.parallel(do_batch, jobs(), workers, number, vars(o)):
+                counts = counts if name == last else Counter()
+                counts.update(more)
+                for kind, content in contents.items():
+                    with open(work / f"{number}-{name}.{kind}", "ab" if name == last else "wb") as file:
                         file.write(content)
-                        if ends:
-                            file.flush()
-                            os.fsync(file.fileno())
-                written = "" if ends else name
-                show_live(f"stage {number + 1} of {len(stages(o.steps))}, part {name}")
+                        file.flush()
+                        os.fsync(file.fileno())
+                last = name
                 if ends:
                     with bpe.replacing(work / f"{number}-{name}.json") as file:
-                        file.write(json.dumps({"last": last, **vars(notes)}).encode())
+                        file.write(json.dumps(counts).encode())
+                show_live(f"stage {number + 1} of {len(stages(o.steps))}, part {name}")
             show_live("")
             return
         except ChildProcessError:
             if not again:
                 raise
-            print("a process was killed, perhaps for want of memory: what it did is done again", file=sys.stderr)
-
-
-def find_copies(parts: list[str], work: Path, o: Options) -> tuple[list[np.ndarray], list[list[int]]]:
-    """(first document of each part, clusters of near copies, as numbers of documents, the one to keep first).
-
-    Kept is the copy with the most different 5-grams, of equal ones the earliest. A cluster is what verified pairs
-    connect. The keys stay on disk; memory holds some 40 bytes a document.
-    """
-    b, files, starts = bands_for(o.threshold)[0], [], []
-    for name in parts:
-        sizes = np.fromfile(work / f"{name}.sizes", np.int64)
-        starts.append(np.append(0, np.cumsum(sizes)))
-        empty = not sizes.any()
-        files.append(np.zeros(0, "<u8") if empty else np.memmap(work / f"{name}.keys", "<u8", "r"))
-    first = np.cumsum([0] + [len(start) - 1 for start in starts])
-    bands = np.lib.format.open_memmap(work / "bands.npy", "w+", "<u8", (b, first[-1]))
-    for at, start, keys in zip(first, starts, files):
-        bands[:, at:at + len(start) - 1] = keys[start[:-1] + np.arange(b)[:, None]]
-    parent = np.arange(first[-1])
-
-    def shingles(i: int) -> np.ndarray:
-        part = np.searchsorted(first, i, "right") - 1
-        return files[part][starts[part][i - first[part]] + b:starts[part][i - first[part] + 1]]
-
-    def root(i: int) -> int:
-        while parent[i] != i:
-            parent[i] = parent[parent[i]]
-            i = parent[i]
-        return int(i)
-
-    for group in sharing(bands):
-        members = {}  # root -> documents of this group; one is compared until a document of a root is near
-        for i in group.tolist():
-            for other in [other for other in members if other != root(i)]:
-                if any(jaccard(shingles(i), shingles(j)) >= o.threshold for j in members[other]):
-                    members.setdefault(root(i), []).extend(members.pop(other))
-                    parent[other] = root(i)
-            members.setdefault(root(i), []).append(i)
-    clusters = {}
-    for i in np.flatnonzero(parent != np.arange(len(parent))).tolist():
-        clusters.setdefault(root(i), [root(i)]).append(i)
-    return first, [sorted(cluster, key=lambda i: (-len(shingles(i)), i)) for cluster in clusters.values()]
+            print("a process was killed, perhaps for want of memory: its part begins again", file=sys.stderr)
 
 
 def find_seen(number: int, name: str, parts: list[str], o: Options, work: Path) -> None:
-    """Write for each part of a stage which of its keys were seen before (of near copies: the first key of each)."""
-    done, began, clusters = work / f"{number}.json", time.process_time(), []
-    parts = [f"{number}-{part}" for part in parts]
+    """Write for each key of a stage whether it was seen before (of near copies: the first key of each)."""
+    done, began, counts = work / f"{number}.json", time.process_time(), Counter()
     if done.exists():
         return
+    sizes = [np.fromfile(work / f"{number}-{part}.sizes", np.int64) for part in parts]
+    starts = np.append(0, np.cumsum(np.concatenate(sizes)))
+    with open(work / "keys", "wb") as file:
+        for part in parts:
+            with open(work / f"{number}-{part}.keys", "rb") as source:
+                shutil.copyfileobj(source, file)
+        file.write(bytes(8))  # an empty file cannot be mapped
+    keys = np.memmap(work / "keys", "<u8", "r")
+    flags = np.lib.format.open_memmap(work / f"{number}.flags.npy", "w+", bool, keys.shape)
     if name == "dedup":
-        first, clusters = find_copies(parts, work, o)
-        copies = np.sort(np.array([i for cluster in clusters for i in cluster[1:]], np.int64))
+        for cluster in find_copies(keys, starts, o.threshold, work / "bands"):
+            flags[starts[cluster[1:]]] = True
+            counts[f"dedup/clusters/{len(cluster)} documents"] += 1
     else:
-        bloom = Bloom(sum((work / f"{part}.keys").stat().st_size for part in parts) // 8, o.false_positives)
-    for at, part in enumerate(parts):
-        sizes, keys = np.fromfile(work / f"{part}.sizes", np.int64), np.fromfile(work / f"{part}.keys", "<u8")
-        flags = np.zeros(len(keys), bool)
-        if name == "dedup":
-            here = copies[np.searchsorted(copies, first[at]):np.searchsorted(copies, first[at + 1])] - first[at]
-            flags[(np.cumsum(sizes) - sizes)[here]] = True
-        else:
-            for start in range(0, len(keys), 1 << 16):
-                flags[start:start + (1 << 16)] = bloom.add(keys[start:start + (1 << 16)])
-        flags.tofile(work / f"{part}.flags")
-    shown = []
-    for cluster in sorted(clusters, key=len)[:-9:-1]:
-        texts = []
-        for i in cluster[:FIRST]:
-            at = np.searchsorted(first, i, "right") - 1
-            with open(work / f"{parts[at]}.jsonl", "rb") as file:
-                texts.append(text_of(json.loads(next(itertools.islice(file, int(i - first[at]), None))))[:GLANCE])
-        shown.append([len(cluster), texts])
+        bloom = Bloom(len(keys), o.false_positives)
+        for at in range(0, len(keys), 1 << 16):
+            flags[at:at + (1 << 16)] = bloom.add(keys[at:at + (1 << 16)])
+    flags.flush()
+    counts[f"{name}/seconds"] = time.process_time() - began
     with bpe.replacing(done) as file:
-        file.write(json.dumps({"clusters": shown, "seconds": time.process_time() - began}).encode())
+        file.write(json.dumps(counts).encode())
 
 
-def work_through(files: list[Path], o: Options, work: Path, workers: int) -> tuple[list[Path], Notes, list]:
-    """All steps but tokenise: (files of what is kept, notes on what is not, the largest clusters of copies)."""
+def work_through(files: list[Path], o: Options, work: Path, workers: int) -> tuple[list[str], Counter]:
+    """All steps but tokenise: (the parts, whose files are in the folder `work`, counts). With --shard the first stage."""
+    count, plan, groups, size = shard_of(o)[1], stages(o.steps), [], PART
     work.mkdir(exist_ok=True)
-    index, count = shard_of(o)
-    groups, size = [[]], 0
-    for path in files:  # of many small files some make a group
-        size += path.stat().st_size
-        groups[-1].append(path)
+    for path in files:  # many small files make a group
         if size >= PART:
             groups, size = [*groups, []], 0
-    groups = [group for group in groups if group]
-    plan, notes, clusters = stages(o.steps), Notes(), []
-    for number, (_, _, last) in enumerate(plan):
-        if number == 0 and not o.merge:
-            do_stage(0, lambda: raw_jobs(groups, o, work), o, work, workers)
-        elif number:
-            do_stage(number, lambda: part_jobs(number, parts, work), o, work, workers)
-        if number == 0:
-            done = [finished(work, group) for group in range(len(groups))]
-            parts = [name for names, _ in done for name in names]
-            lacking = [group for group, (_, whole) in enumerate(done) if not whole]
-            if lacking and count == 1:
-                raise ValueError(f"--merge: the shards have not done all of {groups[lacking[0]][0]} yet")
-        if count == 1 and last:
-            find_seen(number, last, parts, o, work)
-            found = json.loads((work / f"{number}.json").read_bytes())
-            clusters += found["clusters"]
-            notes.counts[f"{last}/seconds"] += found["seconds"]
-        for path in sorted(work.glob(f"{number}-*.json")):
-            meta = json.loads(path.read_bytes())
-            notes.add(meta["counts"], meta["examples"], meta["sample"])
-        if count > 1:
-            return [], notes, []
-    return [work / f"{len(plan) - 1}-{name}.jsonl" for name in parts], notes, clusters
+        groups[-1].append(path)
+        size += path.stat().st_size
+    if not o.merge:
+        do_stage(0, lambda: raw_jobs(groups, o, work), o, work, workers)
+    lacking = [group[0] for number, group in enumerate(groups) if not (work / f"0-{number:05}.end.json").exists()]
+    if lacking and count == 1:
+        raise ValueError(f"--merge: no shard has done {lacking[0]} yet")
+    parts = sorted(path.stem[2:] for path in work.glob("0-*.json"))
+    for number, (_, _, name) in enumerate(plan[:-1] if count == 1 else []):
+        find_seen(number, name, parts, o, work)
+        do_stage(number + 1, functools.partial(part_jobs, number + 1, parts, work), o, work, workers)
+    counts = Counter()
+    for path in sorted(work.glob("*.json")):
+        counts.update(json.loads(path.read_bytes()))
+    return parts, counts
+
+
+def write_documents(parts: list[str], counts: Counter, o: Options, work: Path, folder: Path) -> None:
+    """Write what the steps kept as documents.jsonl, the beginnings of what they dropped as removed.jsonl, leaks."""
+    last = len(stages(o.steps)) - 1
+    files = {"documents.jsonl": [work / f"{last}-{part}.jsonl" for part in parts],
+             "removed.jsonl": [work / f"{number}-{part}.removed" for number in range(last + 1) for part in parts]}
+    for name, paths in files.items():
+        with open(folder / name, "wb") as whole:
+            for path in paths:
+                with open(path, "rb") as file:
+                    shutil.copyfileobj(file, whole)
+    if "decontaminate" in o.steps:
+        _, items, short = evaluation_keys(o.eval_data)
+        report = {"found": {name: count for name in items if (count := counts[f"decontaminate/found/{name}"])},
+                  "looked_for": Counter(name.split()[0] for name in items),
+                  "too_short": Counter(name.split()[0] for name in short)}
+        (folder / "contamination.json").write_text(json.dumps(report, indent=1))
 
 
 # --- looking at it
 
 
-def table(steps: dict[str, dict]) -> list[str]:
-    """What each step got, kept and dropped, for what reasons, in lines of up to 80 characters."""
-    lines = [f"{'step':26}{'documents':>12}{'kept':>12}{'share':>8}{'MB kept':>11}{'seconds':>11}"]
-    for name, row in steps.items():
-        if "in" in row:
-            lines.append(f"{name:26}{row['in']:>12,}{row.get('kept', 0):>12,}{row.get('kept', 0) / row['in']:>8.1%}"
-                         f"{row.get('bytes_kept', 0) / 1e6:>11,.1f}{row.get('seconds', 0):>11,.1f}")
-        for what in ("dropped", "masked", "removed"):
-            for reason, count in sorted(row.get(what, {}).items(), key=lambda pair: -pair[1]):
-                lines.append(f"  {f'{what}: {reason}':<48.48}{-count:>12,}")
+def nested(counts: Counter) -> dict[str, dict]:
+    """{"step/in": n, "step/dropped/REASON": n, ...} as {step: {"in": n, "dropped": {reason: n}, ...}}."""
+    out = {}
+    for name, value in counts.items():
+        step, what, *reason = name.split("/", 2)
+        row = out.setdefault(step, {})
+        row = row.setdefault(what, {}) if reason else row
+        row[reason[0] if reason else what] = round(value, 3)
+    return out
+
+
+def table(steps: str, counts: dict[str, dict]) -> list[str]:
+    """What each step got, kept and dropped, and why, in lines of up to 80 characters."""
+    lines = ["step              documents          kept   share     MB kept   seconds"]
+    for name in ["read", *steps.split(",")]:
+        row = Counter(counts.get(name, {}))
+        if row["in"]:
+            lines.append(f"{name:14}{row['in']:13,}{row['kept']:14,}{row['kept'] / row['in']:8.1%}"
+                         f"{row['bytes_kept'] / 1e6:12,.1f}{row['seconds']:10,.1f}")
+        for what in ("dropped", "masked"):
+            for reason, count in Counter(row[what] or {}).most_common():
+                lines.append(f"  {what + ': ' + reason:60.60}{count:14,}")
     return lines
 
 
 PAGE = """<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>What the steps removed</title>
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<style>body{font:15px sans-serif;max-width:60em;margin:2em auto;padding:0 1em}
-td,th{padding:2px 12px;text-align:right}td:first-child,th:first-child{text-align:left}
-pre{white-space:pre-wrap;background:#f4f4f4;padding:8px;max-height:14em;overflow:auto;font-size:12px}
-i{display:inline-block;height:10px;background:#47c}</style>"""
+<style>body{font:15px sans-serif;max-width:60em;margin:2em auto} td{padding:2px 12px;text-align:right}
+pre{white-space:pre-wrap;background:#f4f4f4;padding:8px;max-height:14em;overflow:auto}
+td:first-child,td:last-child{text-align:left} i{display:inline-block;height:10px;background:#47c}</style>"""
 
 
-def bars(title: str, counts: dict[str, int]) -> str:
-    """A table of numbers with bars, the largest first, as HTML."""
-    top = sorted(counts.items(), key=lambda pair: -pair[1])[:25]
-    rows = [f"<tr><td>{html.escape(name)}<td>{count:,}<td style='text-align:left'><i style='width:"
-            f"{300 * count / max(1, top[0][1]):.0f}px'></i>" for name, count in top]
-    return f"<h2>{html.escape(title)}</h2><table>{''.join(rows)}</table>" if rows else ""
-
-
-def write_report(path: str, manifest: dict, found: dict) -> None:
+def write_report(o: Options, manifest: dict) -> None:
     """A page about what each step removed, with examples: no script, nothing from outside, all text escaped."""
-    steps, quoted = manifest["steps"], lambda text: f"<pre>{html.escape(text)}</pre>"
-    out = [PAGE, "<h1>What the steps removed</h1>", quoted("\n".join(table(steps)))]
-    out += [f"<p>{side}.npy: {manifest[side]['documents']:,} documents, {manifest[side]['tokens']:,} tokens</p>"
-            for side in ("train", "val") if side in manifest]
-    for title in ("language", "domain"):
-        out.append(bars(f"Kept, by {title}", steps.get(title, {}).get("documents", {})))
-    for name, row in steps.items():
-        out.append(bars(f"{name}: dropped", row.get("dropped", {})))
-        for reason in row.get("dropped", {}):
-            texts = [text for text in found["examples"].get(f"{name}/{reason}", []) if text]
-            out += [f"<h3>{html.escape(f'{name}: {reason}')}</h3>" * bool(texts), *map(quoted, texts)]
-    out += ["<h2>The largest clusters of near copies; the first is kept</h2>"] * bool(found["clusters"])
-    for size, texts in found["clusters"]:
-        out += [f"<h3>{size} documents</h3>", *map(quoted, texts)]
-    with bpe.replacing(path) as file:
+    examples, steps = {}, manifest.get("steps", {})
+    out = [PAGE, "<h1>What the steps removed</h1>"]
+
+    def add(tag: str, text: object) -> None:
+        out.append(f"<{tag}>{html.escape(str(text))}</{tag}>")
+
+    add("pre", "\n".join(table(o.steps, steps)))
+    for side in ("train", "val"):
+        row = Counter(manifest.get(side, {}))
+        add("p", f"{side}.npy: {row['documents']:,} documents, {row['tokens']:,} tokens")
+    with contextlib.suppress(FileNotFoundError), open(Path(o.output) / "removed.jsonl") as file:
+        for row in map(json.loads, file):
+            texts = examples.setdefault(f"{row['step']}: {row['reason']}", [])
+            texts += [row["text"] or row["origin"]] * (len(texts) < FIRST)
+    for step, row in steps.items():
+        for what in ("documents", "dropped", "masked", "clusters", "found"):
+            counts = Counter(row.get(what, {})).most_common(30)
+            if counts:
+                add("h2", f"{step}: {what}")
+                out.append("<table>")
+            for name, count in counts:
+                width = f"<i style='width:{300 * count / max(1, counts[0][1]):.0f}px'></i>"
+                out.append(f"<tr><td>{html.escape(name)}<td>{count:,}<td>{width}")
+            out.append("</table>" * bool(counts))
+            for name, _ in counts:
+                for text in examples.get(f"{step}: {name}", []):
+                    add("h3", name)
+                    add("pre", text)
+    with bpe.replacing(o.report) as file:
         file.write("\n".join(out).encode("utf-8", "replace"))
 
 
-def write_documents(files: list[Path], notes: Notes, clusters: list, o: Options, part: Path) -> list[Path]:
-    """Write what the steps kept as documents.jsonl (returned), what they removed as examples.json, leaks they found."""
-    with open(part / "documents.jsonl", "wb") as whole:
-        for path in files:
-            with open(path, "rb") as file:
-                shutil.copyfileobj(file, whole)
-    found = {"examples": notes.examples, "sample": notes.sample, "clusters": clusters}
-    (part / "examples.json").write_text(json.dumps(found))
-    if "decontaminate" in o.steps:
-        hits, sets = notes.steps().get("decontaminate", {}).get("found", {}), {}
-        for file, item, checked in evaluation_keys(o.eval_data)[1]:
-            row = sets.setdefault(file, {"texts": 0, "too_short": 0, "found": {}})
-            row["texts"] += checked
-            row["too_short"] += not checked
-            if f"{file} {item}" in hits:
-                row["found"][item] = hits[f"{file} {item}"]
-        (part / "contamination.json").write_text(json.dumps(sets, indent=1))
-    return [part / "documents.jsonl"]
-
-
-def present(o: Options, manifest: dict) -> None:
-    """Write --report; print --look's random documents as they were read, and what became of them."""
-    path = Path(o.output) / "examples.json"
-    found = json.loads(path.read_bytes()) if path.exists() else {"examples": {}, "sample": [], "clusters": []}
-    if o.report:
-        write_report(o.report, manifest, found)
-        print(f"{o.report}: what each step removed, a page to read before trusting the data")
-    for _, origin, fate, text in found["sample"][:o.look]:
-        path, _, number = origin.rpartition("#")
-        raws = (record for record in read_raw([Path(path)], o, Notes()) if record["origin"] == origin)
-        raw = next(raws, {"raw": b"(not found)"})["raw"]
-        for title, words in ((f"{origin} as it was", decode(raw[:GLANCE])), (fate, text)):
+def look(files: list[Path], o: Options) -> None:
+    """Print random documents as they were read, and behind the steps that look at one document."""
+    steps = ["read", *(name for name in o.steps.split(",") if name not in (*KEYS, "tokenise"))]
+    chosen = heapq.nsmallest(o.look, read_raw(files, o), lambda record: digests([f"{o.seed} {record['origin']}"])[0])
+    for record in chosen:
+        before, origin = decode((record["raw"] or b"")[:GLANCE]), record["origin"]
+        row = do_document(record, np.zeros(0, bool), steps, o, Counter())
+        after = f"dropped by {row['step']}: {row['reason']}" if row else text_of(record)[:GLANCE]
+        for title, text in ((origin, before), ("becomes", after)):
             print(f"--- {title} ".ljust(80, "-"))
-            print("\n".join(line.encode("unicode_escape").decode() if not line.isprintable() else line
-                            for line in words[:GLANCE].split("\n")))
+            print("".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text))
 
 
 # --- the whole -------------------------------------------------------------------------------------------------------
 
 
-def fingerprint(path: Path) -> dict:
-    """Path, bytes and hash of a file. Raises ValueError if it looks binary."""
+def fingerprint(path: Path, text: bool = False) -> dict:
+    """Path, bytes and hash of a file. Raises ValueError if it shall be text and looks binary."""
     digest, size = hashlib.sha256(), 0
     with open(path, "rb") as file:
         while block := file.read(PIECE):
-            if not size and b"\0" in block[:8192] and path.suffix != ".gz" and not PAGES.search(path.name):
+            if text and not size and b"\0" in block[:8192] and path.suffix != ".gz":
                 raise ValueError(f"{path} is binary (a zero byte within its first 8 kB), not text in UTF-8")
             digest.update(block)
             size += len(block)
@@ -1379,6 +1313,19 @@ def rebuilding(folder: Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
+def input_files(o: Options) -> list[Path]:
+    """The files of --input; of a folder text alone if nothing but tokenise is done with it, else all that it shows.
+
+    An output folder that lies in an input folder is no input.
+    """
+    files = []
+    for name in o.input.split(",") if o.steps != "tokenise" and o.input else []:
+        found = sorted(path for path in Path(name).rglob("*") if path.is_file() and "/." not in path.as_posix())
+        files += found if os.path.isdir(name) else [Path(name)]
+    folder = Path(o.output).resolve()
+    return [path for path in files or bpe.find_files(o.input) if folder not in path.resolve().parents]
+
+
 def encode_all(files: list[Path], size: int, o: Options, coder: bpe.Tokenizer | None, part: Path, workers: int) -> dict:
     """Hold documents out, train the tokenizer unless one is given, write token files; what the manifest says of it."""
     corpus = Corpus(files, o.separator, size)
@@ -1409,9 +1356,8 @@ def prepare(input: str, tokenizer: str, output: str, vocab_size: int, pattern: s
     kind = tokenizer in bpe.TRAINERS
     check_options(options, workers, folder)
     check_steps(o)
-    # An output folder that lies in an input folder is no input.
-    files = [path for path in bpe.find_files(input) if folder.resolve() not in path.resolve().parents]
-    inputs = [fingerprint(path) for path in files]
+    files = input_files(o)
+    inputs = [fingerprint(path, o.steps == "tokenise") for path in files]
     size = sum(file["bytes"] for file in inputs)
     if not size:
         raise ValueError(f"--input={input} holds no text")
@@ -1426,14 +1372,15 @@ def prepare(input: str, tokenizer: str, output: str, vocab_size: int, pattern: s
         coder, manifest = None if kind else bpe.load(tokenizer), {}  # a bad file is told before the work
         if o.steps != "tokenise":
             work = folder / f"parts-{hashlib.sha256(json.dumps(wanted).encode()).hexdigest()[:16]}"
-            files, notes, clusters = work_through(files, o, work, workers)
-            manifest = {"steps": notes.steps()}
-            print("\n".join(table(manifest["steps"])))
-            if not files:
+            parts, counts = work_through(files, o, work, workers)
+            manifest = {"steps": nested(counts)}
+            print("\n".join(table(o.steps, manifest["steps"])))
+            if o.shard:
                 return manifest
         with rebuilding(folder) as part:
             if o.steps != "tokenise":
-                files = write_documents(files, notes, clusters, o, part)
+                write_documents(parts, counts, o, work, part)
+                files = [part / "documents.jsonl"]
             if "tokenise" in o.steps:
                 manifest |= encode_all(files, size, o, coder, part, workers)
             manifest = {**wanted, **manifest, "seconds": round(time.monotonic() - began, 3),
@@ -1479,7 +1426,11 @@ def main() -> None:
     if o.shard:
         print("this shard is done; when all are: the same command with --merge in place of --shard")
         return
-    present(o, manifest)
+    if o.report:
+        write_report(o, manifest)
+        print(f"{o.report}: a page to read before trusting the data")
+    if o.look:
+        look(input_files(o), o)
     for side in ("train", "val"):
         count = manifest.get(side)
         if count:
