@@ -560,6 +560,7 @@ INVERSE = np.cumprod(np.full(LONGEST, pow(BASE, -1, 1 << 64), np.uint64))
 SPACELESS = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")  # no spaces between words
 TRACKING = re.compile("(utm_|fbclid=|gclid=|msclkid=|mc_[ce]id=|phpsessid=|sessionid=)", re.I)
 ROWS = 1 << 24  # keys that are sorted at a time
+BLOCK = 1 << 16  # keys that are looked up at a time
 
 
 def mixed(keys: np.ndarray) -> np.ndarray:
@@ -795,6 +796,13 @@ GLANCE = 2000  # characters that are kept of what is dropped
 FIRST = 4  # examples for each reason in the report
 
 
+def append_files(file: BinaryIO, paths: Iterable[Path]) -> None:
+    """Write the content of files behind one another."""
+    for path in paths:
+        with open(path, "rb") as source:
+            shutil.copyfileobj(source, file)
+
+
 def places(record: dict) -> list[tuple[dict, str]]:
     """Where the text of a record stands, as (dict, key): in "text", or in each of its messages."""
     return [(record, "text")] if "text" in record else [(message, "content") for message in record["messages"]]
@@ -832,37 +840,35 @@ def cut_at(between: bytes, blocks: Iterable[bytes | None], most: int) -> Iterato
 
 def read_raw(files: Iterable[Path], o: Options) -> Iterator[dict]:
     """What files hold, as records with "raw" (bytes; None for a damaged place), "origin", "kind" (page, text or row of
-    jsonl) and from a WARC file "url", "header" (of HTTP) and "type"."""
+    jsonl) and "headers" (of a record of a WARC file)."""
     for path in files:
         kind = "page" if PAGES.search(path.name) else "row" if ".jsonl" in path.suffixes else "text"
-        broken, number = Counter(), 0
+        broken, between = Counter(), {"row": b"\n", "text": o.separator.encode()}.get(kind, b"")
         if ".warc" in path.suffixes:
             found = read_warc(path, broken, o.max_document_bytes)
         else:
-            between = {"row": b"\n", "text": o.separator.encode()}.get(kind, b"")
             found = (({}, raw) for raw in cut_at(between, read_blocks(path), o.max_document_bytes))
-        for number, (headers, raw) in enumerate(found):
-            origin = f"{path}#{number}"
-            yield from ({"origin": origin, "raw": None} for _ in range(broken.pop("broken", 0)))
-            names = {"url": "WARC-Target-URI", "header": "http", "type": "WARC-Type"}
-            about = {key: headers[name] for key, name in names.items() if name in headers}
-            yield {"origin": origin, "kind": kind, "raw": raw, **about}
-        yield from ({"origin": str(path), "raw": None} for _ in range(broken["broken"]))
+        for number, (headers, raw) in enumerate(itertools.chain(found, [({}, b"")])):
+            about = {"origin": f"{path}#{number}", "kind": kind, "headers": headers}
+            yield from (about | {"raw": None} for _ in range(broken.pop("broken", 0)))
+            if raw != b"" or headers:  # not the end
+                yield about | {"raw": raw}
 
 
 def read_record(record: dict, o: Options, counts: Counter) -> str:
     """What was read becomes text; the fields of a row of jsonl stay."""
-    raw, kind, header, form = (record.pop(key, "") for key in ("raw", "kind", "header", "type"))
+    raw, kind, headers = record.pop("raw"), record.pop("kind"), record.pop("headers")
     if raw is None:
         return "damaged"
-    if form not in ("", "response", "resource", "conversion"):
+    if headers.get("WARC-Type") not in (None, "response", "resource", "conversion"):
         return "record of another type"
     if len(raw) >= o.max_document_bytes:
         return "longer than --max_document_bytes"
     if b"\0" in raw[:1024] and raw[:2] not in (b"\xff\xfe", b"\xfe\xff"):
         return "binary"
     if kind != "row":
-        record |= {"text": decode(raw, header), "page": kind == "page"}
+        record["text"] = decode(raw, headers.get("http", ""))
+        record |= {"page": kind == "page", "url": headers.get("WARC-Target-URI", "")}
         return ""
     try:
         record |= json.loads(raw.decode("utf-8", "replace"))
@@ -1015,143 +1021,149 @@ def shard_of(o: Options) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def raw_jobs(groups: list[list[Path]], o: Options, work: Path) -> Iterator[tuple]:
-    """The input in batches for the first stage, without the parts that are done and another machine's groups of files.
+class Pipeline:
+    """The stages of a run over some files, in a folder of its own, which holds for each stage and part what was kept
+    (jsonl), what was not (removed), keys, the number of keys of each document (sizes), and last the counts (json)."""
 
-    What comes last in a group is its part "end", of no documents.
-    """
-    index, count = shard_of(o)
-    none = np.zeros(0, np.int64)
-    for group in range(index, len(groups), count):
-        if (work / f"0-{group:05}.end.json").exists():
-            continue
-        batch, held, total, number = [], 0, 0, 0
-        for record in itertools.chain(read_raw(groups[group], o), [None]):
-            batch += [record] * (record is not None)
-            size = len(record["raw"] or b"") + 100 if record else JOB
-            held, total = held + size, total + size
-            if held >= JOB:
-                ends, name = record is None or total >= PART, f"{group:05}.{number:04}"
-                if not (work / f"0-{name}.json").exists():
-                    yield (name, ends), batch, none, np.zeros(len(batch), np.int64)
+    def __init__(self, files: list[Path], o: Options, folder: Path, workers: int):
+        self.o, self.folder, self.workers = o, folder, workers
+        self.stages, self.parts, self.groups, size = stages(o.steps), [], [], PART
+        for path in files:  # many small files make a group
+            if size >= PART:
+                self.groups.append([])
+                size = 0
+            self.groups[-1].append(path)
+            size += path.stat().st_size
+
+    def path(self, number: int, part: str, kind: str = "json") -> Path:
+        """The file of a stage and part; if there is one of counts, the part is done."""
+        return self.folder / f"{number}-{part}.{kind}"
+
+    def raw_jobs(self) -> Iterator[tuple]:
+        """The input in batches for the first stage, without parts that are done and other shards' groups of files.
+
+        The last part of each group is its "end", of no documents.
+        """
+        index, count = shard_of(self.o)
+        none = np.zeros(0, np.int64)
+        for group in range(index, len(self.groups), count):
+            batch, held, total, number, end = [], 0, 0, 0, f"{group:05}.end"
+            if self.path(0, end).exists():
+                continue
+            for record in itertools.chain(read_raw(self.groups[group], self.o), [None]):
+                batch += [record] * (record is not None)
+                size = len(record["raw"] or b"") + 100 if record else JOB
+                held, total = held + size, total + size
+                if held < JOB:
+                    continue
+                ends, part = record is None or total >= PART, f"{group:05}.{number:04}"
+                if not self.path(0, part).exists():
+                    yield (part, ends), batch, none, np.zeros(len(batch), np.int64)
                 batch, held, total, number = [], 0, total * (not ends), number + ends
-        yield (f"{group:05}.end", True), [], none, none
+            yield (end, True), [], none, none
 
+    def part_jobs(self, number: int) -> Iterator[tuple]:
+        """What the stage before kept, in batches, with the flags of its keys; without the parts that are done."""
+        flags, used = np.load(self.folder / f"{number - 1}.flags.npy", mmap_mode="r"), 0
+        for part in self.parts:
+            sizes, at = np.fromfile(self.path(number - 1, part, "sizes"), np.int64), 0
+            if self.path(number, part).exists():
+                used += sizes.sum()
+                continue
+            with open(self.path(number - 1, part, "jsonl"), "rb") as file:
+                while lines := file.readlines(JOB):
+                    few = sizes[at:at + len(lines)]
+                    yield (part, False), lines, np.array(flags[used:used + few.sum()]), few
+                    at += len(lines)
+                    used += few.sum()
+            yield (part, True), [], np.zeros(0, bool), sizes[:0]
 
-def part_jobs(number: int, parts: list[str], work: Path) -> Iterator[tuple]:
-    """What the stage before kept, in batches, with the flags of its keys; without the parts that are done."""
-    flags, used = np.load(work / f"{number - 1}.flags.npy", mmap_mode="r"), 0
-    for name in parts:
-        path, at = work / f"{number - 1}-{name}", 0
-        sizes = np.fromfile(f"{path}.sizes", np.int64)
-        if (work / f"{number}-{name}.json").exists():
-            used += sizes.sum()
-            continue
-        with open(f"{path}.jsonl", "rb") as file:
-            while lines := file.readlines(JOB):
-                few = sizes[at:at + len(lines)]
-                yield (name, False), lines, np.array(flags[used:used + few.sum()]), few
-                at, used = at + len(lines), used + few.sum()
-        yield (name, True), [], np.zeros(0, bool), sizes[:0]
-
-
-def do_stage(number: int, jobs: Callable[[], Iterator], o: Options, work: Path, workers: int) -> None:
-    """Do the jobs of a stage. Each part gets its files, of which the counts come last: they say that it is done.
-
-    If a process is killed, the parts that were not done are begun again, once. Raises ChildProcessError the second time.
-    """
-    for again in (True, False):
-        try:
+    def do_stage(self, number: int) -> None:
+        """All jobs of a stage. If a process is killed, the parts that are not done begin again, but only once."""
+        for again in (True, False):
             last, counts = "", Counter()
-            for (name, ends), contents, more in bpe.parallel(do_batch, jobs(), workers, number, vars(o)):
-                counts = counts if name == last else Counter()
-                counts.update(more)
-                for kind, content in contents.items():
-                    with open(work / f"{number}-{name}.{kind}", "ab" if name == last else "wb") as file:
-                        file.write(content)
-                        file.flush()
-                        os.fsync(file.fileno())
-                last = name
-                if ends:
-                    with bpe.replacing(work / f"{number}-{name}.json") as file:
-                        file.write(json.dumps(counts).encode())
-                show_live(f"stage {number + 1} of {len(stages(o.steps))}, part {name}")
-            show_live("")
+            jobs = self.part_jobs(number) if number else self.raw_jobs()
+            try:
+                for (part, ends), contents, more in bpe.parallel(do_batch, jobs, self.workers, number, vars(self.o)):
+                    counts = counts if part == last else Counter()
+                    counts.update(more)
+                    for kind, content in contents.items():
+                        with open(self.path(number, part, kind), "ab" if part == last else "wb") as file:
+                            file.write(content)
+                            file.flush()
+                            os.fsync(file.fileno())
+                    last = part
+                    if ends:
+                        with bpe.replacing(self.path(number, part)) as file:
+                            file.write(json.dumps(counts).encode())
+                    show_live(f"stage {number + 1} of {len(self.stages)}, part {part}")
+                show_live("")
+                return
+            except ChildProcessError:
+                if not again:
+                    raise
+                print("a process was killed, perhaps for want of memory: its part begins again", file=sys.stderr)
+
+    def find_seen(self, number: int, name: str) -> None:
+        """Write for each key of a stage whether it was seen before (of near copies: the first key of each)."""
+        done, began, counts = self.folder / f"{number}.json", time.process_time(), Counter()
+        if done.exists():
             return
-        except ChildProcessError:
-            if not again:
-                raise
-            print("a process was killed, perhaps for want of memory: its part begins again", file=sys.stderr)
+        sizes = [np.fromfile(self.path(number, part, "sizes"), np.int64) for part in self.parts]
+        starts = np.append(0, np.cumsum(np.concatenate(sizes)))
+        with open(self.folder / "keys", "wb") as file:
+            append_files(file, [self.path(number, part, "keys") for part in self.parts])
+            file.write(bytes(8))  # an empty file cannot be mapped
+        keys = np.memmap(self.folder / "keys", "<u8", "r")
+        flags = np.lib.format.open_memmap(self.folder / f"{number}.flags.npy", "w+", bool, keys.shape)
+        if name == "dedup":
+            for cluster in find_copies(keys, starts, self.o.threshold, self.folder / "bands"):
+                flags[starts[cluster[1:]]] = True
+                counts[f"dedup/clusters/{len(cluster)} documents"] += 1
+        else:
+            bloom = Bloom(len(keys), self.o.false_positives)
+            for block in range(0, len(keys), BLOCK):
+                flags[block:block + BLOCK] = bloom.add(keys[block:block + BLOCK])
+        flags.flush()
+        counts[f"{name}/seconds"] = time.process_time() - began
+        with bpe.replacing(done) as file:
+            file.write(json.dumps(counts).encode())
 
+    def run(self) -> Counter:
+        """All steps but tokenise, with --shard those of the first stage; the counts."""
+        whole = shard_of(self.o)[1] == 1
+        self.folder.mkdir(exist_ok=True)
+        if not self.o.merge:
+            self.do_stage(0)
+        for number, files in enumerate(self.groups):
+            if whole and not self.path(0, f"{number:05}.end").exists():
+                raise ValueError(f"--merge: no shard has done {files[0]} yet")
+        self.parts = sorted(path.stem[2:] for path in self.folder.glob("0-*.json"))
+        for number, (_, _, name) in enumerate(self.stages):
+            if whole and name:
+                self.find_seen(number, name)
+                self.do_stage(number + 1)
+        counts = Counter()
+        for path in sorted(self.folder.glob("*.json")):
+            counts.update(json.loads(path.read_bytes()))
+        return counts
 
-def find_seen(number: int, name: str, parts: list[str], o: Options, work: Path) -> None:
-    """Write for each key of a stage whether it was seen before (of near copies: the first key of each)."""
-    done, began, counts = work / f"{number}.json", time.process_time(), Counter()
-    if done.exists():
-        return
-    sizes = [np.fromfile(work / f"{number}-{part}.sizes", np.int64) for part in parts]
-    starts = np.append(0, np.cumsum(np.concatenate(sizes)))
-    with open(work / "keys", "wb") as file:
-        for part in parts:
-            with open(work / f"{number}-{part}.keys", "rb") as source:
-                shutil.copyfileobj(source, file)
-        file.write(bytes(8))  # an empty file cannot be mapped
-    keys = np.memmap(work / "keys", "<u8", "r")
-    flags = np.lib.format.open_memmap(work / f"{number}.flags.npy", "w+", bool, keys.shape)
-    if name == "dedup":
-        for cluster in find_copies(keys, starts, o.threshold, work / "bands"):
-            flags[starts[cluster[1:]]] = True
-            counts[f"dedup/clusters/{len(cluster)} documents"] += 1
-    else:
-        bloom = Bloom(len(keys), o.false_positives)
-        for at in range(0, len(keys), 1 << 16):
-            flags[at:at + (1 << 16)] = bloom.add(keys[at:at + (1 << 16)])
-    flags.flush()
-    counts[f"{name}/seconds"] = time.process_time() - began
-    with bpe.replacing(done) as file:
-        file.write(json.dumps(counts).encode())
-
-
-def work_through(files: list[Path], o: Options, work: Path, workers: int) -> tuple[list[str], Counter]:
-    """All steps but tokenise: (the parts, whose files are in the folder `work`, counts). With --shard the first stage."""
-    count, plan, groups, size = shard_of(o)[1], stages(o.steps), [], PART
-    work.mkdir(exist_ok=True)
-    for path in files:  # many small files make a group
-        if size >= PART:
-            groups, size = [*groups, []], 0
-        groups[-1].append(path)
-        size += path.stat().st_size
-    if not o.merge:
-        do_stage(0, lambda: raw_jobs(groups, o, work), o, work, workers)
-    lacking = [group[0] for number, group in enumerate(groups) if not (work / f"0-{number:05}.end.json").exists()]
-    if lacking and count == 1:
-        raise ValueError(f"--merge: no shard has done {lacking[0]} yet")
-    parts = sorted(path.stem[2:] for path in work.glob("0-*.json"))
-    for number, (_, _, name) in enumerate(plan[:-1] if count == 1 else []):
-        find_seen(number, name, parts, o, work)
-        do_stage(number + 1, functools.partial(part_jobs, number + 1, parts, work), o, work, workers)
-    counts = Counter()
-    for path in sorted(work.glob("*.json")):
-        counts.update(json.loads(path.read_bytes()))
-    return parts, counts
-
-
-def write_documents(parts: list[str], counts: Counter, o: Options, work: Path, folder: Path) -> None:
-    """Write what the steps kept as documents.jsonl, the beginnings of what they dropped as removed.jsonl, leaks."""
-    last = len(stages(o.steps)) - 1
-    files = {"documents.jsonl": [work / f"{last}-{part}.jsonl" for part in parts],
-             "removed.jsonl": [work / f"{number}-{part}.removed" for number in range(last + 1) for part in parts]}
-    for name, paths in files.items():
-        with open(folder / name, "wb") as whole:
-            for path in paths:
-                with open(path, "rb") as file:
-                    shutil.copyfileobj(file, whole)
-    if "decontaminate" in o.steps:
-        _, items, short = evaluation_keys(o.eval_data)
-        report = {"found": {name: count for name in items if (count := counts[f"decontaminate/found/{name}"])},
-                  "looked_for": Counter(name.split()[0] for name in items),
-                  "too_short": Counter(name.split()[0] for name in short)}
-        (folder / "contamination.json").write_text(json.dumps(report, indent=1))
+    def write(self, counts: Counter, folder: Path) -> None:
+        """Write what was kept as documents.jsonl, the beginnings of what was not as removed.jsonl, and leaks."""
+        last = len(self.stages) - 1
+        with open(folder / "documents.jsonl", "wb") as file:
+            append_files(file, [self.path(last, part, "jsonl") for part in self.parts])
+        with open(folder / "removed.jsonl", "wb") as file:
+            pairs = itertools.product(range(last + 1), self.parts)
+            append_files(file, [self.path(number, part, "removed") for number, part in pairs])
+        if "decontaminate" in self.o.steps:
+            _, items, short = evaluation_keys(self.o.eval_data)
+            report = {
+                "found": {name: count for name in items if (count := counts[f"decontaminate/found/{name}"])},
+                "looked_for": Counter(name.split()[0] for name in items),
+                "too_short": Counter(name.split()[0] for name in short),
+            }
+            (folder / "contamination.json").write_text(json.dumps(report, indent=1))
 
 
 # --- looking at it
@@ -1372,14 +1384,15 @@ def prepare(input: str, tokenizer: str, output: str, vocab_size: int, pattern: s
         coder, manifest = None if kind else bpe.load(tokenizer), {}  # a bad file is told before the work
         if o.steps != "tokenise":
             work = folder / f"parts-{hashlib.sha256(json.dumps(wanted).encode()).hexdigest()[:16]}"
-            parts, counts = work_through(files, o, work, workers)
+            pipeline = Pipeline(files, o, work, workers)
+            counts = pipeline.run()
             manifest = {"steps": nested(counts)}
             print("\n".join(table(o.steps, manifest["steps"])))
             if o.shard:
                 return manifest
         with rebuilding(folder) as part:
             if o.steps != "tokenise":
-                write_documents(parts, counts, o, work, part)
+                pipeline.write(counts, part)
                 files = [part / "documents.jsonl"]
             if "tokenise" in o.steps:
                 manifest |= encode_all(files, size, o, coder, part, workers)
