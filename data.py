@@ -549,7 +549,7 @@ def tokenise(corpus: Corpus, tokenizer: bpe.Tokenizer, folder: Path, workers: in
 
 PERMUTATIONS = 128  # of a MinHash signature
 GRAM = 5  # words of the n-grams by which near copies are found
-LEAKED = (8, 13)  # words of the shortest text of an evaluation set that is looked for; of the n-grams of longer ones
+LEAKED = (8, 13)  # words of the shortest item of an evaluation set that is looked for; of the n-grams of longer ones
 LONGEST = 1 << 17  # bytes that are hashed at a time
 RANDOM = np.random.default_rng(0)
 LETTER = RANDOM.integers(0, 1 << 64, 256, np.uint64)
@@ -642,7 +642,8 @@ def sharing(bands: np.ndarray) -> Iterator[np.ndarray]:
     passes = 1 + bands.shape[1] // ROWS
     for band, remainder in itertools.product(bands, range(passes)):
         blocks = range(0, max(1, len(band)), ROWS)
-        index = np.concatenate([at + np.flatnonzero(band[at:at + ROWS] % passes == remainder) for at in blocks])
+        parts = [at + np.flatnonzero(band[at:at + ROWS] % passes == remainder) for at in blocks]
+        index = np.concatenate(parts)
         if len(index) < 2:
             continue
         order = np.argsort(band[index], kind="stable")
@@ -660,14 +661,20 @@ def minhash_pairs(texts: Iterable[str], threshold: float = 0.8) -> list[tuple[in
     """
     keys = [near_keys(text, threshold) for text in texts]
     b = bands_for(threshold)[0]
-    pairs = set()
-    for group in sharing(np.array([key[:b] for key in keys]).reshape(-1, b).T):
+    bands, pairs = np.array([key[:b] for key in keys]).reshape(-1, b), set()
+    for group in sharing(bands.T):
         pairs.update(itertools.combinations(group.tolist(), 2))
-    scored = [(i, j, jaccard(keys[i][b:], keys[j][b:])) for i, j in sorted(pairs)]
+    shingles = [key[b:] for key in keys]
+    scored = [(i, j, jaccard(shingles[i], shingles[j])) for i, j in sorted(pairs)]
     return [pair for pair in scored if pair[2] >= threshold]
 
 
-def find_copies(keys: np.ndarray, starts: np.ndarray, threshold: float, scratch: Path) -> list[list[int]]:
+def find_copies(
+    keys: np.ndarray,
+    starts: np.ndarray,
+    threshold: float,
+    scratch: Path,
+) -> list[list[int]]:
     """Clusters of near copies, the one to keep first: that with the most different 5-grams, of equal ones the earliest.
 
     Document i has keys[starts[i]:starts[i + 1]]. A cluster is what verified pairs connect. Keys and the file `scratch`
@@ -685,21 +692,22 @@ def find_copies(keys: np.ndarray, starts: np.ndarray, threshold: float, scratch:
             parent[i] = i = parent[parent[i]]
         return int(i)
 
-    def near(i: int, j: int) -> bool:
-        return jaccard(keys[starts[i] + b:starts[i + 1]], keys[starts[j] + b:starts[j + 1]]) >= threshold
+    def shingles(i: int) -> np.ndarray:
+        return keys[starts[i] + b:starts[i + 1]]
 
     for group in sharing(bands):
         members = {}  # root -> documents of this group; one is compared until a document of a root is near
         for i in group.tolist():
             for other in {*members} - {root(i)}:
-                if any(near(i, j) for j in members[other]):
+                if any(jaccard(shingles(i), shingles(j)) >= threshold for j in members[other]):
                     members.setdefault(root(i), []).extend(members.pop(other))
                     parent[other] = root(i)
             members.setdefault(root(i), []).append(i)
     clusters = {}
     for i in np.flatnonzero(parent != np.arange(count)).tolist():
         clusters.setdefault(root(i), [root(i)]).append(i)
-    return [sorted(cluster, key=lambda i: (starts[i] - starts[i + 1], i)) for cluster in clusters.values()]
+    sizes = np.diff(starts)
+    return [sorted(cluster, key=lambda i: (-sizes[i], i)) for cluster in clusters.values()]
 
 
 class Bloom:
@@ -764,26 +772,28 @@ def read_evaluation(path: Path) -> Iterator[tuple[str, str]]:
 
 
 @functools.lru_cache(1)
-def evaluation_keys(eval_data: str) -> tuple[dict[int, tuple[np.ndarray, np.ndarray]], list[str], list[str]]:
-    """({n: (sorted n-grams of words, the item of each)}, names of the items, names of those that are too short).
+def evaluation_keys(eval_data: str) -> tuple[dict[int, np.ndarray], list[tuple[str, str]], list[str]]:
+    """({n: (keys, sorted, and the item of each)}, (name, text) of each item, names of those that are too short).
 
-    An item of LEAKED[1] words or more has its n-grams of that many words, a shorter one itself; those below LEAKED[0]
-    words would be found everywhere (Brown et al. 2020, appendix C).
+    An item of LEAKED[1] words or more has its n-grams of that many words, a shorter one its first LEAKED[0] words; still
+    shorter ones would be found everywhere (Brown et al. 2020, appendix C).
     """
-    items, short, parts = [], [], {}
+    items, short, tables = [], [], {n: [np.zeros((2, 0), np.uint64)] for n in LEAKED}
     for path in bpe.find_files(eval_data):
         with bpe.blaming(f"--eval_data: {path} is damaged"):
             for name, text in read_evaluation(path):
                 text = letters_of(text)
-                n = min(text.count(" ") + 1, LEAKED[1])
-                if n < LEAKED[0]:
+                n = max([n for n in LEAKED if n <= len(text.split())], default=0)
+                if not n:
                     short.append(name)
                     continue
-                keys = grams(text, n)
-                parts.setdefault(n, []).append((keys, np.full(len(keys), len(items), np.uint64)))
-                items.append(name)
-    tables = {n: np.concatenate(rows, 1) for n, rows in parts.items()}
-    return {n: table[:, np.argsort(table[0])] for n, table in tables.items()}, items, short
+                keys = grams(text, n)[:None if n == LEAKED[1] else 1]
+                tables[n].append(np.stack([keys, np.full_like(keys, len(items))]))
+                items.append((name, text))
+    for n, rows in tables.items():
+        table = np.concatenate(rows, 1)
+        tables[n] = table[:, np.argsort(table[0])]
+    return tables, items, short
 
 
 # --- the pipeline ----------------------------------------------------------------------------------------------------
@@ -838,6 +848,11 @@ def cut_at(between: bytes, blocks: Iterable[bytes | None], most: int) -> Iterato
         yield bytes(held)
 
 
+def lines_of(record: dict) -> list[str]:
+    """All lines of a record."""
+    return [line for holder, key in places(record) for line in holder[key].split("\n")]
+
+
 def read_raw(files: Iterable[Path], o: Options) -> Iterator[dict]:
     """What files hold, as records with "raw" (bytes; None for a damaged place), "origin", "kind" (page, text or row of
     jsonl) and "headers" (of a record of a WARC file)."""
@@ -868,9 +883,11 @@ def read_record(record: dict, o: Options, counts: Counter) -> str:
         return "binary"
     if kind != "row":
         record["text"] = decode(raw, headers.get("http", ""))
-        record |= {"page": kind == "page", "url": headers.get("WARC-Target-URI", "")}
+        record["url"] = headers.get("WARC-Target-URI", "")
+        if kind == "page":
+            record["markup"] = True
         return ""
-    try:
+    try:  # a row
         record |= json.loads(raw.decode("utf-8", "replace"))
         for holder, key in places(record):  # JSON can spell half of a surrogate pair
             holder[key] = bpe.well_formed(holder[key])
@@ -881,7 +898,7 @@ def read_record(record: dict, o: Options, counts: Counter) -> str:
 
 def extract_page(record: dict, o: Options, counts: Counter) -> str:
     """A page becomes its main content; other documents stay."""
-    if record.get("page") is True and "<" in record["text"][:1024]:
+    if record.pop("markup", False) and "<" in record["text"][:1024]:
         record["text"] = extract(record["text"])
     return "" if text_of(record).strip() else "no text"
 
@@ -896,15 +913,16 @@ def mask_all(record: dict, o: Options, counts: Counter) -> str:
 
 
 def decontaminate(record: dict, o: Options, counts: Counter) -> str:
-    """A document that shares n words in a row with an evaluation set is dropped; each item that it does so is noted."""
+    """Drop a document that shares LEAKED[1] words in a row with an evaluation set, or holds a shorter item of it."""
     tables, items, _ = evaluation_keys(o.eval_data)
     text, hits = letters_of(text_of(record)), set()
     for n, (keys, owners) in tables.items():
         found = grams(text, n)
         left, right = np.searchsorted(keys, found), np.searchsorted(keys, found, "right")
         for i in np.flatnonzero(right > left):
-            hits.update(owners[left[i]:right[i]].tolist())
-    names = [items[hit] for hit in sorted(hits)]
+            same = owners[left[i]:right[i]].tolist()
+            hits.update(item for item in same if n == LEAKED[1] or f" {items[item][1]} " in f" {text} ")
+    names = [items[hit][0] for hit in sorted(hits)]
     counts.update(f"decontaminate/found/{name}" for name in names)
     return f"found in {names[0].split()[0]}" if names else ""
 
@@ -917,8 +935,7 @@ STEPS: dict[str, Callable[[dict, Options, Counter], str]] = {
 KEYS: dict[str, Callable[[dict, Options], np.ndarray]] = {
     "urls": lambda record, o: digests([normal_url(record["url"])] if record.get("url") else []),
     "exact": lambda record, o: digests([" ".join(text_of(record).split())]),
-    "lines": lambda record, o: digests([" ".join(line.split()) for holder, key in places(record)
-                                        for line in holder[key].split("\n")]),
+    "lines": lambda record, o: digests([" ".join(line.split()) for line in lines_of(record)]),
     "dedup": lambda record, o: near_keys(text_of(record), o.threshold),
 }
 
@@ -929,8 +946,9 @@ def drop_seen(name: str, record: dict, flags: np.ndarray) -> str:
         return {"dedup": "near copy"}.get(name, "seen before") * bool(flags.any())
     for holder, key in places(record):
         lines = holder[key].split("\n")
-        known, flags = flags[:len(lines)], flags[len(lines):]
-        holder[key] = "\n".join(line for line, seen in zip(lines, known) if not seen or not line.strip()).strip("\n")
+        fresh = [line for line, seen in zip(lines, flags) if not seen or not line.strip()]
+        holder[key] = "\n".join(fresh).strip("\n")
+        flags = flags[len(lines):]
     return "" if text_of(record).strip() else "all lines seen before"
 
 
@@ -954,8 +972,9 @@ def stages(steps: str) -> list[tuple[str, list[str], str]]:
 
 
 def check_steps(o: Options) -> None:
-    """Raise ValueError for steps that are none or stand in a wrong order, and for options of theirs that cannot work."""
-    names, known = o.steps.split(","), ["extract", *FILTERS, "pii", *KEYS, "decontaminate", "tokenise"]
+    """Raise ValueError for steps that are none or in a wrong order, and for options of theirs that cannot work."""
+    names = o.steps.split(",")
+    known = ["extract", *FILTERS, "pii", *KEYS, "decontaminate", "tokenise"]
     misplaced = "extract" in names[1:] or "tokenise" in names[:-1]
     if misplaced or not {*names} <= {*known} or len({*names}) < len(names):
         raise ValueError(f"--steps={o.steps}: choose from {','.join(known)}; extract first, tokenise last, none twice")
@@ -967,7 +986,13 @@ def check_steps(o: Options) -> None:
         raise ValueError("--max_document_bytes must be above 0, and --look must not be negative")
 
 
-def do_document(record: dict, flags: np.ndarray, steps: list[str], o: Options, counts: Counter) -> dict | None:
+def do_document(
+    record: dict,
+    flags: np.ndarray,
+    steps: list[str],
+    o: Options,
+    counts: Counter,
+) -> dict | None:
     """A document goes through steps, in place; if it is dropped: where, why and the beginning of what it was.
 
     Whatever it does to a step, it is counted: counts has STEP/in, STEP/kept, STEP/dropped/REASON, STEP/bytes_kept, ...
@@ -990,27 +1015,29 @@ def do_document(record: dict, flags: np.ndarray, steps: list[str], o: Options, c
     return None
 
 
-def do_batch(job: tuple, number: int, words: dict) -> tuple[tuple[str, bool], dict[str, bytes], Counter]:
+def do_batch(job: tuple, number: int, words: dict) -> tuple[tuple[str, bool], dict, Counter]:
     """A stage's steps on a batch of documents: (part and whether it ends, what its files get, counts)."""
     part, records, flags, sizes = job
-    o, counts, kept, removed, keys = Options(**words), Counter(), [], [], [np.zeros(0, "<u8")]
+    o, counts = Options(**words), Counter()
+    files = {kind: bytearray() for kind in ("jsonl", "removed", "keys", "sizes")}
     first, local, last = stages(o.steps)[number]
     for record, flag in zip(records, np.split(flags, np.cumsum(sizes))):
         record = json.loads(record) if number else record
         row = do_document(record, flag, [first, *local], o, counts)
         if row:
-            removed.append(json.dumps(row) + "\n")
+            files["removed"] += json.dumps(row).encode() + b"\n"
             continue
-        record.pop("page", None)
         if last:
-            keys.append(KEYS[last](record, o))
+            began = time.process_time()
+            keys = KEYS[last](record, o)
+            files["keys"] += keys.tobytes()
+            files["sizes"] += np.int64(len(keys)).tobytes()
+            counts[f"{last}/seconds"] += time.process_time() - began
         else:
-            domain = normal_url(str(record.get("url", ""))).split("/")[0]
-            counts.update({f"domain/documents/{domain}": 1, f"language/documents/{record.get('language')}": 1})
-        kept.append(json.dumps(record, default=str) + "\n")
-    sizes = np.array([len(key) for key in keys[1:]], np.int64)
-    files = {"keys": np.concatenate(keys).tobytes(), "sizes": sizes.tobytes()}
-    return part, files | {"jsonl": "".join(kept).encode(), "removed": "".join(removed).encode()}, counts
+            about = {"domain": normal_url(str(record.get("url") or "")).split("/")[0], "language": record.get("language")}
+            counts.update(f"{kind}/documents/{name or 'unknown'}" for kind, name in about.items())
+        files["jsonl"] += json.dumps(record, default=str).encode() + b"\n"
+    return part, files, counts
 
 
 def shard_of(o: Options) -> tuple[int, int]:
@@ -1047,7 +1074,8 @@ class Pipeline:
         index, count = shard_of(self.o)
         none = np.zeros(0, np.int64)
         for group in range(index, len(self.groups), count):
-            batch, held, total, number, end = [], 0, 0, 0, f"{group:05}.end"
+            batch, end = [], f"{group:05}.end"
+            held = total = number = 0
             if self.path(0, end).exists():
                 continue
             for record in itertools.chain(read_raw(self.groups[group], self.o), [None]):
@@ -1059,7 +1087,8 @@ class Pipeline:
                 ends, part = record is None or total >= PART, f"{group:05}.{number:04}"
                 if not self.path(0, part).exists():
                     yield (part, ends), batch, none, np.zeros(len(batch), np.int64)
-                batch, held, total, number = [], 0, total * (not ends), number + ends
+                batch, held = [], 0
+                total, number = total * (not ends), number + ends
             yield (end, True), [], none, none
 
     def part_jobs(self, number: int) -> Iterator[tuple]:
@@ -1159,8 +1188,8 @@ class Pipeline:
         if "decontaminate" in self.o.steps:
             _, items, short = evaluation_keys(self.o.eval_data)
             report = {
-                "found": {name: count for name in items if (count := counts[f"decontaminate/found/{name}"])},
-                "looked_for": Counter(name.split()[0] for name in items),
+                "found": {name: count for name, _ in items if (count := counts[f"decontaminate/found/{name}"])},
+                "looked_for": Counter(name.split()[0] for name, _ in items),
                 "too_short": Counter(name.split()[0] for name in short),
             }
             (folder / "contamination.json").write_text(json.dumps(report, indent=1))
@@ -1190,7 +1219,7 @@ def table(steps: str, counts: dict[str, dict]) -> list[str]:
                          f"{row['bytes_kept'] / 1e6:12,.1f}{row['seconds']:10,.1f}")
         for what in ("dropped", "masked"):
             for reason, count in Counter(row[what] or {}).most_common():
-                lines.append(f"  {what + ': ' + reason:60.60}{count:14,}")
+                lines.append(f"  {what + ': ' + reason:55.55}{count:12,}")
     return lines
 
 
@@ -1198,6 +1227,7 @@ PAGE = """<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>What the s
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
 <style>body{font:15px sans-serif;max-width:60em;margin:2em auto} td{padding:2px 12px;text-align:right}
 pre{white-space:pre-wrap;background:#f4f4f4;padding:8px;max-height:14em;overflow:auto}
+h1+pre{max-height:none} h3:empty{display:none}
 td:first-child,td:last-child{text-align:left} i{display:inline-block;height:10px;background:#47c}</style>"""
 
 
@@ -1216,7 +1246,7 @@ def write_report(o: Options, manifest: dict) -> None:
     with contextlib.suppress(FileNotFoundError), open(Path(o.output) / "removed.jsonl") as file:
         for row in map(json.loads, file):
             texts = examples.setdefault(f"{row['step']}: {row['reason']}", [])
-            texts += [row["text"] or row["origin"]] * (len(texts) < FIRST)
+            texts += [f"{row['origin']}\n\n{row['text']}".strip()] * (len(texts) < FIRST)
     for step, row in steps.items():
         for what in ("documents", "dropped", "masked", "clusters", "found"):
             counts = Counter(row.get(what, {})).most_common(30)
@@ -1228,8 +1258,9 @@ def write_report(o: Options, manifest: dict) -> None:
                 out.append(f"<tr><td>{html.escape(name)}<td>{count:,}<td>{width}")
             out.append("</table>" * bool(counts))
             for name, _ in counts:
-                for text in examples.get(f"{step}: {name}", []):
-                    add("h3", name)
+                texts = examples.get(f"{step}: {name}", [])
+                add("h3", name * bool(texts))
+                for text in texts:
                     add("pre", text)
     with bpe.replacing(o.report) as file:
         file.write("\n".join(out).encode("utf-8", "replace"))
@@ -1237,9 +1268,13 @@ def write_report(o: Options, manifest: dict) -> None:
 
 def look(files: list[Path], o: Options) -> None:
     """Print random documents as they were read, and behind the steps that look at one document."""
-    steps = ["read", *(name for name in o.steps.split(",") if name not in (*KEYS, "tokenise"))]
-    chosen = heapq.nsmallest(o.look, read_raw(files, o), lambda record: digests([f"{o.seed} {record['origin']}"])[0])
-    for record in chosen:
+    steps = ["read", *o.steps.split(",")]
+    steps = [name for name in steps if name not in (*KEYS, "tokenise")]
+
+    def number(record: dict) -> int:
+        return digests([f"{o.seed} {record['origin']}"])[0]
+
+    for record in heapq.nsmallest(o.look, read_raw(files, o), number):
         before, origin = decode((record["raw"] or b"")[:GLANCE]), record["origin"]
         row = do_document(record, np.zeros(0, bool), steps, o, Counter())
         after = f"dropped by {row['step']}: {row['reason']}" if row else text_of(record)[:GLANCE]
@@ -1332,13 +1367,20 @@ def input_files(o: Options) -> list[Path]:
     """
     files = []
     for name in o.input.split(",") if o.steps != "tokenise" and o.input else []:
-        found = sorted(path for path in Path(name).rglob("*") if path.is_file() and "/." not in path.as_posix())
-        files += found if os.path.isdir(name) else [Path(name)]
+        found = [path for path in Path(name).rglob("*") if path.is_file() and "/." not in path.as_posix()]
+        files += sorted(found) if os.path.isdir(name) else [Path(name)]
     folder = Path(o.output).resolve()
     return [path for path in files or bpe.find_files(o.input) if folder not in path.resolve().parents]
 
 
-def encode_all(files: list[Path], size: int, o: Options, coder: bpe.Tokenizer | None, part: Path, workers: int) -> dict:
+def encode_all(
+    files: list[Path],
+    size: int,
+    o: Options,
+    coder: bpe.Tokenizer | None,
+    part: Path,
+    workers: int,
+) -> dict:
     """Hold documents out, train the tokenizer unless one is given, write token files; what the manifest says of it."""
     corpus = Corpus(files, o.separator, size)
     corpus.split(o.val_fraction, o.seed)
@@ -1447,8 +1489,8 @@ def main() -> None:
     for side in ("train", "val"):
         count = manifest.get(side)
         if count:
-            print(f"{side}.npy: {count['documents']:,} documents, {count['bytes']:,} bytes, {count['tokens']:,} tokens, "
-                  f"{count['bytes'] / count['tokens']:.3f} bytes per token")
+            print(f"{side}.npy: {count['documents']:,} documents, {count['bytes']:,} bytes, "
+                  f"{count['tokens']:,} tokens, {count['bytes'] / count['tokens']:.3f} bytes per token")
     for name, what in (("utf8_errors", "places that were not UTF-8 became U+FFFD"),
                        ("bad_lines", "lines were left out: no JSON object with a text")):
         if manifest.get(name):
