@@ -933,7 +933,7 @@ STEPS: dict[str, Callable[[dict, Options, Counter], str]] = {
 }
 # Steps that compare all documents: the keys of one.
 KEYS: dict[str, Callable[[dict, Options], np.ndarray]] = {
-    "urls": lambda record, o: digests([normal_url(record["url"])] if record.get("url") else []),
+    "urls": lambda record, o: digests([normal_url(str(record["url"]))] if record.get("url") else []),
     "exact": lambda record, o: digests([" ".join(text_of(record).split())]),
     "lines": lambda record, o: digests([" ".join(line.split()) for line in lines_of(record)]),
     "dedup": lambda record, o: near_keys(text_of(record), o.threshold),
@@ -1120,7 +1120,8 @@ class Pipeline:
                         with open(self.path(number, part, kind), "ab" if part == last else "wb") as file:
                             file.write(content)
                             file.flush()
-                            os.fsync(file.fileno())
+                            if ends:
+                                os.fsync(file.fileno())
                     last = part
                     if ends:
                         with bpe.replacing(self.path(number, part)) as file:
@@ -1151,8 +1152,9 @@ class Pipeline:
                 counts[f"dedup/clusters/{len(cluster)} documents"] += 1
         else:
             bloom = Bloom(len(keys), self.o.false_positives)
-            for block in range(0, len(keys), BLOCK):
-                flags[block:block + BLOCK] = bloom.add(keys[block:block + BLOCK])
+            for at in range(0, len(keys), BLOCK):  # read, as what is mapped would stay in memory
+                block = np.fromfile(self.folder / "keys", "<u8", BLOCK, offset=8 * at)
+                flags[at:at + len(block)] = bloom.add(block)
         flags.flush()
         counts[f"{name}/seconds"] = time.process_time() - began
         with bpe.replacing(done) as file:

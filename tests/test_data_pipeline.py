@@ -188,6 +188,8 @@ def test_equal_urls_and_texts_are_dropped_but_the_first(tmp_path):
     kept, steps = through(tmp_path, rows, "urls")
     assert [row["text"] for row in kept] == [*(f"text {i}" for i in range(7)), "no url", "none either"]
     assert steps["urls"]["dropped"] == {"seen before": 13} and steps["domain"]["documents"]["a.org"] == 7
+    kept, _ = through(tmp_path, [{"text": "a", "url": 3}, {"text": "b", "url": [None]}, {"text": "c", "url": {"x": 1}}, {"text": "d", "url": None}], "urls", "out3")
+    assert len(kept) == 4, "what is no URL does no harm"
     kept, steps = through(tmp_path, ["a  b\n", "a b", "a b c", "a\tb"], "exact", "out2")
     assert [row["text"] for row in kept] == ["a  b\n", "a b c"]
 
@@ -287,6 +289,7 @@ def small_parts(monkeypatch):
     """Parts and batches of a few documents, so that small inputs have many."""
     monkeypatch.setattr(data, "JOB", 2000)
     monkeypatch.setattr(data, "PART", 6000)
+    monkeypatch.setattr(os, "fsync", lambda file: None)  # many, and the disk may be slow
 
 
 def balanced(steps, names):
@@ -409,6 +412,7 @@ def test_nothing_left_is_told(tmp_path, capsys):
 
 def test_memory_does_not_grow_with_the_input(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "PART", 1 << 14)
+    monkeypatch.setattr(os, "fsync", lambda file: None)
     monkeypatch.setattr(data, "PIECE", 1 << 12)
     rng, tops = random.Random(0), []
     for name, count, job in [("small", 60, 1 << 12), ("large", 360, 1 << 12), ("offender", 360, 1 << 30)]:
@@ -427,7 +431,7 @@ SLOW = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
 import data
-data.JOB, data.PART = 2000, 6000
+data.JOB, data.PART, data.os.fsync = 2000, 6000, lambda file: None
 data.FILTERS["slow"] = lambda text: (time.sleep(0.01) or True, None)
 data.prepare("in", "byte", "out", 300, separator="<sep>", steps="extract,slow,lines,dedup,tokenise", workers=2)
 """
