@@ -775,8 +775,8 @@ def read_evaluation(path: Path) -> Iterator[tuple[str, str]]:
 def evaluation_keys(eval_data: str) -> tuple[dict[int, np.ndarray], list[tuple[str, str]], list[str]]:
     """({n: (keys, sorted, and the item of each)}, (name, text) of each item, names of those that are too short).
 
-    An item of LEAKED[1] words or more has its n-grams of that many words, a shorter one its first LEAKED[0] words; still
-    shorter ones would be found everywhere (Brown et al. 2020, appendix C).
+    An item of LEAKED[1] words or more has its n-grams of that many words, a shorter one its first LEAKED[0] words;
+    still shorter ones would be found everywhere (Brown et al. 2020, appendix C).
     """
     items, short, tables = [], [], {n: [np.zeros((2, 0), np.uint64)] for n in LEAKED}
     for path in bpe.find_files(eval_data):
@@ -982,6 +982,9 @@ def check_steps(o: Options) -> None:
         raise ValueError("the step decontaminate needs --eval_data, the evaluation sets")
     if not 0 < o.false_positives < 1 or not 0 < o.threshold <= 1:
         raise ValueError("--threshold and --false_positives must lie between 0 and 1")
+    if names == ["tokenise"] and (o.shard or o.merge):
+        raise ValueError("--shard and --merge are for steps before tokenise")
+    os.stat(Path(o.report).parent)  # a missing folder is told before the work
     if o.max_document_bytes < 1 or o.look < 0:
         raise ValueError("--max_document_bytes must be above 0, and --look must not be negative")
 
@@ -1034,8 +1037,9 @@ def do_batch(job: tuple, number: int, words: dict) -> tuple[tuple[str, bool], di
             files["sizes"] += np.int64(len(keys)).tobytes()
             counts[f"{last}/seconds"] += time.process_time() - began
         else:
-            about = {"domain": normal_url(str(record.get("url") or "")).split("/")[0], "language": record.get("language")}
-            counts.update(f"{kind}/documents/{name or 'unknown'}" for kind, name in about.items())
+            domain = normal_url(str(record.get("url") or "")).split("/")[0]
+            for kind, name in (("language", record.get("language")), ("domain", domain)):
+                counts[f"{kind}/documents/{name or 'unknown'}"] += 1
         files["jsonl"] += json.dumps(record, default=str).encode() + b"\n"
     return part, files, counts
 
@@ -1375,16 +1379,8 @@ def input_files(o: Options) -> list[Path]:
     return [path for path in files or bpe.find_files(o.input) if folder not in path.resolve().parents]
 
 
-def encode_all(
-    files: list[Path],
-    size: int,
-    o: Options,
-    coder: bpe.Tokenizer | None,
-    part: Path,
-    workers: int,
-) -> dict:
+def encode_all(corpus: Corpus, o: Options, coder: bpe.Tokenizer | None, part: Path, workers: int) -> dict:
     """Hold documents out, train the tokenizer unless one is given, write token files; what the manifest says of it."""
-    corpus = Corpus(files, o.separator, size)
     corpus.split(o.val_fraction, o.seed)
     texts = (text for side, text, _ in corpus.sided("training the tokenizer") if side == 0)
     coder = coder or bpe.train(o.tokenizer, texts, o.vocab_size, o.pattern, workers=workers)
@@ -1439,7 +1435,7 @@ def prepare(input: str, tokenizer: str, output: str, vocab_size: int, pattern: s
                 pipeline.write(counts, part)
                 files = [part / "documents.jsonl"]
             if "tokenise" in o.steps:
-                manifest |= encode_all(files, size, o, coder, part, workers)
+                manifest |= encode_all(Corpus(files, o.separator, size), o, coder, part, workers)
             manifest = {**wanted, **manifest, "seconds": round(time.monotonic() - began, 3),
                         "files": {path.name: path.stat().st_size for path in sorted(part.iterdir())}}
             manifest["inputs"] = manifest.pop("inputs")  # many lines, so last

@@ -358,10 +358,11 @@ def test_steps_that_cannot_be(steps, message, tmp_path):
 
 
 @pytest.mark.parametrize("options", [dict(threshold=0.0), dict(threshold=1.5), dict(false_positives=0.0), dict(max_document_bytes=0), dict(look=-1),
+                                     dict(report="nowhere/r.html"), dict(steps="tokenise", shard="0/2"), dict(steps="tokenise", merge=True),
                                      dict(shard="2/2"), dict(shard="x"), dict(shard="1"), dict(eval_data="nowhere")])
 def test_options_that_cannot_be(options, tmp_path):
     with pytest.raises((ValueError, OSError)) as caught:
-        through(tmp_path, ["a text"], "exact", **options)
+        through(tmp_path, ["a text"], **{"steps": "exact", **options})
     assert "--" in str(caught.value) or "nowhere" in str(caught.value)
 
 
