@@ -485,6 +485,13 @@ def extract(page: bytes | str, main: bool = True) -> str:
 FILTERS: dict[str, Callable[[str], tuple[bool, object]]] = {
     "length": lambda text: (len(text) >= 100, "under 100 characters"),
 }
+
+
+def filters(o: Options) -> dict[str, Callable[[str], tuple[bool, object]]]:
+    """The filters that follow options."""
+    return {}
+
+
 ADDRESS = re.compile(r"[\w.+-]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63})+")
 # Masks: text -> (text without what is private, the number of places).
 MASKS: dict[str, Callable[[str], tuple[str, int]]] = {"email": lambda text: ADDRESS.subn("<email>", text)}
@@ -879,7 +886,7 @@ def read_record(record: dict, o: Options, counts: Counter) -> str:
         return "record of another type"
     if len(raw) >= o.max_document_bytes:
         return "longer than --max_document_bytes"
-    if b"\0" in raw[:1024] and raw[:2] not in (b"\xff\xfe", b"\xfe\xff"):
+    if b"\0" in raw[:1024] and not raw.startswith((b"\xff\xfe", b"\xfe\xff", b"%PDF-")):
         return "binary"
     if kind != "row":
         record["text"] = decode(raw, headers.get("http", ""))
@@ -952,10 +959,10 @@ def drop_seen(name: str, record: dict, flags: np.ndarray) -> str:
     return "" if text_of(record).strip() else "all lines seen before"
 
 
-def drop_filtered(name: str, record: dict) -> str:
+def drop_filtered(name: str, record: dict, o: Options) -> str:
     """Ask a filter; what it measured becomes a field of the record."""
-    keep, value = FILTERS[name](text_of(record))
-    record[name] = value
+    keep, value = (FILTERS | filters(o))[name](text_of(record))
+    record |= {name: value} if value not in ("", None) else {}
     return "" if keep else value if isinstance(value, str) else "out of bounds"
 
 
@@ -978,6 +985,8 @@ def check_steps(o: Options) -> None:
     misplaced = "extract" in names[1:] or "tokenise" in names[:-1]
     if misplaced or not {*names} <= {*known} or len({*names}) < len(names):
         raise ValueError(f"--steps={o.steps}: choose from {','.join(known)}; extract first, tokenise last, none twice")
+    for name in {*FILTERS}.intersection(names):  # a model that is missing is told before the work
+        drop_filtered(name, {"text": "a text"}, o)
     if "decontaminate" in names and not o.eval_data:
         raise ValueError("the step decontaminate needs --eval_data, the evaluation sets")
     if not 0 < o.false_positives < 1 or not 0 < o.threshold <= 1:
@@ -1007,7 +1016,9 @@ def do_document(
             if step in KEYS:
                 reason = drop_seen(step, record, flags)
             else:
-                reason = STEPS[step](record, o, counts) if step in STEPS else drop_filtered(step, record)
+                reason = STEPS[step](record, o, counts) if step in STEPS else drop_filtered(step, record, o)
+        except OSError:  # not the document's
+            raise
         except Exception as error:  # of a filter that was not made for such a text
             reason = f"error: {type(error).__name__}"
         counts[f"{step}/seconds"] += time.process_time() - began
@@ -1413,7 +1424,8 @@ def prepare(input: str, tokenizer: str, output: str, vocab_size: int, pattern: s
     size = sum(file["bytes"] for file in inputs)
     if not size:
         raise ValueError(f"--input={input} holds no text")
-    beside = [tokenizer] * (not kind) + (bpe.find_files(o.eval_data) if o.eval_data else [])
+    beside = [tokenizer] * (not kind) + [value for value in options.values() if os.path.isfile(str(value))]
+    beside += bpe.find_files(o.eval_data) if o.eval_data else []
     code = [fingerprint(Path(path))["sha256"] for path in (__file__, bpe.__file__, *beside)]
     wanted = {"format": FORMAT, "options": options, "code": code, "inputs": inputs}
     if manifest := earlier(folder, wanted):

@@ -379,6 +379,17 @@ def test_a_filter_from_outside_and_one_that_fails(tmp_path, monkeypatch):
     assert steps["toy"]["dropped"] == {"error: ZeroDivisionError": 1, "out of bounds": 1}
 
 
+def needs_a_model(text):
+    return len(open("nowhere.npz").read()) > 0, 1
+
+
+def test_a_missing_model_is_told_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setitem(data.FILTERS, "model", needs_a_model)
+    with pytest.raises(FileNotFoundError, match="nowhere.npz"):
+        through(tmp_path, ["good"], "model")
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_is_too_long_or_a_bomb_is_dropped(tmp_path):
     (tmp_path / "in").mkdir()
     with gzip.open(tmp_path / "in/bomb.jsonl.gz", "wb") as file:
