@@ -1204,8 +1204,9 @@ class Pipeline:
             append_files(file, [self.path(number, part, "removed") for number, part in pairs])
         if "decontaminate" in self.o.steps:
             _, items, short = evaluation_keys(self.o.eval_data)
+            found = {name: counts[f"decontaminate/found/{name}"] for name, _ in items}
             report = {
-                "found": {name: count for name, _ in items if (count := counts[f"decontaminate/found/{name}"])},
+                "found": +Counter(found),  # those above 0
                 "looked_for": Counter(name.split()[0] for name, _ in items),
                 "too_short": Counter(name.split()[0] for name in short),
             }
@@ -1285,8 +1286,8 @@ def write_report(o: Options, manifest: dict) -> None:
 
 def look(files: list[Path], o: Options) -> None:
     """Print random documents as they were read, and behind the steps that look at one document."""
-    steps = ["read", *o.steps.split(",")]
-    steps = [name for name in steps if name not in (*KEYS, "tokenise")]
+    names = ["read", *o.steps.split(",")]
+    steps = [name for name in names if name in STEPS or name in FILTERS]
 
     def number(record: dict) -> int:
         return digests([f"{o.seed} {record['origin']}"])[0]
@@ -1384,8 +1385,9 @@ def input_files(o: Options) -> list[Path]:
     """
     files = []
     for name in o.input.split(",") if o.steps != "tokenise" and o.input else []:
-        found = [path for path in Path(name).rglob("*") if path.is_file() and "/." not in path.as_posix()]
-        files += sorted(found) if os.path.isdir(name) else [Path(name)]
+        found = [path for path in Path(name).rglob("*") if path.is_file()]
+        shown = [path for path in found if not re.search(r"(^|/)\.", path.relative_to(name).as_posix())]
+        files += sorted(shown) if os.path.isdir(name) else [Path(name)]
     folder = Path(o.output).resolve()
     return [path for path in files or bpe.find_files(o.input) if folder not in path.resolve().parents]
 
@@ -1486,7 +1488,7 @@ def main() -> None:
     if not o.shard and not o.merge and o.steps != "tokenise":  # under torchrun, or of an array job
         for index, count in (("RANK", "WORLD_SIZE"), ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT")):
             if int(os.environ.get(count, 1)) > 1:
-                o.shard = f"{os.environ[index]}/{os.environ[count]}"
+                o.shard = f"{os.environ.get(index)}/{os.environ[count]}"
     manifest = prepare(**dataclasses.asdict(o))
     if o.shard:
         print("this shard is done; when all are: the same command with --merge in place of --shard")

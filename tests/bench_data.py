@@ -230,12 +230,12 @@ def run_pipeline(pages: Path, folder: Path) -> None:
 
     steps = "--steps=extract,length,pii,urls,exact,lines,dedup"
     times, sizes = {}, {}
-    for times_over in (10, 40):
+    for times_over in (4, 16):
         data.write_warc(folder / f"{times_over}.warc.gz", records(times_over))
         sizes[times_over] = times_over * sum(map(len, texts))
     for _ in range(3):
         for workers in (1, 2):
-            words = [str(ROOT / "data.py"), f"--input={folder}/10.warc.gz", f"--output={folder}/out", steps, f"--workers={workers}"]
+            words = [str(ROOT / "data.py"), f"--input={folder}/4.warc.gz", f"--output={folder}/out", steps, f"--workers={workers}"]
             subprocess.run(["rm", "-rf", f"{folder}/out"], check=True)
             before = os.times()
             _, seconds = measured(words)
@@ -244,8 +244,8 @@ def run_pipeline(pages: Path, folder: Path) -> None:
             times.setdefault(workers, []).append((seconds, used))
     for workers, rows in times.items():
         seconds, used = statistics.median(row[0] for row in rows), statistics.median(row[1] for row in rows)
-        print(f"{workers} workers, {sizes[10] / 1e6:.0f} MB of HTML: {seconds:.1f} s, {sizes[10] / 1e6 / seconds:.2f} MB/s; "
-              f"processor time {used:.1f} s, {sizes[10] / 1e6 / used:.2f} MB/s a core")
+        print(f"{workers} workers, {sizes[4] / 1e6:.0f} MB of HTML: {seconds:.1f} s, {sizes[4] / 1e6 / seconds:.2f} MB/s; "
+              f"processor time {used:.1f} s, {sizes[4] / 1e6 / used:.2f} MB/s a core")
     for times_over in sizes:
         words = [str(ROOT / "data.py"), f"--input={folder}/{times_over}.warc.gz", f"--output={folder}/{times_over}", steps, "--workers=2"]
         peak, _ = measured(words)
