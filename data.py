@@ -1,11 +1,11 @@
 """Web pages and text become tokens: the main content is extracted, documents are held out and encoded.
 
-Reads:  --input: text files, folders, .jsonl files (field "text"), with --steps=extract,tokenise also .html and WARC
+Reads:  --input: text files, folders, .jsonl files (field "text" or "messages"), with other --steps also .html and WARC
         files; without it the text of Python's standard library
 Writes: --output, a folder: train.npy and val.npy (1-D, uint16 or uint32; every document ends with <|endoftext|>),
-        tokenizer.json, manifest.json, and documents.jsonl if pages were extracted
+        tokenizer.json, manifest.json; with other steps documents.jsonl, removed.jsonl, contamination.json
 Usage:  python data.py --input=stories.txt --separator="<|endoftext|>"
-        python data.py --input=crawl.warc.gz --steps=extract,tokenise
+        python data.py --input=crawl.warc.gz --steps=extract,length,pii,dedup,tokenise --report=report.html --look=3
         python data.py --train_language=languages.json  (also --train_classifier, --train_ngrams)
 
 The input may be larger than memory: each pass (extract, split, train the tokenizer,
@@ -18,10 +18,13 @@ import array
 import bz2
 import codecs
 import contextlib
+import csv
 import dataclasses
 import difflib
+import functools
 import gzip
 import hashlib
+import heapq
 import html
 import http.client
 import importlib
@@ -30,6 +33,7 @@ import ipaddress
 import itertools
 import json
 import lzma
+import math
 import os
 import re
 import shutil
@@ -48,6 +52,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import BinaryIO, Callable, Iterable, Iterator
+from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -55,10 +60,10 @@ import bpe
 
 FORMAT = 1  # of the manifest; counts up when files of the same manifest would become different
 PIECE = 1 << 20  # characters of the longest piece of a document
-STEPS = ("tokenise", "extract,tokenise")
 PAGES = re.compile(r"\.(html?|pdf|warc|warc\.wet)(\.(gz|bz2|xz|zst))?$", re.I)  # the files that the step extract is for
 JOB = 1 << 22  # characters that a process encodes: bounds memory
 FEW = 20  # fewer documents than this are too few to hold out whole ones
+FREE = {"input", "output", "workers", "shard", "merge", "report", "look"}  # options that change no file
 
 
 @dataclasses.dataclass
@@ -72,7 +77,7 @@ class Options:
     val_fraction: float = 0.02  # share of the documents that is held out for validation
     workers: int = 0  # processes; 0: one per core
     seed: int = 0  # another seed holds out other documents
-    steps: str = "tokenise"  # or extract,tokenise: web pages give their main content first
+    steps: str = "tokenise"  # in this order, such as extract,length,pii,dedup,tokenise (a wrong name lists all)
     language: str = ""  # codes that the step language keeps, such as en,de; empty: all
     quality: str = "quality.npz"  # classifier of the step quality
     min_quality: float = 0.5  # probability of the positive kind that the step quality asks for
@@ -85,6 +90,14 @@ class Options:
     positive: str = ""  # files and folders of the texts to keep
     negative: str = ""  # files and folders of the texts to tell from them
     train_ngrams: str = ""  # train ngrams.npz on text; for a folder of token files: their bits per byte
+    shard: str = ""  # i/n: do every n-th part of the input, one machine of n on one folder; then --merge
+    merge: bool = False  # go on behind what the shards have done
+    threshold: float = 0.8  # dedup: Jaccard similarity of the word 5-grams from which documents are copies
+    false_positives: float = 1e-6  # urls, exact, lines: share of the new that is taken for seen
+    eval_data: str = ""  # decontaminate: files and folders of evaluation sets (jsonl, csv, txt), a comma list
+    max_document_bytes: int = 100000000  # longer documents are dropped
+    report: str = ""  # write a page about what each step removed, such as report.html
+    look: int = 0  # print so many random documents, as they were and what became of them
 
 
 def options(kind: type, words: list[str]):
@@ -1128,35 +1141,6 @@ def batches(pieces: Iterable[tuple[int, str, bool]]) -> Iterator[list[tuple[int,
     yield batch
 
 
-def read_pages(files: Iterable[Path], counts: Counter) -> Iterator[tuple[int, bytes, bool]]:
-    """The web pages in .html and WARC files, as pieces for `batches`; what else a WARC file holds is counted."""
-    for path in files:
-        for headers, page in read_warc(path, counts) if ".warc" in path.suffixes else [({}, path.read_bytes())]:
-            good = headers.get("WARC-Type") in (None, "response", "resource", "conversion") and b"\0" not in page[:1024]
-            counts["pages" if good else "other_records"] += 1
-            if good:
-                yield 0, page, True
-
-
-def extract_batch(batch: list[tuple[int, bytes, bool]]) -> list[str]:
-    """The main content of each page; plain text as it is."""
-    return [extract(page) if b"<" in page[:1024] else decode(page) for _, page, _ in batch]
-
-
-def extract_pages(files: list[Path], folder: Path, workers: int) -> tuple[list[Path], Counter]:
-    """Write the main content of all pages to documents.jsonl, and give it in their place; pages = kept + without_text.
-
-    Memory holds one batch a process, whatever the size of the files.
-    """
-    counts, pages = Counter(), [path for path in files if PAGES.search(path.name)]
-    with open(folder / "documents.jsonl", "w", encoding="utf-8") as file:
-        for texts in bpe.parallel(extract_batch, batches(read_pages(pages, counts)), workers):
-            lines = [json.dumps({"text": text}) + "\n" for text in texts if text.strip()]
-            file.writelines(lines)
-            counts.update(kept=len(lines), without_text=len(texts) - len(lines))
-    return sorted({*files} - {*pages}) + [folder / "documents.jsonl"], counts
-
-
 def write_header(file: BinaryIO, dtype: np.dtype, length: int) -> None:
     """The first 128 bytes of a .npy file of one axis; numpy pads them so that any length fits."""
     file.seek(0)
@@ -1184,15 +1168,766 @@ def tokenise(corpus: Corpus, tokenizer: bpe.Tokenizer, folder: Path, workers: in
     return counts
 
 
+# --- keys of documents: duplicates and evaluation sets ---------------------------------------------------------------
+# A document has keys of 64 bits: of its URL, its text, its lines, or its n-grams of words. What has a key that was seen
+# before, in an earlier document or in an evaluation set, is dropped. Near copies share many n-grams.
+
+PERMUTATIONS = 128  # of a MinHash signature
+GRAM = 5  # words of the n-grams by which near copies are found
+LEAKED = (8, 13)  # words of the shortest item of an evaluation set that is looked for; of the n-grams of longer ones
+LONGEST = 1 << 17  # bytes that are hashed at a time
+RANDOM = np.random.default_rng(0)
+LETTER = RANDOM.integers(0, 1 << 64, 256, np.uint64)
+FACTOR, SHIFT = RANDOM.integers(0, 1 << 32, (2, PERMUTATIONS, 1), np.uint32)
+BASE = 0x9E3779B97F4A7C15
+POWER = np.cumprod(np.full(LONGEST, BASE, np.uint64))
+INVERSE = np.cumprod(np.full(LONGEST, pow(BASE, -1, 1 << 64), np.uint64))
+SPACELESS = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")  # no spaces between words
+TRACKING = re.compile("(utm_|fbclid=|gclid=|msclkid=|mc_[ce]id=|phpsessid=|sessionid=)", re.I)
+ROWS = 1 << 24  # keys that are sorted at a time
+BLOCK = 1 << 16  # keys that are looked up at a time
+
+
+def mixed(keys: np.ndarray) -> np.ndarray:
+    """Numbers of 64 bits, scrambled one to one."""
+    keys = keys ^ keys >> np.uint64(32)
+    keys *= np.uint64(0xD6E8FEB86659FD93)
+    return keys ^ keys >> np.uint64(29)
+
+
+def grams(text: str, n: int) -> np.ndarray:
+    """A key for each n words in a row (for the whole text if it has fewer); words are what white space parts.
+
+    With sums[i] = sum of LETTER[byte j] r^j over j < i, the difference at two places, over r^start, is a hash of the
+    bytes between them (Karp and Rabin 1987).
+    """
+    words = (text if text.isascii() else SPACELESS.sub(r" \g<0> ", text)).split() or [""]
+    n, keys = min(n, len(words)), []
+    for at in range(0, len(words) - n + 1, 1024):
+        part = words[at:at + 1023 + n]
+        if sum(map(len, part)) + len(part) > LONGEST // 4:  # characters, of up to 4 bytes
+            part = [word[:30] for word in part]
+        letters = np.frombuffer(" ".join(part).encode(), np.uint8)
+        sums = np.zeros(len(letters) + 1, np.uint64)
+        np.cumsum(LETTER[letters] * POWER[:len(letters)], out=sums[1:])
+        spaces = np.flatnonzero(letters == ord(" "))
+        starts = np.append(0, spaces + 1)[:len(part) - n + 1]
+        ends = np.append(spaces, len(letters))[n - 1:]
+        keys.append((sums[ends] - sums[starts]) * INVERSE[starts])
+    return mixed(np.concatenate(keys))
+
+
+def digests(texts: Iterable[str]) -> np.ndarray:
+    """A key for each text, however long."""
+    raw = [hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts]
+    return np.frombuffer(b"".join(raw), "<u8")
+
+
+def signature(shingles: np.ndarray) -> np.ndarray:
+    """The least of a set of keys under each of the permutations, (PERMUTATIONS,) uint32 (Broder 1997)."""
+    keys = (shingles >> np.uint64(32)).astype(np.uint32)
+    least = np.full(PERMUTATIONS, 0xFFFFFFFF, np.uint32)
+    for at in range(0, len(keys), 512):  # (128, 512) stays in the cache
+        values = (FACTOR | np.uint32(1)) * keys[at:at + 512]  # times an odd number: one to one modulo 2^32
+        values += SHIFT
+        np.minimum(least, values.min(1), out=least)
+    return least
+
+
+def bands_for(threshold: float) -> tuple[int, int]:
+    """(bands b, rows r): the most rows with which 99.5% of the pairs at the threshold share a band.
+
+    Two documents of Jaccard similarity s share one with probability 1 - (1 - s^r)^b (Leskovec et al. 2014, chapter 3).
+    """
+    missed = {r: (1 - threshold**r) ** (PERMUTATIONS // r) for r in range(1, 33)}
+    r = max([r for r in missed if missed[r] <= 0.005], default=1)
+    return PERMUTATIONS // r, r
+
+
+def near_keys(text: str, threshold: float) -> np.ndarray:
+    """The bands of a document's signature, as one key each, and behind them its different 5-grams, sorted."""
+    shingles = np.unique(grams(text, GRAM))
+    b, r = bands_for(threshold)
+    rows = signature(shingles)[:b * r].reshape(b, r)
+    return np.concatenate([mixed((rows * POWER[:r]).sum(1)), shingles])
+
+
+def jaccard(a: np.ndarray, b: np.ndarray) -> float:
+    """Size of the intersection over size of the union of two sets, each sorted."""
+    both = np.sort(np.concatenate([a, b]), kind="stable")  # merges the two in linear time
+    shared = np.count_nonzero(both[1:] == both[:-1])
+    return shared / (len(both) - shared)
+
+
+def sharing(bands: np.ndarray) -> Iterator[np.ndarray]:
+    """Groups of two or more documents, ascending, that have a band in common; bands is (b, documents).
+
+    It may lie on disk: ROWS keys at a time, those of a band with the same remainder, are sorted in memory.
+    """
+    passes = 1 + bands.shape[1] // ROWS
+    for band, remainder in itertools.product(bands, range(passes)):
+        blocks = range(0, max(1, len(band)), ROWS)
+        parts = [at + np.flatnonzero(band[at:at + ROWS] % passes == remainder) for at in blocks]
+        index = np.concatenate(parts)
+        if len(index) < 2:
+            continue
+        order = np.argsort(band[index], kind="stable")
+        keys, index = band[index][order], index[order]
+        same = keys[1:] == keys[:-1]
+        found = np.append(same, False) | np.append(False, same)
+        cuts = np.flatnonzero(np.diff(keys[found])) + 1
+        yield from np.split(index[found], cuts) if found.any() else []
+
+
+def minhash_pairs(texts: Iterable[str], threshold: float = 0.8) -> list[tuple[int, int, float]]:
+    """All pairs (i, j, similarity) of texts whose word 5-grams have a Jaccard similarity of at least the threshold.
+
+    MinHash and LSH find at least 99% of them; the similarity is exact, so no pair is wrong.
+    """
+    keys = [near_keys(text, threshold) for text in texts]
+    b = bands_for(threshold)[0]
+    bands, pairs = np.array([key[:b] for key in keys]).reshape(-1, b), set()
+    for group in sharing(bands.T):
+        pairs.update(itertools.combinations(group.tolist(), 2))
+    shingles = [key[b:] for key in keys]
+    scored = [(i, j, jaccard(shingles[i], shingles[j])) for i, j in sorted(pairs)]
+    return [pair for pair in scored if pair[2] >= threshold]
+
+
+def find_copies(
+    keys: np.ndarray,
+    starts: np.ndarray,
+    threshold: float,
+    scratch: Path,
+) -> list[list[int]]:
+    """Clusters of near copies, the one to keep first: that with the most different 5-grams, of equal ones the earliest.
+
+    Document i has keys[starts[i]:starts[i + 1]]. A cluster is what verified pairs connect. Keys and the file `scratch`
+    stay on disk; memory holds some 30 bytes a document.
+    """
+    b, count = bands_for(threshold)[0], len(starts) - 1
+    bands = np.lib.format.open_memmap(scratch, "w+", "<u8", (b, count))
+    for at in range(0, count, 1 << 12):  # the bands of a document come together, now the documents of a band do
+        some = starts[at:min(at + (1 << 12), count)]
+        bands[:, at:at + len(some)] = keys[some + np.arange(b)[:, None]]
+    parent = np.arange(count)
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = i = parent[parent[i]]
+        return int(i)
+
+    def shingles(i: int) -> np.ndarray:
+        return keys[starts[i] + b:starts[i + 1]]
+
+    for group in sharing(bands):
+        members = {}  # root -> documents of this group; one is compared until a document of a root is near
+        for i in group.tolist():
+            for other in {*members} - {root(i)}:
+                if any(jaccard(shingles(i), shingles(j)) >= threshold for j in members[other]):
+                    members.setdefault(root(i), []).extend(members.pop(other))
+                    parent[other] = root(i)
+            members.setdefault(root(i), []).append(i)
+    clusters = {}
+    for i in np.flatnonzero(parent != np.arange(count)).tolist():
+        clusters.setdefault(root(i), [root(i)]).append(i)
+    sizes = np.diff(starts)
+    return [sorted(cluster, key=lambda i: (-sizes[i], i)) for cluster in clusters.values()]
+
+
+class Bloom:
+    """A set of keys in -log2(rate) / ln 2 bits each; a new one is taken for known with probability `rate` at most, as
+    long as no more than `count` are in it (Bloom 1970)."""
+
+    def __init__(self, count: int, rate: float):
+        self.size = 64 + math.ceil(-count * math.log(rate) / math.log(2) ** 2)  # bits
+        self.probes = max(1, round(-math.log2(rate)))
+        self.bits = np.zeros(self.size // 8 + 1, np.uint8)
+
+    def places(self, keys: np.ndarray, probe: int) -> tuple[np.ndarray, np.ndarray]:
+        """Byte and bit of the keys for one of the probes: hash1 + probe hash2 (Kirsch and Mitzenmacher 2006)."""
+        steps = mixed(keys) | np.uint64(1)
+        place = (keys + np.uint64(probe) * steps) % np.uint64(self.size)
+        return place // 8, np.uint8(1) << (place % 8).astype(np.uint8)
+
+    def add(self, keys: np.ndarray) -> np.ndarray:
+        """Put keys in; for each whether it was known, or stands earlier among them."""
+        known = np.ones(len(keys), bool)
+        known[np.unique(keys, return_index=True)[1]] = False
+        left = np.flatnonzero(~known)
+        for probe in range(self.probes):  # half of the new ones are out after each probe
+            byte, bit = self.places(keys[left], probe)
+            left = left[self.bits[byte] & bit > 0]
+        known[left] = True
+        for probe in range(self.probes):
+            np.bitwise_or.at(self.bits, *self.places(keys[~known], probe))
+        return known
+
+
+def normal_url(url: str) -> str:
+    """A URL without what does not change the page: scheme, www, port, case of the host, fragment, marks of trackers."""
+    try:
+        parts = urlsplit(url.strip())
+        port = f":{parts.port}" * (parts.port not in (None, 80, 443))
+    except ValueError:  # as http://[
+        return url
+    query = "&".join(sorted(word for word in parts.query.split("&") if not TRACKING.match(word)))
+    host = (parts.hostname or "").removeprefix("www.")
+    return f"{host}{port}{parts.path.rstrip('/')}?{query}".rstrip("?")
+
+
+def letters_of(text: str) -> str:
+    """Letters and digits alone, in small letters: what is compared with evaluation sets."""
+    return " ".join(re.findall(r"\w+", text.lower()))
+
+
+def read_evaluation(path: Path) -> Iterator[tuple[str, str]]:
+    """(name, text) of each field of a file of an evaluation set: rows of jsonl, of csv as MMLU has them, paragraphs."""
+    with bpe.opened(path, "rt", encoding="utf-8", errors="replace", newline="") as file:
+        if ".jsonl" in path.suffixes:
+            rows = (json.loads(line) for line in file if line.strip())
+        elif ".csv" in path.suffixes:
+            rows = ({"question": row[:1], "answer": row[1:]} for row in csv.reader(file))
+        else:
+            rows = ({"text": text} for text in file.read().split("\n\n"))
+        for number, row in enumerate(rows):
+            for field, value in row.items():
+                texts = value if isinstance(value, list) else [value]
+                yield from ((f"{path.name} {number} {field}", text) for text in texts if isinstance(text, str))
+
+
+@functools.lru_cache(1)
+def evaluation_keys(eval_data: str) -> tuple[dict[int, np.ndarray], list[tuple[str, str]], list[str]]:
+    """({n: (keys, sorted, and the item of each)}, (name, text) of each item, names of those that are too short).
+
+    An item of LEAKED[1] words or more has its n-grams of that many words, a shorter one its first LEAKED[0] words;
+    still shorter ones would be found everywhere (Brown et al. 2020, appendix C).
+    """
+    items, short, tables = [], [], {n: [np.zeros((2, 0), np.uint64)] for n in LEAKED}
+    for path in bpe.find_files(eval_data):
+        with bpe.blaming(f"--eval_data: {path} is damaged"):
+            for name, text in read_evaluation(path):
+                text = letters_of(text)
+                n = max([n for n in LEAKED if n <= len(text.split())], default=0)
+                if not n:
+                    short.append(name)
+                    continue
+                keys = grams(text, n)[:None if n == LEAKED[1] else 1]
+                tables[n].append(np.stack([keys, np.full_like(keys, len(items))]))
+                items.append((name, text))
+    for n, rows in tables.items():
+        table = np.concatenate(rows, 1)
+        tables[n] = table[:, np.argsort(table[0])]
+    return tables, items, short
+
+
+# --- the pipeline ----------------------------------------------------------------------------------------------------
+# Documents are records, dicts with "text" (or "messages"), "origin", "url" and what steps add. Steps that look at one
+# document run together in one pass, in parallel; behind them the keys of all documents are compared: that is a stage.
+# Each part of the input has its files on disk for each stage, so that a run which was killed goes on behind them.
+
+PART = 1 << 26  # bytes of documents in a part, as they are read
+GLANCE = 2000  # characters that are kept of what is dropped
+FIRST = 4  # examples for each reason in the report
+
+
+def append_files(file: BinaryIO, paths: Iterable[Path]) -> None:
+    """Write the content of files behind one another."""
+    for path in paths:
+        with open(path, "rb") as source:
+            shutil.copyfileobj(source, file)
+
+
+def places(record: dict) -> list[tuple[dict, str]]:
+    """Where the text of a record stands, as (dict, key): in "text", or in each of its messages."""
+    return [(record, "text")] if "text" in record else [(message, "content") for message in record["messages"]]
+
+
+def text_of(record: dict) -> str:
+    """All text of a record."""
+    return "\n\n".join(holder[key] for holder, key in places(record))
+
+
+def cut_at(between: bytes, blocks: Iterable[bytes | None], most: int) -> Iterator[bytes | None]:
+    """What stands between separators (if that is b"": the whole), without what is blank; None for a damaged place.
+
+    Of what is longer than `most` bytes only these are given.
+    """
+    held, searched, given = bytearray(), 0, False  # given: only the rest of a long one is held
+    for block in itertools.chain(blocks, [between]):
+        if block is None:
+            yield None
+        held += block or b""
+        while between and (end := held.find(between, searched)) >= 0:
+            if not given and held[:end].strip():
+                yield bytes(held[:min(end, most)])
+            del held[:end + len(between)]
+            searched, given = 0, False
+        searched = max(0, len(held) + 1 - len(between or b"."))
+        if len(held) > most:
+            if not given:
+                yield bytes(held[:most])
+            del held[:searched]
+            searched, given = 0, True
+    if held.strip() and not given:
+        yield bytes(held)
+
+
+def lines_of(record: dict) -> list[str]:
+    """All lines of a record."""
+    return [line for holder, key in places(record) for line in holder[key].split("\n")]
+
+
+def read_raw(files: Iterable[Path], o: Options) -> Iterator[dict]:
+    """What files hold, as records with "raw" (bytes; None for a damaged place), "origin", "kind" (page, text or row of
+    jsonl) and "headers" (of a record of a WARC file)."""
+    for path in files:
+        kind = "page" if PAGES.search(path.name) else "row" if ".jsonl" in path.suffixes else "text"
+        broken, between = Counter(), {"row": b"\n", "text": o.separator.encode()}.get(kind, b"")
+        if ".warc" in path.suffixes:
+            found = read_warc(path, broken, o.max_document_bytes)
+        else:
+            found = (({}, raw) for raw in cut_at(between, read_blocks(path), o.max_document_bytes))
+        for number, (headers, raw) in enumerate(itertools.chain(found, [({}, b"")])):
+            about = {"origin": f"{path}#{number}", "kind": kind, "headers": headers}
+            yield from (about | {"raw": None} for _ in range(broken.pop("broken", 0)))
+            if raw != b"" or headers:  # not the end
+                yield about | {"raw": raw}
+
+
+def read_record(record: dict, o: Options, counts: Counter) -> str:
+    """What was read becomes text; the fields of a row of jsonl stay."""
+    raw, kind, headers = record.pop("raw"), record.pop("kind"), record.pop("headers")
+    if raw is None:
+        return "damaged"
+    if headers.get("WARC-Type") not in (None, "response", "resource", "conversion"):
+        return "record of another type"
+    if len(raw) >= o.max_document_bytes:
+        return "longer than --max_document_bytes"
+    if b"\0" in raw[:1024] and not raw.startswith((b"\xff\xfe", b"\xfe\xff", b"%PDF-")):
+        return "binary"
+    if kind != "row":
+        record["text"] = decode(raw, headers.get("http", ""))
+        record["url"] = headers.get("WARC-Target-URI", "")
+        if kind == "page":
+            record["markup"] = True
+        return ""
+    try:  # a row
+        record |= json.loads(raw.decode("utf-8", "replace"))
+        for holder, key in places(record):  # JSON can spell half of a surrogate pair
+            holder[key] = bpe.well_formed(holder[key])
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return "no JSON with a text or messages"
+    return ""
+
+
+def extract_page(record: dict, o: Options, counts: Counter) -> str:
+    """A page becomes its main content; other documents stay."""
+    if record.pop("markup", False) and "<" in record["text"][:1024]:
+        record["text"] = extract(record["text"])
+    return "" if text_of(record).strip() else "no text"
+
+
+def mask_all(record: dict, o: Options, counts: Counter) -> str:
+    """Masks take the place of what is private."""
+    for name, mask in MASKS.items():
+        for holder, key in places(record):
+            holder[key], count = mask(holder[key])
+            counts[f"pii/masked/{name}"] += count
+    return ""
+
+
+def decontaminate(record: dict, o: Options, counts: Counter) -> str:
+    """Drop a document that shares LEAKED[1] words in a row with an evaluation set, or holds a shorter item of it."""
+    tables, items, _ = evaluation_keys(o.eval_data)
+    text, hits = letters_of(text_of(record)), set()
+    for n, (keys, owners) in tables.items():
+        found = grams(text, n)
+        left, right = np.searchsorted(keys, found), np.searchsorted(keys, found, "right")
+        for i in np.flatnonzero(right > left):
+            same = owners[left[i]:right[i]].tolist()
+            hits.update(item for item in same if n == LEAKED[1] or f" {items[item][1]} " in f" {text} ")
+    names = [items[hit][0] for hit in sorted(hits)]
+    counts.update(f"decontaminate/found/{name}" for name in names)
+    return f"found in {names[0].split()[0]}" if names else ""
+
+
+# Steps that look at one document: they change the record in place, and give the reason why it is dropped, or "".
+STEPS: dict[str, Callable[[dict, Options, Counter], str]] = {
+    "read": read_record, "extract": extract_page, "pii": mask_all, "decontaminate": decontaminate,
+}
+# Steps that compare all documents: the keys of one.
+KEYS: dict[str, Callable[[dict, Options], np.ndarray]] = {
+    "urls": lambda record, o: digests([normal_url(str(record["url"]))] if record.get("url") else []),
+    "exact": lambda record, o: digests([" ".join(text_of(record).split())]),
+    "lines": lambda record, o: digests([" ".join(line.split()) for line in lines_of(record)]),
+    "dedup": lambda record, o: near_keys(text_of(record), o.threshold),
+}
+
+
+def drop_seen(name: str, record: dict, flags: np.ndarray) -> str:
+    """Drop what was seen before, as the flags of a document's keys say: lines, or the whole."""
+    if name != "lines":
+        return {"dedup": "near copy"}.get(name, "seen before") * bool(flags.any())
+    for holder, key in places(record):
+        lines = holder[key].split("\n")
+        fresh = [line for line, seen in zip(lines, flags) if not seen or not line.strip()]
+        holder[key] = "\n".join(fresh).strip("\n")
+        flags = flags[len(lines):]
+    return "" if text_of(record).strip() else "all lines seen before"
+
+
+def drop_filtered(name: str, record: dict, o: Options) -> str:
+    """Ask a filter; what it measured becomes a field of the record."""
+    keep, value = (FILTERS | filters(o))[name](text_of(record))
+    record |= {name: value} if value not in ("", None) else {}
+    return "" if keep else value if isinstance(value, str) else "out of bounds"
+
+
+def stages(steps: str) -> list[tuple[str, list[str], str]]:
+    """The steps as passes: (whose keys decide first, steps on one document, whose keys are taken at the end)."""
+    out, before, local = [], "read", []
+    for name in steps.split(","):
+        if name in KEYS:
+            out.append((before, local, name))
+            before, local = name, []
+        elif name != "tokenise":
+            local.append(name)
+    return [*out, (before, local, "")]
+
+
+def check_steps(o: Options) -> None:
+    """Raise ValueError for steps that are none or in a wrong order, and for options of theirs that cannot work."""
+    names = o.steps.split(",")
+    known = ["extract", *FILTERS, "pii", *KEYS, "decontaminate", "tokenise"]
+    misplaced = "extract" in names[1:] or "tokenise" in names[:-1]
+    if misplaced or not {*names} <= {*known} or len({*names}) < len(names):
+        raise ValueError(f"--steps={o.steps}: choose from {','.join(known)}; extract first, tokenise last, none twice")
+    for name in {*FILTERS}.intersection(names):  # a model that is missing is told before the work
+        drop_filtered(name, {"text": "a text"}, o)
+    if "decontaminate" in names and not o.eval_data:
+        raise ValueError("the step decontaminate needs --eval_data, the evaluation sets")
+    if not 0 < o.false_positives < 1 or not 0 < o.threshold <= 1:
+        raise ValueError("--threshold and --false_positives must lie between 0 and 1")
+    if names == ["tokenise"] and (o.shard or o.merge):
+        raise ValueError("--shard and --merge are for steps before tokenise")
+    os.stat(Path(o.report).parent)  # a missing folder is told before the work
+    if o.max_document_bytes < 1 or o.look < 0:
+        raise ValueError("--max_document_bytes must be above 0, and --look must not be negative")
+
+
+def do_document(
+    record: dict,
+    flags: np.ndarray,
+    steps: list[str],
+    o: Options,
+    counts: Counter,
+) -> dict | None:
+    """A document goes through steps, in place; if it is dropped: where, why and the beginning of what it was.
+
+    Whatever it does to a step, it is counted: counts has STEP/in, STEP/kept, STEP/dropped/REASON, STEP/bytes_kept, ...
+    """
+    for step in steps:
+        began, text = time.process_time(), "" if step == "read" else text_of(record)
+        counts[f"{step}/in"] += 1
+        try:
+            if step in KEYS:
+                reason = drop_seen(step, record, flags)
+            else:
+                reason = STEPS[step](record, o, counts) if step in STEPS else drop_filtered(step, record, o)
+        except OSError:  # not the document's
+            raise
+        except Exception as error:  # of a filter that was not made for such a text
+            reason = f"error: {type(error).__name__}"
+        counts[f"{step}/seconds"] += time.process_time() - began
+        if reason:
+            counts[f"{step}/dropped/{reason}"] += 1
+            return {"step": step, "reason": reason, "origin": record["origin"], "text": text[:GLANCE]}
+        counts.update({f"{step}/kept": 1, f"{step}/bytes_kept": len(text_of(record).encode())})
+    return None
+
+
+def do_batch(job: tuple, number: int, words: dict) -> tuple[tuple[str, bool], dict, Counter]:
+    """A stage's steps on a batch of documents: (part and whether it ends, what its files get, counts)."""
+    part, records, flags, sizes = job
+    o, counts = Options(**words), Counter()
+    files = {kind: bytearray() for kind in ("jsonl", "removed", "keys", "sizes")}
+    first, local, last = stages(o.steps)[number]
+    for record, flag in zip(records, np.split(flags, np.cumsum(sizes))):
+        record = json.loads(record) if number else record
+        row = do_document(record, flag, [first, *local], o, counts)
+        if row:
+            files["removed"] += json.dumps(row).encode() + b"\n"
+            continue
+        if last:
+            began = time.process_time()
+            keys = KEYS[last](record, o)
+            files["keys"] += keys.tobytes()
+            files["sizes"] += np.int64(len(keys)).tobytes()
+            counts[f"{last}/seconds"] += time.process_time() - began
+        else:
+            domain = normal_url(str(record.get("url") or "")).split("/")[0]
+            for kind, name in (("language", record.get("language")), ("domain", domain)):
+                counts[f"{kind}/documents/{name or 'unknown'}"] += 1
+        files["jsonl"] += json.dumps(record, default=str).encode() + b"\n"
+    return part, files, counts
+
+
+def shard_of(o: Options) -> tuple[int, int]:
+    """(i, n) of --shard=i/n; (0, 1) without."""
+    found = re.fullmatch(r"(\d{1,9})/(\d{1,9})", o.shard or "0/1")
+    if not found or int(found[1]) >= int(found[2]):
+        raise ValueError(f"--shard={o.shard}: write i/n, such as 0/4, with i from 0 to n - 1")
+    return int(found[1]), int(found[2])
+
+
+class Pipeline:
+    """The stages of a run over some files, in a folder of its own, which holds for each stage and part what was kept
+    (jsonl), what was not (removed), keys, the number of keys of each document (sizes), and last the counts (json)."""
+
+    def __init__(self, files: list[Path], o: Options, folder: Path, workers: int):
+        self.o, self.folder, self.workers = o, folder, workers
+        self.stages, self.parts, self.groups, size = stages(o.steps), [], [], PART
+        for path in files:  # many small files make a group
+            if size >= PART:
+                self.groups.append([])
+                size = 0
+            self.groups[-1].append(path)
+            size += path.stat().st_size
+
+    def path(self, number: int, part: str, kind: str = "json") -> Path:
+        """The file of a stage and part; if there is one of counts, the part is done."""
+        return self.folder / f"{number}-{part}.{kind}"
+
+    def raw_jobs(self) -> Iterator[tuple]:
+        """The input in batches for the first stage, without parts that are done and other shards' groups of files.
+
+        The last part of each group is its "end", of no documents.
+        """
+        index, count = shard_of(self.o)
+        none = np.zeros(0, np.int64)
+        for group in range(index, len(self.groups), count):
+            batch, end = [], f"{group:05}.end"
+            held = total = number = 0
+            if self.path(0, end).exists():
+                continue
+            for record in itertools.chain(read_raw(self.groups[group], self.o), [None]):
+                batch += [record] * (record is not None)
+                size = len(record["raw"] or b"") + 100 if record else JOB
+                held, total = held + size, total + size
+                if held < JOB:
+                    continue
+                ends, part = record is None or total >= PART, f"{group:05}.{number:04}"
+                if not self.path(0, part).exists():
+                    yield (part, ends), batch, none, np.zeros(len(batch), np.int64)
+                batch, held = [], 0
+                total, number = total * (not ends), number + ends
+            yield (end, True), [], none, none
+
+    def part_jobs(self, number: int) -> Iterator[tuple]:
+        """What the stage before kept, in batches, with the flags of its keys; without the parts that are done."""
+        flags, used = np.load(self.folder / f"{number - 1}.flags.npy", mmap_mode="r"), 0
+        for part in self.parts:
+            sizes, at = np.fromfile(self.path(number - 1, part, "sizes"), np.int64), 0
+            if self.path(number, part).exists():
+                used += sizes.sum()
+                continue
+            with open(self.path(number - 1, part, "jsonl"), "rb") as file:
+                while lines := file.readlines(JOB):
+                    few = sizes[at:at + len(lines)]
+                    yield (part, False), lines, np.array(flags[used:used + few.sum()]), few
+                    at += len(lines)
+                    used += few.sum()
+            yield (part, True), [], np.zeros(0, bool), sizes[:0]
+
+    def do_stage(self, number: int) -> None:
+        """All jobs of a stage. If a process is killed, the parts that are not done begin again, but only once."""
+        for again in (True, False):
+            last, counts = "", Counter()
+            jobs = self.part_jobs(number) if number else self.raw_jobs()
+            try:
+                for (part, ends), contents, more in bpe.parallel(do_batch, jobs, self.workers, number, vars(self.o)):
+                    counts = counts if part == last else Counter()
+                    counts.update(more)
+                    for kind, content in contents.items():
+                        with open(self.path(number, part, kind), "ab" if part == last else "wb") as file:
+                            file.write(content)
+                            file.flush()
+                            if ends:
+                                os.fsync(file.fileno())
+                    last = part
+                    if ends:
+                        with bpe.replacing(self.path(number, part)) as file:
+                            file.write(json.dumps(counts).encode())
+                    show_live(f"stage {number + 1} of {len(self.stages)}, part {part}")
+                show_live("")
+                return
+            except ChildProcessError:
+                if not again:
+                    raise
+                print("a process was killed, perhaps for want of memory: its part begins again", file=sys.stderr)
+
+    def find_seen(self, number: int, name: str) -> None:
+        """Write for each key of a stage whether it was seen before (of near copies: the first key of each)."""
+        done, began, counts = self.folder / f"{number}.json", time.process_time(), Counter()
+        if done.exists():
+            return
+        sizes = [np.fromfile(self.path(number, part, "sizes"), np.int64) for part in self.parts]
+        starts = np.append(0, np.cumsum(np.concatenate(sizes)))
+        with open(self.folder / "keys", "wb") as file:
+            append_files(file, [self.path(number, part, "keys") for part in self.parts])
+            file.write(bytes(8))  # an empty file cannot be mapped
+        keys = np.memmap(self.folder / "keys", "<u8", "r")
+        flags = np.lib.format.open_memmap(self.folder / f"{number}.flags.npy", "w+", bool, keys.shape)
+        if name == "dedup":
+            for cluster in find_copies(keys, starts, self.o.threshold, self.folder / "bands"):
+                flags[starts[cluster[1:]]] = True
+                counts[f"dedup/clusters/{len(cluster)} documents"] += 1
+        else:
+            bloom = Bloom(len(keys), self.o.false_positives)
+            for at in range(0, len(keys), BLOCK):  # read, as what is mapped would stay in memory
+                block = np.fromfile(self.folder / "keys", "<u8", BLOCK, offset=8 * at)
+                flags[at:at + len(block)] = bloom.add(block)
+        flags.flush()
+        counts[f"{name}/seconds"] = time.process_time() - began
+        with bpe.replacing(done) as file:
+            file.write(json.dumps(counts).encode())
+
+    def run(self) -> Counter:
+        """All steps but tokenise, with --shard those of the first stage; the counts."""
+        whole = shard_of(self.o)[1] == 1
+        self.folder.mkdir(exist_ok=True)
+        if not self.o.merge:
+            self.do_stage(0)
+        for number, files in enumerate(self.groups):
+            if whole and not self.path(0, f"{number:05}.end").exists():
+                raise ValueError(f"--merge: no shard has done {files[0]} yet")
+        self.parts = sorted(path.stem[2:] for path in self.folder.glob("0-*.json"))
+        for number, (_, _, name) in enumerate(self.stages):
+            if whole and name:
+                self.find_seen(number, name)
+                self.do_stage(number + 1)
+        counts = Counter()
+        for path in sorted(self.folder.glob("*.json")):
+            counts.update(json.loads(path.read_bytes()))
+        return counts
+
+    def write(self, counts: Counter, folder: Path) -> None:
+        """Write what was kept as documents.jsonl, the beginnings of what was not as removed.jsonl, and leaks."""
+        last = len(self.stages) - 1
+        with open(folder / "documents.jsonl", "wb") as file:
+            append_files(file, [self.path(last, part, "jsonl") for part in self.parts])
+        with open(folder / "removed.jsonl", "wb") as file:
+            pairs = itertools.product(range(last + 1), self.parts)
+            append_files(file, [self.path(number, part, "removed") for number, part in pairs])
+        if "decontaminate" in self.o.steps:
+            _, items, short = evaluation_keys(self.o.eval_data)
+            found = {name: counts[f"decontaminate/found/{name}"] for name, _ in items}
+            report = {
+                "found": +Counter(found),  # those above 0
+                "looked_for": Counter(name.split()[0] for name, _ in items),
+                "too_short": Counter(name.split()[0] for name in short),
+            }
+            (folder / "contamination.json").write_text(json.dumps(report, indent=1))
+
+
+# --- looking at it
+
+
+def nested(counts: Counter) -> dict[str, dict]:
+    """{"step/in": n, "step/dropped/REASON": n, ...} as {step: {"in": n, "dropped": {reason: n}, ...}}."""
+    out = {}
+    for name, value in counts.items():
+        step, what, *reason = name.split("/", 2)
+        row = out.setdefault(step, {})
+        row = row.setdefault(what, {}) if reason else row
+        row[reason[0] if reason else what] = round(value, 3)
+    return out
+
+
+def table(steps: str, counts: dict[str, dict]) -> list[str]:
+    """What each step got, kept and dropped, and why, in lines of up to 80 characters."""
+    lines = ["step              documents          kept   share     MB kept   seconds"]
+    for name in ["read", *steps.split(",")]:
+        row = Counter(counts.get(name, {}))
+        if row["in"]:
+            lines.append(f"{name:14}{row['in']:13,}{row['kept']:14,}{row['kept'] / row['in']:8.1%}"
+                         f"{row['bytes_kept'] / 1e6:12,.1f}{row['seconds']:10,.1f}")
+        for what in ("dropped", "masked"):
+            for reason, count in Counter(row[what] or {}).most_common():
+                lines.append(f"  {what + ': ' + reason:55.55}{count:12,}")
+    return lines
+
+
+PAGE = """<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>What the steps removed</title>
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<style>body{font:15px sans-serif;max-width:60em;margin:2em auto} td{padding:2px 12px;text-align:right}
+pre{white-space:pre-wrap;background:#f4f4f4;padding:8px;max-height:14em;overflow:auto}
+h1+pre{max-height:none} h3:empty{display:none}
+td:first-child,td:last-child{text-align:left} i{display:inline-block;height:10px;background:#47c}</style>"""
+
+
+def write_report(o: Options, manifest: dict) -> None:
+    """A page about what each step removed, with examples: no script, nothing from outside, all text escaped."""
+    examples, steps = {}, manifest.get("steps", {})
+    out = [PAGE, "<h1>What the steps removed</h1>"]
+
+    def add(tag: str, text: object) -> None:
+        out.append(f"<{tag}>{html.escape(str(text))}</{tag}>")
+
+    add("pre", "\n".join(table(o.steps, steps)))
+    for side in ("train", "val"):
+        row = Counter(manifest.get(side, {}))
+        add("p", f"{side}.npy: {row['documents']:,} documents, {row['tokens']:,} tokens")
+    with contextlib.suppress(FileNotFoundError), open(Path(o.output) / "removed.jsonl") as file:
+        for row in map(json.loads, file):
+            texts = examples.setdefault(f"{row['step']}: {row['reason']}", [])
+            texts += [f"{row['origin']}\n\n{row['text']}".strip()] * (len(texts) < FIRST)
+    for step, row in steps.items():
+        for what in ("documents", "dropped", "masked", "clusters", "found"):
+            counts = Counter(row.get(what, {})).most_common(30)
+            if counts:
+                add("h2", f"{step}: {what}")
+                out.append("<table>")
+            for name, count in counts:
+                width = f"<i style='width:{300 * count / max(1, counts[0][1]):.0f}px'></i>"
+                out.append(f"<tr><td>{html.escape(name)}<td>{count:,}<td>{width}")
+            out.append("</table>" * bool(counts))
+            for name, _ in counts:
+                texts = examples.get(f"{step}: {name}", [])
+                add("h3", name * bool(texts))
+                for text in texts:
+                    add("pre", text)
+    with bpe.replacing(o.report) as file:
+        file.write("\n".join(out).encode("utf-8", "replace"))
+
+
+def look(files: list[Path], o: Options) -> None:
+    """Print random documents as they were read, and behind the steps that look at one document."""
+    names = ["read", *o.steps.split(",")]
+    steps = [name for name in names if name in STEPS or name in FILTERS]
+
+    def number(record: dict) -> int:
+        return digests([f"{o.seed} {record['origin']}"])[0]
+
+    for record in heapq.nsmallest(o.look, read_raw(files, o), number):
+        before, origin = decode((record["raw"] or b"")[:GLANCE]), record["origin"]
+        row = do_document(record, np.zeros(0, bool), steps, o, Counter())
+        after = f"dropped by {row['step']}: {row['reason']}" if row else text_of(record)[:GLANCE]
+        for title, text in ((origin, before), ("becomes", after)):
+            print(f"--- {title} ".ljust(80, "-"))
+            print("".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text))
+
+
 # --- the whole -------------------------------------------------------------------------------------------------------
 
 
-def fingerprint(path: Path) -> dict:
-    """Path, bytes and hash of a file. Raises ValueError if it looks binary."""
+def fingerprint(path: Path, text: bool = False) -> dict:
+    """Path, bytes and hash of a file. Raises ValueError if it shall be text and looks binary."""
     digest, size = hashlib.sha256(), 0
     with open(path, "rb") as file:
         while block := file.read(PIECE):
-            if not size and b"\0" in block[:8192] and path.suffix != ".gz" and not PAGES.search(path.name):
+            if text and not size and b"\0" in block[:8192] and path.suffix != ".gz":
                 raise ValueError(f"{path} is binary (a zero byte within its first 8 kB), not text in UTF-8")
             digest.update(block)
             size += len(block)
@@ -1216,10 +1951,33 @@ def check_options(options: dict, workers: int, folder: Path) -> None:
         raise ValueError(f"--tokenizer={tokenizer} is neither a file nor a kind ({kinds})")
     if not 0 < options["val_fraction"] < 1 or workers < 0:
         raise ValueError("--val_fraction must lie between 0 and 1, and --workers must not be negative")
-    if options["steps"] not in STEPS:
-        raise ValueError(f"--steps={options['steps']}: it can be {' or '.join(STEPS)}")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output={folder} is a file; it must be a folder")
+
+
+@contextlib.contextmanager
+def claimed(folder: Path, o: Options) -> Iterator[None]:
+    """Make a folder and keep other runs out of it, but those of other shards. Raises ValueError if one is in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    index, count = shard_of(o)
+    path = folder / ".lock"
+    try:
+        with open(path, "w") as lock:
+            with contextlib.suppress(ImportError):  # not on Windows
+                import fcntl
+                try:  # a shard locks one byte, a whole run all
+                    fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, count > 1, index)
+                except OSError:
+                    raise ValueError(f"another run of data.py works in {folder}") from None
+            try:
+                yield
+            finally:
+                if count == 1:
+                    path.unlink(missing_ok=True)
+    except OSError as error:
+        if error.errno and not error.filename:  # a full disk
+            raise OSError(error.errno, error.strerror, str(folder)) from None
+        raise
 
 
 @contextlib.contextmanager
@@ -1234,57 +1992,88 @@ def rebuilding(folder: Path) -> Iterator[Path]:
         (folder / "manifest.json").unlink(missing_ok=True)
         for path in sorted(part.iterdir(), key=lambda path: path.name == "manifest.json"):
             os.replace(path, folder / path.name)
-    except OSError as error:
-        if error.errno and not error.filename:  # a full disk
-            raise OSError(error.errno, error.strerror, str(folder)) from None
-        raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
 
+def input_files(o: Options) -> list[Path]:
+    """The files of --input; of a folder text alone if nothing but tokenise is done with it, else all that it shows.
+
+    An output folder that lies in an input folder is no input.
+    """
+    files = []
+    for name in o.input.split(",") if o.steps != "tokenise" and o.input else []:
+        found = [path for path in Path(name).rglob("*") if path.is_file()]
+        shown = [path for path in found if not re.search(r"(^|/)\.", path.relative_to(name).as_posix())]
+        files += sorted(shown) if os.path.isdir(name) else [Path(name)]
+    folder = Path(o.output).resolve()
+    return [path for path in files or bpe.find_files(o.input) if folder not in path.resolve().parents]
+
+
+def encode_all(corpus: Corpus, o: Options, coder: bpe.Tokenizer | None, part: Path, workers: int) -> dict:
+    """Hold documents out, train the tokenizer unless one is given, write token files; what the manifest says of it."""
+    corpus.split(o.val_fraction, o.seed)
+    texts = (text for side, text, _ in corpus.sided("training the tokenizer") if side == 0)
+    coder = coder or bpe.train(o.tokenizer, texts, o.vocab_size, o.pattern, workers=workers)
+    if bpe.END not in coder.special_tokens:
+        raise ValueError(f"--tokenizer={o.tokenizer} has no {bpe.END}, which ends each document")
+    began = time.monotonic()
+    counts = tokenise(corpus, coder, part, workers)
+    tokens = sum(count["tokens"] for count in counts.values())
+    coder.save(part / "tokenizer.json")
+    return {**counts, "utf8_errors": corpus.counts["utf8_errors"], "bad_lines": corpus.counts["bad_lines"],
+            "tokens_per_s": round(tokens / (time.monotonic() - began))}
+
+
 def prepare(input: str, tokenizer: str, output: str, vocab_size: int, pattern: str = "gpt2", separator: str = "",
-            val_fraction: float = 0.02, workers: int = 0, seed: int = 0, steps: str = "tokenise") -> dict:
+            val_fraction: float = 0.02, workers: int = 0, seed: int = 0, **more: object) -> dict:
     """Make train.npy, val.npy, tokenizer.json and manifest.json in the folder `output`; the manifest is returned.
 
     The arguments are the fields of Options. Files of an earlier run with the same input, options and code are reused.
-    Raises ValueError or OSError, with the old files untouched.
+    With steps before tokenise, the parts of a run that ended early are, too. Raises ValueError or OSError, with the old
+    files untouched.
     """
     began, folder, tokenizer = time.monotonic(), Path(output), tokenizer or "bpe"
-    options = {"tokenizer": tokenizer, "vocab_size": vocab_size, "pattern": pattern, "separator": separator,
-               "val_fraction": val_fraction, "seed": seed, "steps": steps}
+    o = Options(input, output, tokenizer, vocab_size, pattern, separator, val_fraction, workers, seed, **more)
+    options = {name: value for name, value in vars(o).items() if name not in FREE}
     kind = tokenizer in bpe.TRAINERS
     check_options(options, workers, folder)
-    # An output folder that lies in an input folder is no input.
-    files = [path for path in bpe.find_files(input) if folder.resolve() not in path.resolve().parents]
-    inputs = [fingerprint(path) for path in files]
+    check_steps(o)
+    files = input_files(o)
+    inputs = [fingerprint(path, o.steps == "tokenise") for path in files]
     size = sum(file["bytes"] for file in inputs)
     if not size:
         raise ValueError(f"--input={input} holds no text")
-    code = [fingerprint(Path(path))["sha256"] for path in (__file__, bpe.__file__, *[tokenizer] * (not kind))]
+    beside = [tokenizer] * (not kind) + [value for value in options.values() if os.path.isfile(str(value))]
+    beside += bpe.find_files(o.eval_data) if o.eval_data else []
+    code = [fingerprint(Path(path))["sha256"] for path in (__file__, bpe.__file__, *beside)]
     wanted = {"format": FORMAT, "options": options, "code": code, "inputs": inputs}
     if manifest := earlier(folder, wanted):
         print(f"{folder}: the files of an earlier run with the same input and options are reused")
         return manifest
     workers = min(workers or os.cpu_count(), 1 + size // JOB)
-    with rebuilding(folder) as part:
-        coder = None if kind else bpe.load(tokenizer)  # a bad file is told before the work
-        files, extracted = extract_pages(files, part, workers) if "extract" in steps else (files, {})
-        corpus = Corpus(files, separator, size)
-        corpus.split(val_fraction, seed)
-        texts = (text for side, text, _ in corpus.sided("training the tokenizer") if side == 0)
-        coder = coder or bpe.train(tokenizer, texts, vocab_size, pattern, workers=workers)
-        if bpe.END not in coder.special_tokens:
-            raise ValueError(f"--tokenizer={tokenizer} has no {bpe.END}, which ends each document")
-        encoding = time.monotonic()
-        counts = tokenise(corpus, coder, part, workers)
-        now, tokens = time.monotonic(), sum(count["tokens"] for count in counts.values())
-        coder.save(part / "tokenizer.json")
-        manifest = {**wanted, **counts, "extract": extracted, "utf8_errors": corpus.counts["utf8_errors"],
-                    "bad_lines": corpus.counts["bad_lines"], "seconds": round(now - began, 3),
-                    "tokens_per_s": round(tokens / (now - encoding)),
-                    "files": {path.name: path.stat().st_size for path in sorted(part.iterdir())}}
-        manifest["inputs"] = manifest.pop("inputs")  # many lines, so last
-        (part / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    with claimed(folder, o):
+        coder, manifest = None if kind else bpe.load(tokenizer), {}  # a bad file is told before the work
+        if o.steps != "tokenise":
+            work = folder / f"parts-{hashlib.sha256(json.dumps(wanted).encode()).hexdigest()[:16]}"
+            pipeline = Pipeline(files, o, work, workers)
+            counts = pipeline.run()
+            manifest = {"steps": nested(counts)}
+            print("\n".join(table(o.steps, manifest["steps"])))
+            if o.shard:
+                return manifest
+        with rebuilding(folder) as part:
+            if o.steps != "tokenise":
+                pipeline.write(counts, part)
+                files = [part / "documents.jsonl"]
+            if "tokenise" in o.steps:
+                manifest |= encode_all(Corpus(files, o.separator, size), o, coder, part, workers)
+            manifest = {**wanted, **manifest, "seconds": round(time.monotonic() - began, 3),
+                        "files": {path.name: path.stat().st_size for path in sorted(part.iterdir())}}
+            manifest["inputs"] = manifest.pop("inputs")  # many lines, so last
+            (part / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        for path in folder.glob("parts-*"):
+            shutil.rmtree(path)
     return manifest
 
 
@@ -1316,15 +2105,31 @@ def main() -> None:
     o = options(Options, sys.argv[1:])
     if o.train_language or o.train_classifier or o.train_ngrams:
         return train_filter(o)
-    manifest = prepare(**{name: getattr(o, name) for name in inspect.signature(prepare).parameters})
+    if not o.shard and not o.merge and o.steps != "tokenise":  # under torchrun, or of an array job
+        for index, count in (("RANK", "WORLD_SIZE"), ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT")):
+            if int(os.environ.get(count, 1)) > 1:
+                o.shard = f"{os.environ.get(index)}/{os.environ[count]}"
+    manifest = prepare(**dataclasses.asdict(o))
+    if o.shard:
+        print("this shard is done; when all are: the same command with --merge in place of --shard")
+        return
+    if o.report:
+        write_report(o, manifest)
+        print(f"{o.report}: a page to read before trusting the data")
+    if o.look:
+        look(input_files(o), o)
     for side in ("train", "val"):
-        count = manifest[side]
-        print(f"{side}.npy: {count['documents']:,} documents, {count['bytes']:,} bytes, {count['tokens']:,} tokens, "
-              f"{count['bytes'] / count['tokens']:.3f} bytes per token")
+        count = manifest.get(side)
+        if count:
+            print(f"{side}.npy: {count['documents']:,} documents, {count['bytes']:,} bytes, "
+                  f"{count['tokens']:,} tokens, {count['bytes'] / count['tokens']:.3f} bytes per token")
     for name, what in (("utf8_errors", "places that were not UTF-8 became U+FFFD"),
                        ("bad_lines", "lines were left out: no JSON object with a text")):
-        if manifest[name]:
+        if manifest.get(name):
             print(f"{manifest[name]:,} {what}")
+    if "train" not in manifest:
+        print(f"{manifest['seconds']} s\nnext: python data.py --input={o.output}/documents.jsonl")
+        return
     print(f"{manifest['seconds']} s, {manifest['tokens_per_s']:,} tokens/s\nnext: python train.py --data={o.output}")
 
 

@@ -2,10 +2,20 @@
 
 Usage: python tests/bench_data.py [--bytes=1e9]
        python tests/bench_data.py --pages=FOLDER
+       python tests/bench_data.py --dedup=FOLDER
+       python tests/bench_data.py --lines=1e9 --rate=1e-4
+       python tests/bench_data.py --pipeline=FOLDER
 
 With --pages: F1 and seconds a page of `extract` and of trafilatura, if that is installed, in turns over the pages
 FOLDER/*.html.gz with FOLDER/ground-truth.json (the multiset of 4-grams of words, macro precision and recall); and the
 records a second of `read_warc`, from a file of 10,000 records of 30 kB each in its own gzip member, over `gzip` alone.
+
+With --dedup: seconds of MinHash and LSH over the texts in FOLDER/debian_copyright.tar.gz, by data.py (with the exact
+similarity of each pair), by datasketch and by rensa (which give candidates), in turns, and recall and precision against
+FOLDER/debian_copyright_pairs.json. With --lines: peak memory of the step `lines` over so many bytes of generated text in
+which a fifth of the lines are repeated, and the share of the new lines that was taken for seen. With --pipeline: MB of
+HTML a second through a whole pipeline over the pages of FOLDER in a WARC file, each page several times with other words
+in it, with one worker and with two, and the peak memory at two sizes.
 
 The text is the Python standard library's, repeated until it has that many bytes: first as one document without a break,
 then as one document a file, <|endoftext|> between them. The tokenizer is a BPE of 8,192 tokens, trained once before.
@@ -21,7 +31,9 @@ import platform
 import random
 import re
 import subprocess
+import statistics
 import sys
+import tarfile
 import tempfile
 import time
 from collections import Counter
@@ -135,10 +147,118 @@ def compare_warc(folder: Path, count: int = 10_000) -> None:
     print(f"read_warc: {count / ours:,.0f} records/s, gzip alone {count / alone:,.0f}: {alone / ours:.2f} of its speed")
 
 
+def compare_minhash(folder: Path) -> None:
+    """MB and documents a second of three implementations, alternating; processor time."""
+    with tarfile.open(folder / "debian_copyright.tar.gz") as tar:
+        files = [member for member in tar if member.isfile()]
+        texts = {Path(member.name).stem: tar.extractfile(member).read().decode("utf-8", "replace") for member in files}
+    names, size = list(texts), sum(len(text.encode()) for text in texts.values())
+
+    def shingles(text: str) -> set[str]:
+        words = text.split()
+        return {" ".join(words[i:i + 5]) for i in range(max(1, len(words) - 4))}
+
+    def ours() -> set:
+        return {frozenset((names[i], names[j])) for i, j, _ in data.minhash_pairs(texts.values(), 0.8)}
+
+    def by_datasketch() -> set:
+        from datasketch import MinHash, MinHashLSH
+        sketches = MinHash.bulk(([gram.encode() for gram in shingles(text)] for text in texts.values()), num_perm=128)
+        index = MinHashLSH(threshold=0.8, num_perm=128)
+        for name, sketch in zip(names, sketches):
+            index.insert(name, sketch)
+        return {frozenset((name, other)) for name, sketch in zip(names, sketches) for other in index.query(sketch)}
+
+    def by_rensa() -> set:
+        from rensa import RMinHash, RMinHashLSH
+        index, sketches = RMinHashLSH(threshold=0.8, num_perm=128, num_bands=16), []
+        for number, text in enumerate(texts.values()):
+            sketches.append(RMinHash(num_perm=128, seed=0))
+            sketches[-1].update(list(shingles(text)))
+            index.insert(number, sketches[-1])
+        return {frozenset((names[i], names[j])) for i, sketch in enumerate(sketches) for j in index.query(sketch)}
+
+    pairs = json.loads((folder / "debian_copyright_pairs.json").read_text())
+    truth = {frozenset(pair[:2]) for pair in pairs if pair[2] >= 0.8}
+    seconds, found = {}, {}
+    for _ in range(5):
+        for rival in (ours, by_datasketch, by_rensa):
+            try:
+                began = time.process_time()
+                found[rival] = {pair for pair in rival() if len(pair) == 2}
+                seconds.setdefault(rival, []).append(time.process_time() - began)
+            except ImportError as error:
+                print(error)
+    for rival, times in seconds.items():
+        middle, good = statistics.median(times), len(found[rival] & truth)
+        print(f"{rival.__name__}: {middle:.2f} s, {size / 1e6 / middle:.1f} MB/s, {len(texts) / middle:,.0f} documents/s, "
+              f"recall {good / len(truth):.4f}, precision {good / len(found[rival]):.4f}")
+
+
+def deduplicate_lines(size: int, folder: Path, rate: float) -> None:
+    """Peak memory of the step `lines`, and its false positives, over generated text."""
+    rng, written, fresh, lines = random.Random(0), 0, 0, 0
+    words = [f"word{i}" for i in range(1000)]
+    with open(folder / "lines.txt", "w") as file:
+        while written < size:
+            block = []
+            for _ in range(50):
+                repeated = fresh and rng.random() < 0.2
+                number = rng.randrange(fresh) if repeated else fresh
+                fresh += not repeated
+                block.append(f"line {number} says " + " ".join(words[(number * 7 + k * k * 31) % 1000] for k in range(9)))
+            lines += len(block)
+            written += file.write("\n".join(block) + "\n\n")
+    peak, seconds = measured([str(ROOT / "data.py"), f"--input={folder}/lines.txt", f"--output={folder}/out", "--steps=lines",
+                              "--separator=\n\n", f"--false_positives={rate}", "--workers=1"])
+    with open(folder / "out/documents.jsonl") as file:
+        kept = sum(1 + text.count("\n") for text in (json.loads(row)["text"] for row in file))
+    print(f"lines of {written / 1e6:,.0f} MB ({lines:,} lines, {fresh:,} different), rate {rate}: peak memory {peak / 1e6:.0f} MB, "
+          f"{seconds:.0f} s, {written / 1e6 / seconds:.1f} MB/s; {fresh - kept:,} new lines taken for seen: {(fresh - kept) / fresh:.2e}")
+
+
+def run_pipeline(pages: Path, folder: Path) -> None:
+    """MB of HTML a second with one worker and with two, in turns, and peak memory at two sizes."""
+    texts = [gzip.decompress(path.read_bytes()) for path in sorted(pages.glob("*.html.gz"))]
+    names = [str(number) for number in range(1000)]
+
+    def records(times: int):
+        for number in range(times * len(texts)):  # letters in other places, so that copies differ
+            page = texts[number % len(texts)].replace(b" the ", f" the {names[number // len(texts)]} ".encode())
+            url = f"http://site{number % 97}.org/{number}"
+            yield {"WARC-Type": "response", "WARC-Target-URI": url}, page
+
+    steps = "--steps=extract,length,pii,urls,exact,lines,dedup"
+    times, sizes = {}, {}
+    for times_over in (4, 16):
+        data.write_warc(folder / f"{times_over}.warc.gz", records(times_over))
+        sizes[times_over] = times_over * sum(map(len, texts))
+    for _ in range(3):
+        for workers in (1, 2):
+            words = [str(ROOT / "data.py"), f"--input={folder}/4.warc.gz", f"--output={folder}/out", steps, f"--workers={workers}"]
+            subprocess.run(["rm", "-rf", f"{folder}/out"], check=True)
+            before = os.times()
+            _, seconds = measured(words)
+            after = os.times()
+            used = after.children_user + after.children_system - before.children_user - before.children_system
+            times.setdefault(workers, []).append((seconds, used))
+    for workers, rows in times.items():
+        seconds, used = statistics.median(row[0] for row in rows), statistics.median(row[1] for row in rows)
+        print(f"{workers} workers, {sizes[4] / 1e6:.0f} MB of HTML: {seconds:.1f} s, {sizes[4] / 1e6 / seconds:.2f} MB/s; "
+              f"processor time {used:.1f} s, {sizes[4] / 1e6 / used:.2f} MB/s a core")
+    for times_over in sizes:
+        words = [str(ROOT / "data.py"), f"--input={folder}/{times_over}.warc.gz", f"--output={folder}/{times_over}", steps, "--workers=2"]
+        peak, _ = measured(words)
+        print(f"{sizes[times_over] / 1e6:.0f} MB of HTML, 2 workers: peak memory {peak / 1e6:.0f} MB")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bytes", type=float, default=1e9)
-    parser.add_argument("--pages", type=Path)
+    for name in ("pages", "dedup", "pipeline"):
+        parser.add_argument(f"--{name}", type=Path)
+    parser.add_argument("--lines", type=float, default=0)
+    parser.add_argument("--rate", type=float, default=1e-4)
     words = parser.parse_args()
     size = int(words.bytes)
     print(f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, Python {platform.python_version()}")
@@ -147,6 +267,13 @@ def main():
         with tempfile.TemporaryDirectory() as folder:
             compare_warc(Path(folder))
         return
+    if words.dedup:
+        return compare_minhash(words.dedup)
+    if words.lines or words.pipeline:
+        with tempfile.TemporaryDirectory() as folder:
+            if words.pipeline:
+                return run_pipeline(words.pipeline, Path(folder))
+            return deduplicate_lines(int(words.lines), Path(folder), words.rate)
     with tempfile.TemporaryDirectory() as folder:
         tokenizer, text = Path(folder, "tokenizer.json"), Path(folder, "text.txt")
         measured([str(ROOT / "bpe.py"), f"--output={tokenizer}"])
