@@ -354,6 +354,7 @@ COPIES = {
     "data.py": ("bpe", ["--input=corpus.txt", "--separator=<|endoftext|>", "--vocab_size=300", "--output=tokens"], "tokens/val.npy"),
     "model.py": ("", [], "parameters"),
     "train.py": ("model", ["--data=ready", "--output=out", *TINY_MODEL], "out/ckpt.pt"),
+    "ddp.py": ("", ["--plan"], "MFU"),
     "scaling.py": ("model", ["--fit=runs.csv"], "scaling/fit.json"),
     "sample.py": ("model bpe", ["--ckpt=trained/ckpt.pt", "--prompt=the ", "--device=cpu"], "the "),
     "align.py": ("model bpe sample train", ["--algorithm=sft", "--ckpt=trained/ckpt.pt", "--data=chats.jsonl", "--output=tuned",
