@@ -1122,7 +1122,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         status, message, more = error.args if isinstance(error, Refusal) else (400, str(error).lstrip("-"), {})
         kind = "invalid_request_error" if status < 429 else "server_error"
         content = dict(error=dict(message=message, type=kind, param=None, code=None) | more)
-        self.event(content) if self.streaming else self.reply(content, status=status)
+        if self.streaming:
+            return self.event(content)
+        self.reply(content, status=status)
 
     def send_error(self, code, message=None, explain=None):
         """What the base class finds: a request that is no HTTP"""

@@ -166,9 +166,12 @@ async def storm(service, work, expected, seconds, judge):
                 counts["over before its cancel"] += 1
 
     async def watch():
-        for at in range(0, 101, 20):
-            print(f"memory after {at}% of the time: {service.memory():.0f} MB", flush=True)
-            await asyncio.sleep(seconds / 5 if at < 100 else 0)
+        for fifth in range(1, 6):  # the lowest is what stays; state that grows or shrinks is copied, which makes peaks
+            found = []
+            for _ in range(max(1, seconds // 5)):
+                found.append(service.memory())
+                await asyncio.sleep(1)
+            print(f"memory in fifth {fifth} of the time: {min(found):.0f} to {max(found):.0f} MB", flush=True)
 
     await asyncio.gather(watch(), *(client() for _ in range(CLIENTS)))
     return counts
@@ -212,10 +215,11 @@ def main(seconds=150, layers=4, turns=3):
                 return "right but for a tie" if tie(gpt, tokenizer, work[which][0], expected[which], found) else "MIXED"
             asyncio.run(rush(service, work[:CLIENTS]))  # warms up, so that memory is that of 64 streams
             if seconds:
+                print(f"before: {service.memory():.0f} MB")
                 counts = asyncio.run(storm(service, work, expected, seconds, judge))
                 print(f"{seconds} s, {CLIENTS} clients:", ", ".join(f"{n:,} {name}" for name, n in counts.most_common()))
                 time.sleep(1)
-                print(f"then active {service.metrics()['sample_active']:.0f}, waiting {service.metrics()['sample_waiting']:.0f}")
+                print(f"then {service.memory():.0f} MB, active {service.metrics()['sample_active']:.0f}, waiting {service.metrics()['sample_waiting']:.0f}")
             tokens, rates = sum(map(len, expected)), {"offline": [], "server": []}
             for turn in range(turns):
                 _, times = offline(gpt, tokenizer, work)
