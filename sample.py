@@ -483,14 +483,13 @@ class Quantised(nn.Module):
         codes = (groups / scale).nan_to_num().round()  # 0 / 0: 0
         codes = codes.clamp(-2 ** (bits - 1), 2 ** (bits - 1) - 1).view(n_out, n_in)
         scale = scale[:, :, 0]
-        few, self.size = 64, size
+        self.few, self.size = 64, size  # so many rows of x at most take the packed product
         if layer.weight.device.type != "cpu" or f"int{bits}" not in packed_products() or n_in % 32:
-            few = 0  # the packed products read 32 entries at a time
+            self.few = 0  # the packed products read 32 entries at a time
         elif bits == 4:
-            few = sys.maxsize
+            self.few = sys.maxsize
             codes = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int() + 8, 1)
             scale = torch.stack((scale.T, torch.zeros_like(scale.T)), 2)  # (groups, n_out, 2): w = (code - 8) scale + 0
-        self.few = few  # so many rows of x at most take the packed product
         codes = codes if codes.dtype == torch.uint8 else codes.to(torch.int8)
         self.codes = nn.Parameter(codes, requires_grad=False)
         self.scale = nn.Parameter(scale.bfloat16().contiguous(), requires_grad=False)
@@ -904,9 +903,8 @@ class Exam:
         """How far these records are above those of --compare, on the items that both have."""
         theirs = columns(read_results(self.o.compare).get(name, {}))
         for metric, pairs in columns(records).items():
-            both = pairs.keys() & theirs.get(metric, {})
-            if both:
-                items = sorted(both)
+            items = sorted(pairs.keys() & theirs.get(metric, {}))
+            if items:
                 own, other = ([of[key] for key in items] for of in (pairs, theirs[metric]))
                 gap, low, high = summary(own, other)
                 yield (f"{name} {metric}: {gap:+.4f} ({low:+.4f} to {high:+.4f}) over {self.o.compare}, "
@@ -970,14 +968,14 @@ def weight_bytes(model: GPT) -> int:
     return sum(weight.nbytes for weight in weights)
 
 
-def copy_bandwidth(device: torch.device) -> float:
+def copy_bandwidth(device: torch.device, clock: Callable = time.perf_counter) -> float:
     """Bytes a second that a copy of 256 MiB reads and writes, the best of five."""
     source, seconds = torch.zeros(1 << 26, device=device), []
     target = torch.zeros_like(source)
     for _ in range(5):
-        started = time.perf_counter()
+        started = clock()
         target.copy_(source)[-1].item()  # waits for a GPU
-        seconds.append(time.perf_counter() - started)
+        seconds.append(clock() - started)
     return 2 * source.nbytes / min(seconds)
 
 
