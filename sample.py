@@ -825,17 +825,17 @@ class Exam:
     def passkeys(self) -> Iterator[tuple]:
         """A key somewhere in much that is idle, by length in tokens up to the block (Mohtashami and Jaggi 2023)."""
         idle = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
-        begin, ask = "There is a pass key hidden in this text. ", "What is the pass key? The pass key is"
+        begin, question = "There is a pass key hidden in this text. ", "What is the pass key? The pass key is"
         size = len(self.tokenizer.encode(idle))
         for part in (8, 4, 2, 1):
             length = self.engine.block // part
             for number in range(20):
                 key = f" {random.Random(number).randrange(10000, 100000)}"
                 told = f"The pass key is{key}. Remember it. "
-                room = length - len(self.tokenizer.encode(begin + told + ask + key)) - 1
+                room = length - len(self.tokenizer.encode(begin + told + question + key)) - 1
                 before = room // size * number // 19
                 if room >= 0:
-                    context = begin + idle * before + told + idle * (room // size - before) + ask
+                    context = begin + idle * before + told + idle * (room // size - before) + question
                     yield f"{length} {number}", (context, key, length)
 
     def windows(self) -> Iterator[tuple]:
@@ -1002,7 +1002,7 @@ def bench(model: GPT, new_tokens: int = 64) -> Iterator[str]:
 
 
 def profile_steps(engine: Engine, request: Request, steps: int = 32) -> Iterator[str]:
-    """Where the time of decoding goes: a line for each kind of layer, and one for all that is not in the model."""
+    """Where the time of decoding goes: a line for each kind of layer, and one for all of it."""
     engine.submit(request)
     engine.step()
     marks = []
