@@ -494,14 +494,13 @@ class Quantised(nn.Module):
         codes = (groups / scale).nan_to_num().round()  # 0 / 0: 0
         codes = codes.clamp(-2 ** (bits - 1), 2 ** (bits - 1) - 1).view(n_out, n_in)
         scale = scale[:, :, 0]
-        few, self.size = 64, size
+        self.few, self.size = 64, size  # so many rows of x at most take the packed product
         if layer.weight.device.type != "cpu" or f"int{bits}" not in packed_products() or n_in % 32:
-            few = 0  # the packed products read 32 entries at a time
+            self.few = 0  # the packed products read 32 entries at a time
         elif bits == 4:
-            few = sys.maxsize
+            self.few = sys.maxsize
             codes = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int() + 8, 1)
             scale = torch.stack((scale.T, torch.zeros_like(scale.T)), 2)  # (groups, n_out, 2): w = (code - 8) scale + 0
-        self.few = few  # so many rows of x at most take the packed product
         codes = codes if codes.dtype == torch.uint8 else codes.to(torch.int8)
         self.codes = nn.Parameter(codes, requires_grad=False)
         self.scale = nn.Parameter(scale.bfloat16().contiguous(), requires_grad=False)
@@ -837,17 +836,17 @@ class Exam:
     def passkeys(self) -> Iterator[tuple]:
         """A key somewhere in much that is idle, by length in tokens up to the block (Mohtashami and Jaggi 2023)."""
         idle = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
-        begin, ask = "There is a pass key hidden in this text. ", "What is the pass key? The pass key is"
+        begin, question = "There is a pass key hidden in this text. ", "What is the pass key? The pass key is"
         size = len(self.tokenizer.encode(idle))
         for part in (8, 4, 2, 1):
             length = self.engine.block // part
             for number in range(20):
                 key = f" {random.Random(number).randrange(10000, 100000)}"
                 told = f"The pass key is{key}. Remember it. "
-                room = length - len(self.tokenizer.encode(begin + told + ask + key)) - 1
+                room = length - len(self.tokenizer.encode(begin + told + question + key)) - 1
                 before = room // size * number // 19
                 if room >= 0:
-                    context = begin + idle * before + told + idle * (room // size - before) + ask
+                    context = begin + idle * before + told + idle * (room // size - before) + question
                     yield f"{length} {number}", (context, key, length)
 
     def windows(self) -> Iterator[tuple]:
@@ -915,9 +914,8 @@ class Exam:
         """How far these records are above those of --compare, on the items that both have."""
         theirs = columns(read_results(self.o.compare).get(name, {}))
         for metric, pairs in columns(records).items():
-            both = pairs.keys() & theirs.get(metric, {})
-            if both:
-                items = sorted(both)
+            items = sorted(pairs.keys() & theirs.get(metric, {}))
+            if items:
                 own, other = ([of[key] for key in items] for of in (pairs, theirs[metric]))
                 gap, low, high = summary(own, other)
                 yield (f"{name} {metric}: {gap:+.4f} ({low:+.4f} to {high:+.4f}) over {self.o.compare}, "
@@ -1389,14 +1387,14 @@ def weight_bytes(model: GPT) -> int:
     return sum(weight.nbytes for weight in weights)
 
 
-def copy_bandwidth(device: torch.device) -> float:
+def copy_bandwidth(device: torch.device, clock: Callable = time.perf_counter) -> float:
     """Bytes a second that a copy of 256 MiB reads and writes, the best of five."""
     source, seconds = torch.zeros(1 << 26, device=device), []
     target = torch.zeros_like(source)
     for _ in range(5):
-        started = time.perf_counter()
+        started = clock()
         target.copy_(source)[-1].item()  # waits for a GPU
-        seconds.append(time.perf_counter() - started)
+        seconds.append(clock() - started)
     return 2 * source.nbytes / min(seconds)
 
 
@@ -1423,7 +1421,7 @@ def bench(model: GPT, new_tokens: int = 64) -> Iterator[str]:
 
 
 def profile_steps(engine: Engine, request: Request, steps: int = 32) -> Iterator[str]:
-    """Where the time of decoding goes: a line for each kind of layer, and one for all that is not in the model."""
+    """Where the time of decoding goes: a line for each kind of layer, and one for all of it."""
     engine.submit(request)
     engine.step()
     marks = []

@@ -97,7 +97,7 @@ def main(runs=3, layers=30):
     sample.by_columns(columns)
     one = [([rng.randrange(1, 49152) for _ in range(16)], 48)]
     a, b, same = compare(ours, theirs, one, runs)
-    weights, bandwidth = sample.weight_bytes(ours), sample.copy_bandwidth(torch.device("cpu"))
+    weights, bandwidth = sample.weight_bytes(ours), sample.copy_bandwidth(torch.device("cpu"), CLOCK)
     print(f"one stream       {a:7.1f} tokens/s, transformers {b:7.1f}, ratio {a / b:.2f}, tokens {'the same' if same else 'DIFFERENT'}, "
           f"bandwidth {a * weights / bandwidth:.0%} of a copy's {bandwidth / 1e9:.1f} GB/s")
     c, d, _ = compare(columns, ours, one, runs, run_ours)

@@ -341,7 +341,7 @@ class Recorder:
     def __init__(self, gpt):
         self.gpt, self.shapes, self.capacities, self.rows = gpt, [], [], []
         self.config, self.head = gpt.config, self
-        self.parameters = gpt.parameters
+        self.parameters, self.modules = gpt.parameters, gpt.modules
 
     def hidden(self, tokens, state):
         self.shapes.append(tuple(tokens.shape))
@@ -764,8 +764,8 @@ def test_bench(ckpt, main):
     recorder = Recorder(make_model(block_size=24))
     lines = list(sample.bench(recorder, 8))
     start = [(1, 15), (1, 1)]
-    assert recorder.shapes[:18] == start + [(1, 1)] * 7 + start + [(4, 1)] * 7 and len(lines) == 4
-    assert "16 texts: prefill 16 tokens" in lines[2] and "decode 112 tokens" in lines[2]
+    assert recorder.shapes[:18] == start + [(1, 1)] * 7 + start + [(4, 1)] * 7 and len(lines) == 5
+    assert "16 texts: prefill 16 tokens" in lines[3] and "decode 112 tokens" in lines[3]
     code, out, err = main(f"--ckpt={ckpt}", "--bench")
     assert code == 0 and out.count("tokens/s") == 8
 
@@ -1034,7 +1034,7 @@ def test_the_eval_option(ckpt, main, eval_data, tmp_path, monkeypatch):
     names = [line.split(":")[0] for line in out.splitlines()]
     assert names == [f"ppl {m}" for m in ("bits_per_byte", "nats_per_token")] + [
         f"{task} {m}" for task in ("hellaswag", "mmlu") for m in ("gold_bits_per_byte", "acc", "acc_token", "acc_norm", "acc_byte")
-    ] + ["gsm8k pass@1", "gsm8k pass@2"]
+    ] + ["gsm8k pass@1", "gsm8k pass@2", "gsm8k maj@2", "gsm8k best@2"]
     assert [len(held[task]) for task in ("hellaswag", "mmlu", "gsm8k")] == [7, 2, 4]
     acc = [record["acc"][0] for record in held["hellaswag"].values()]
     assert f"hellaswag acc: {sum(acc) / 7:.4f} (" in out and held["settings"]["ckpt"] == str(ckpt)
