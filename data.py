@@ -1459,12 +1459,12 @@ def cut_at(between: bytes, blocks: Iterable[bytes | None], most: int) -> Iterato
             yield None
         held += block or b""
         while between and (end := held.find(between, searched)) >= 0:
-            if not given and held[:end].strip():
+            if not given and (end > most or held[:end].strip()):
                 yield bytes(held[:min(end, most)])
             del held[:end + len(between)]
             searched, given = 0, False
         searched = max(0, len(held) + 1 - len(between or b"."))
-        if len(held) > most:
+        if searched > most:
             if not given:
                 yield bytes(held[:most])
             del held[:searched]

@@ -76,6 +76,7 @@ def families(rng, count=40):
     texts = [sentence(rng, rng.randint(1, 300)) for _ in range(count)]
     for text in rng.sample(texts, count // 2):
         texts += [changed(rng, text, rng.randint(0, 1 + len(text.split()) // 60)) for _ in range(rng.randint(1, 3))]
+        texts += [f"{texts[-1]} and more"] * rng.randint(0, 1)
     rng.shuffle(texts)
     return texts
 
@@ -390,6 +391,20 @@ def test_a_missing_model_is_told_before_the_work(tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("between", [b"\n", b"<sep>", b"", b"aab"])
+def test_documents_are_cut_wherever_blocks_end(between):
+    rng = random.Random(0)
+    for _ in range(300):
+        raw = b"".join(rng.choice([b"<", b"sep", b">", b"<sep>", b"\n", b"a", b"aab", b"text"]) for _ in range(rng.randint(0, 40)))
+        cuts = sorted(rng.sample(range(len(raw) + 1), min(len(raw), rng.randint(0, 9))))
+        blocks = [raw[i:j] for i, j in zip([0, *cuts], [*cuts, len(raw)])]
+        parts = raw.split(between) if between else [raw]
+        wanted = [part for part in parts if part.strip()]
+        assert list(data.cut_at(between, blocks, 10**6)) == wanted
+        assert list(data.cut_at(between, blocks, 7)) == [part[:7] for part in parts if part.strip() or len(part) > 7]
+        assert list(data.cut_at(between, [None, *blocks], 10**6)) == [None, *wanted]
+
+
 def test_what_is_too_long_or_a_bomb_is_dropped(tmp_path):
     (tmp_path / "in").mkdir()
     with gzip.open(tmp_path / "in/bomb.jsonl.gz", "wb") as file:
@@ -475,6 +490,23 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
     assert subprocess.run(command, cwd=tmp_path, stdout=subprocess.DEVNULL).returncode == 0
     assert after == {name: (tmp_path / "out" / name).read_bytes() for name in after}
     assert balanced(json.loads((tmp_path / "interrupted/manifest.json").read_text())["steps"], "extract,slow,lines,dedup")
+
+
+def test_any_part_can_be_missing(tmp_path, small_parts, monkeypatch):
+    site(tmp_path / "in", 30)
+    prepare(tmp_path / "in", tmp_path / "whole", "extract,lines,dedup", separator="<sep>")
+    rng = random.Random(0)
+    for left in (0, 3, 6, 9):  # it ends before the end, as by a kill, and some parts were not done
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(data.Pipeline, "write", lambda *words: (_ for _ in ()).throw(KeyboardInterrupt))
+            prepare(tmp_path / "in", tmp_path / "out", "extract,lines,dedup", separator="<sep>")
+        done = sorted(tmp_path.glob("out/parts-*/2-*.json")) + sorted(tmp_path.glob("out/parts-*/1-*.json"))
+        assert len(done) > 12
+        for path in rng.sample(done, left):
+            path.unlink()
+    prepare(tmp_path / "in", tmp_path / "out", "extract,lines,dedup", separator="<sep>")
+    for name in ("documents.jsonl", "removed.jsonl"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def deadly(marker):
