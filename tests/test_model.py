@@ -851,8 +851,8 @@ def recall_by_key(mixer, keys, writes, steps=200, **changes):
 
 @pytest.mark.parametrize("mixer,changes,learns", [
     ("attention", {}, True), ("mamba2", {}, True), ("gdn", {}, True),
-    ("linear", {}, False),  # a sum of all that was written under a key does not know the last
-    ("attention", dict(position="none"), False), ("window", dict(window=2), False)])
+    pytest.param("linear", {}, False, marks=pytest.mark.slow),  # a sum of all written under a key does not know the last
+    ("attention", dict(position="none"), False), pytest.param("window", dict(window=2), False, marks=pytest.mark.slow)])
 def test_recall_of_the_last_value_of_a_key(mixer, changes, learns):
     accuracy = recall_by_key(mixer, 3, 10, **changes)
     assert accuracy > 0.8 if learns else accuracy < 0.5

@@ -85,6 +85,7 @@ def test_a_known_law_is_found_again(noise, tolerance):
     assert found["N_exponent"][0] + found["D_exponent"][0] == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_intervals_of_noisy_runs_hold_the_truth():
     """Over 30 noisy studies the 90% intervals hold the exponents, and a new run's loss, about as often as they say."""
     hits = dict.fromkeys(("alpha", "beta", "loss"), 0)

@@ -1149,7 +1149,8 @@ def two_processes(port, words):
 
 
 @pytest.mark.parametrize("ranks, words, tolerance", [
-    (torchrun, ["--optimizer=adamw", "--batch_size=5", "--micro_batch=2", "--ngram=3", "--ngram_rows=50"], 1e-9), (two_processes, ["--optimizer=muon"], 1e-6)])
+    (torchrun, ["--optimizer=adamw", "--batch_size=5", "--micro_batch=2", "--ngram=3", "--ngram_rows=50"], 1e-9),
+    pytest.param(two_processes, ["--optimizer=muon"], 1e-6, marks=pytest.mark.slow)])
 def test_two_ranks_are_one_process(ranks, words, tolerance, folder, tmp_path, launch):
     words = [*WORDS, "--dtype=float64", "--dropout=0.2", "--max_iters=6", "--eval_interval=2", *words]
     out = ranks(free_port(), [str(ROOT / "train.py"), f"--data={folder}", f"--output={tmp_path / 'two'}", *words])
