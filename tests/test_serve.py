@@ -485,6 +485,16 @@ def test_who_leaves_while_waiting_is_never_decoded(slow):
     assert wait_for(lambda: idle(slow)) and waiting.output == []
 
 
+def test_an_idle_server_rests(gpt, tokenizer):
+    with serving(gpt, tokenizer) as server:
+        calls, step = [], server.engine.step
+        server.engine.step = lambda: calls.append(1) or step()
+        complete(server, prompt="the", max_tokens=3)
+        assert wait_for(lambda: idle(server) and len(calls) >= 4)
+        time.sleep(0.2)
+        assert len(calls) == 4  # the last one finds nothing
+
+
 def test_a_full_queue_is_429(slow, monkeypatch):
     monkeypatch.setattr(sample, "QUEUE", 4)
     with connect(slow, raw(prompt="the model", max_tokens=10**6, n=3)):
