@@ -767,7 +767,7 @@ def fuzz(folder, count, seed):
 
 
 def test_mutated_input_raises_nothing(tmp_path):
-    fuzz(tmp_path, 200, 0)
+    fuzz(tmp_path, 120, 0)
 
 
 @pytest.mark.slow
