@@ -23,7 +23,7 @@ import pytest
 from conftest import ROOT, tiny_documents
 
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
-CEILING = {"bpe.py": 700, "data.py": 1130, "model.py": 940, "train.py": 770, "kernels.py": 560, "ddp.py": 540,
+CEILING = {"bpe.py": 700, "data.py": 1135, "model.py": 940, "train.py": 770, "kernels.py": 560, "ddp.py": 540,
            "scaling.py": 400, "align.py": 1300, "sample.py": 520}
 # Who may import whom: at the top of the file, and on demand inside a function.
 OURS = {"bpe.py": ("", ""), "data.py": ("bpe", ""), "model.py": ("", "kernels"), "train.py": ("model", "bpe data ddp kernels"),
