@@ -1,4 +1,4 @@
-"""Text from a trained model, and what the model knows: batched decoding, conversations, evaluation.
+"""Text from a trained model, and what the model knows: batched decoding, conversations, a server, evaluation.
 
 Reads: a checkpoint of train.py; for --eval the public files of HellaSwag, MMLU and GSM8K, and plain text.
 Writes: text to stdout, one line about the speed to stderr; --eval: each item, answer and score to --output.
@@ -1037,6 +1037,8 @@ class Server(http.server.ThreadingHTTPServer):
         self.o, self.name = o, Path(o.ckpt).resolve().parent.name
         self.tokenizer = tokenizer or MUTE
         self.engine = Engine(model, (), self.tokenizer.vocab_size)
+        if o.draft:
+            self.engine.draft = load_draft(o.draft, self.engine)
         self.key = os.environ.get("API_KEY", "")
         self.silent = {}  # connections that have sent no request, the oldest first
         self.statuses = collections.Counter()
@@ -1052,7 +1054,8 @@ class Server(http.server.ThreadingHTTPServer):
                 for reply, text in stream(self.engine, self.tokenizer):
                     reply.said = reply.said[0] + text, len(reply.output), reply.done
             except Exception as error:  # of any kind: what is going fails, what comes next does not
-                self.engine = Engine(self.engine.model, (), self.engine.vocab_size)
+                before = self.engine
+                self.engine = Engine(before.model, (), before.vocab_size, draft=before.draft)
                 print(f"decoding failed: {error}", file=sys.stderr)
 
 
