@@ -321,11 +321,11 @@ def test_everything_is_counted_and_the_same_for_any_number_of_workers(tmp_path, 
     assert balanced(steps, STEPS)
     assert steps["read"]["dropped"] == {"record of another type": 1, "binary": 1, "no JSON with a text or messages": 3}
     assert steps["read"]["in"] == 80 + 1 + 3 + 5 + 10 and steps["extract"]["dropped"] == {"no text": 1}
-    assert steps["length"]["dropped"] == {"under 100 characters": 2} and steps["pii"]["masked"]["email"] >= 60
+    assert steps["length"]["dropped"] == {"characters": 3} and steps["pii"]["masked"]["email"] >= 60
     assert all(steps[name]["dropped"] for name in ("urls", "dedup")) and steps["domain"]["documents"]["site1.org"] > 5
     texts = texts_of(tmp_path / "1")
     assert len(texts) == steps["dedup"]["kept"] == manifests[0]["train"]["documents"] + manifests[0]["val"]["documents"]
-    assert not any("joe@" in text or "menu" in text for text in texts) and any("<email>" in text for text in texts)
+    assert not any("joe@" in text or "menu" in text for text in texts) and any("<EMAIL>" in text for text in texts)
     assert sorted(os.listdir(tmp_path / "1")) == sorted(["documents.jsonl", "removed.jsonl", "manifest.json", "tokenizer.json", "train.npy", "val.npy"])
     removed = Counter((row["step"], row["reason"]) for row in map(json.loads, open(tmp_path / "1/removed.jsonl")))
     assert removed == {(name, reason): count for name, row in steps.items() for reason, count in row.get("dropped", {}).items()}
@@ -339,11 +339,11 @@ def test_order_and_fields_are_those_of_the_input(tmp_path):
 
 
 def test_conversations_keep_their_fields(tmp_path):
-    talk = {"messages": [{"role": "user", "content": "I am joe@example.com, hello " + "there " * 20}, {"role": "assistant", "content": "Hi.\nHi."}], "id": 3}
+    talk = {"messages": [{"role": "user", "content": "I am joe@example.com, hello " + "there " * 60}, {"role": "assistant", "content": "Hi.\nHi."}], "id": 3}
     rows = [talk, {"messages": [{"role": "user", "content": "short"}]}, {"messages": "no"}, {"messages": [{"role": "user"}]}]
     kept, steps = through(tmp_path, rows, "length,pii")
     assert len(kept) == 1 and kept[0]["id"] == 3 and kept[0]["messages"][1] == talk["messages"][1] and "text" not in kept[0]
-    assert kept[0]["messages"][0]["content"].startswith("I am <email>, hello")
+    assert kept[0]["messages"][0]["content"].startswith("I am <EMAIL>, hello")
     assert steps["read"]["dropped"] == {"no JSON with a text or messages": 2} and steps["length"]["kept"] == 1
     kept, _ = through(tmp_path, rows[:1], "lines", "out2")
     assert kept[0]["messages"][1]["content"] == "Hi." and kept[0]["messages"][0] == talk["messages"][0]
@@ -434,7 +434,7 @@ def test_damaged_files_cost_no_other_document(tmp_path):
 def test_nothing_left_is_told(tmp_path, capsys):
     with pytest.raises(ValueError, match="no document"):
         through(tmp_path, ["a", "b"], "length,tokenise")
-    assert "dropped: under 100 characters" in capsys.readouterr().out
+    assert "dropped: characters" in capsys.readouterr().out
 
 
 def test_memory_does_not_grow_with_the_input(tmp_path, monkeypatch):
@@ -603,7 +603,7 @@ def test_the_report_escapes_and_the_table_is_narrow(tmp_path, run_script):
     done = run_script("data.py", "--input=in.jsonl", "--steps=length,exact,tokenise", "--tokenizer=byte", "--output=out", "--report=report.html", "--look=3", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "report.html").read_text()
-    assert "&lt;script&gt;alert(1)" in page and "&lt;b&gt;" in page and "under 100 characters" in page and "tokens" in page
+    assert "&lt;script&gt;alert(1)" in page and "&lt;b&gt;" in page and "characters" in page and "tokens" in page
     tags = set(re.findall(r"<(\w+)", page))
     assert tags <= set("html meta title style h1 h2 h3 pre p table tr td i".split()) and "default-src 'none'" in page
     assert not re.findall(r"<[^>]*\s(?:src|href|on\w+)=|url\(", page)

@@ -17,6 +17,7 @@ from conftest import ROOT
 from model import GPT, Config
 
 EXACT = 1e-9
+pytestmark = pytest.mark.xdist_group("ddp")
 
 
 def in_world(task, n, tmp_path, *more):
