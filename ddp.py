@@ -1116,7 +1116,6 @@ class Torch:
             mesh = dist.device_mesh.init_device_mesh(device.type, (self.world,))
             for part in (*self.gpt.blocks, objective):
                 fsdp.fully_shard(part, mesh=mesh)
-                part.set_gradient_divide_factor(1.0)  # sums, not means
         self.run = objective if shards else nn.parallel.DistributedDataParallel(objective)
         self.weights = dict(self.gpt.named_parameters())
         self.pieces = {name: nn.Parameter(p.to_local()) if shards else p for name, p in self.weights.items()}
@@ -1137,10 +1136,10 @@ class Torch:
         return tuple(totals.tolist())
 
     def sync(self) -> None:
-        """Hand the gradients on: FSDP2's are sums, as it was told; DDP's are means."""
+        """Hand the gradients on: torch's are means over the ranks, sums are wanted."""
         for name, p in self.weights.items():
             grad = p.grad if p.grad is not None else torch.zeros_like(p)
-            self.pieces[name].grad = grad.to_local() if self.shards else grad * self.world
+            self.pieces[name].grad = (grad.to_local() if self.shards else grad) * self.world
 
     def norm(self, without: tuple = ()) -> float:
         """The norm of the gradient of the whole model (without some parameters)"""
