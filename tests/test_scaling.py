@@ -342,6 +342,7 @@ def test_plan_starts_nothing(ledger, tmp_path, capsys):
         scaling.study(scaling.Options(budgets="1e6"), book)
 
 
+@pytest.mark.slow
 def test_preregistration(tmp_path, run_script):
     path = table(tmp_path / "runs.csv", [dict(zip("NDC", map(float, run[:3])), loss=float(run[3])) for run in made(0.001).T])
     words = [f"--fit={path}", "--output=study", "--predict=1e21", "--preregister", "--resamples=50"]

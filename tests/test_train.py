@@ -836,6 +836,7 @@ def test_tokens_that_were_replaced(launch, folder, tmp_path):
     assert launch("--resume", f"--ckpt={tmp_path / 'out/ckpt.pt'}", "--max_iters=14", output=tmp_path / "b", shape=[]).code == 0
 
 
+@pytest.mark.slow
 def test_two_runs_in_one_folder(folder, tmp_path, run_script):
     """The second is refused while the first lives, and leaves it alone."""
     process = start(folder, tmp_path / "out", *WORDS, *LONG, "--max_iters=3000")
