@@ -1081,7 +1081,6 @@ class Split:
             pieces[name] = self.begins[name], list(self.shapes[name]), [piece.detach(), *state.get(name, [])]
         return dict(at=self.mesh.at, mesh=self.mesh.text, pieces=pieces)
 
-
     def save(self, folder: Path, state: dict[str, list[Tensor]], **rest) -> None:
         """Write this rank's part of a checkpoint; `python ddp.py --merge=FOLDER` joins them. Raises OSError."""
         import model
@@ -1205,6 +1204,8 @@ def engine(objective: nn.Module, o: Options, batch: int) -> Split | Torch:
 
 def split_model(objective: nn.Module, kind: str, optimizer: str, batch: int) -> Split | Torch:
     """The same by a key of KINDS, or a mesh such as dp2,tp2"""
+    known = kind in KINDS or re.search(r"\d", kind)
+    require(known, f"--parallel={kind}: choose from {', '.join(KINDS)}, or a mesh such as dp2,tp2")
     words = KINDS.get(kind, f"--mesh={kind}").format(n=dist.get_world_size()).split()
     o = options(Options, [*words, f"--optimizer={optimizer}"])
     return engine(objective, o, batch)
@@ -1555,6 +1556,7 @@ def merge(folder: str, output: str) -> None:
     paths = sorted(Path(folder).glob("part-*.pt"))
     require(paths, f"--merge={folder} holds no part-*.pt")
     parts = [load_checkpoint(path) for path in paths]
+    require(all("pieces" in part for part in parts), f"--merge={folder}: whole checkpoints are there, no parts")
     runs = {str([part.get(key) for key in ("world", "mesh", "step", "train", "corpus")]) for part in parts}
     require(len(runs) == 1, f"the parts in {folder} are of different runs or steps")
     config = Config(**parts[0]["config"])
@@ -1609,7 +1611,7 @@ def main():
     elif o.merge:
         merge(o.merge, o.output)
     elif "LOCAL_RANK" in os.environ:
-        work(0, o, words, "")
+        process(0, o, words, "")
     else:
         logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
         with tempfile.TemporaryDirectory() as folder:

@@ -714,8 +714,10 @@ class Run:
         speed = rate(p.step, o)
         for weight in self.weights.values():
             weight.grad = weight.grad / (count * p.scale)  # not in place: those of summed tables share numbers
-        norm = nn.utils.get_total_norm([weight.grad for weight in self.clipped])
-        p.grad_norm = self.split.norm(self.tables) if self.split else norm.item()
+        if self.split:
+            p.grad_norm = self.split.norm(self.tables)
+        else:
+            p.grad_norm = nn.utils.get_total_norm([weight.grad for weight in self.clipped]).item()
         nn.utils.clip_grads_with_norm_(self.clipped, o.grad_clip or math.inf, torch.tensor(p.grad_norm))
         fine = math.isfinite(p.grad_norm)
         require(fine or o.dtype == "float16" and p.scale > 2**-24,

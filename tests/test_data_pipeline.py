@@ -2,8 +2,6 @@
 import contextlib
 import csv
 import gzip
-import hashlib
-import io
 import itertools
 import json
 import os

@@ -363,6 +363,31 @@ def test_every_rank_of_the_ring_has_as_much_to_do():
             assert sum(0.5 if causal else 1 for _, _, causal in pairs) == 2 * n  # of (2n)^2 / 2 in all
 
 
+def test_an_expert_takes_no_more_than_its_capacity():
+    """Of rows sorted by expert the first few of each are worked on, the others come back as 0; without a limit all are."""
+    config = Config(**{**ddp.SHAPE, "balance_loss": 0.0}, n_expert=4)
+    torch.manual_seed(0)
+    ffn = GPT(Config(**vars(config) | dict(init="gpt2"))).blocks[0].ffn
+    group = ddp.SimpleNamespace(size=1, all_to_all=lambda parts, sizes: torch.cat(list(parts)))
+    x = torch.randn(12, 32, requires_grad=True)
+    ends = torch.tensor([6, 8, 8, 12])  # 6, 2, 0 and 4 rows
+    right = ffn.work(x, ends)
+    assert torch.allclose(ddp.dispatch(ffn, group, 0.0, x, ends), right)
+    few = ddp.dispatch(ffn, group, 1.0, x, ends)  # the mean is 3
+    kept = [0, 1, 2, 6, 7, 8, 9, 10]
+    assert torch.allclose(few[kept], right[kept], atol=1e-6) and not few[[3, 4, 5, 11]].any()
+    few.sum().backward()
+    assert x.grad[kept].abs().sum(1).all() and not x.grad[[3, 4, 5, 11]].any()
+
+
+def test_by_torchrun(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "ddp.py"),
+                           "--mesh=dp2", "--steps=2"], cwd=tmp_path, text=True, capture_output=True, timeout=200,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("2 ranks, 2 steps") == 1 and re.search(r"^dp2 .* \d", done.stdout, re.M) and "not exact" not in done.stdout
+
+
 def test_plan():
     o = ddp.Options(gpus=64, params=7e9, tokens=1e11, block_size=4096, batch_tokens=4e6)
     row = ddp.plan_of(o, 1, 1, 1, 1)
