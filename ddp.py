@@ -20,6 +20,7 @@ import logging
 import math
 import os
 import re
+import signal
 import sys
 import tempfile
 import textwrap
@@ -1203,7 +1204,10 @@ def engine(objective: nn.Module, o: Options, batch: int) -> Split | Torch:
 
 
 def split_model(objective: nn.Module, kind: str, optimizer: str, batch: int) -> Split | Torch:
-    """The same by a key of KINDS, or a mesh such as dp2,tp2"""
+    """The same by a key of KINDS, or a mesh such as dp2,tp2: what train.py's --parallel asks for.
+
+    Raises ValueError for another word, and for a model that cannot be split so.
+    """
     known = kind in KINDS or re.search(r"\d", kind)
     require(known, f"--parallel={kind}: choose from {', '.join(KINDS)}, or a mesh such as dp2,tp2")
     words = KINDS.get(kind, f"--mesh={kind}").format(n=dist.get_world_size()).split()
@@ -1572,7 +1576,10 @@ def merge(folder: str, output: str) -> None:
 # ---- processes
 
 def agree(*words: str) -> None:
-    """Raise ValueError unless all ranks were started with the same."""
+    """Raise ValueError unless all ranks were started with the same.
+
+    Else they would wait for messages that never come, or train two models.
+    """
     every = [None] * dist.get_world_size()
     dist.all_gather_object(every, words)
     for rank, other in enumerate(every):
@@ -1615,8 +1622,12 @@ def main():
     else:
         logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
         with tempfile.TemporaryDirectory() as folder:
+            usual = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for this process, which ends the others
+            ranks = torch.multiprocessing.spawn(process, (o, words, f"{folder}/meet"), o.ranks, join=False, daemon=True)
+            signal.signal(signal.SIGINT, usual)
             try:
-                torch.multiprocessing.spawn(process, (o, words, f"{folder}/meet"), o.ranks)
+                while not ranks.join():
+                    pass
             except torch.multiprocessing.ProcessExitedException as error:
                 if error.signal_name:
                     raise ValueError(f"rank {error.error_index} was ended by {error.signal_name}") from error
