@@ -1488,7 +1488,7 @@ def main() -> None:
     model, tokenizer = load(o.ckpt, o.device)
     if o.quantize:
         print(quantise(model, o.quantize), file=sys.stderr)
-    elif not o.draft:  # whose guesses make several vectors of one
+    elif not o.draft and model.head.weight.is_cpu:  # a draft's guesses make several vectors of one
         by_columns(model)
     if o.bench:
         return print(*bench(model), sep="\n")

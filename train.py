@@ -35,6 +35,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn import functional as F
 
 import model
@@ -161,7 +162,7 @@ def read_windows(sources: list, which: np.ndarray, starts: np.ndarray, T: int, v
 
 # ---- loss: model and loss are one module, so that compiling or sharding wraps both
 
-LOGITS = 2**24  # numbers: above this the output layer works on some rows at a time
+LOGITS = 2**24  # numbers: above this (on a GPU, 8 times this) the output layer works on some rows at a time
 
 
 class InChunks(torch.autograd.Function):
@@ -208,14 +209,16 @@ class Objective(nn.Module):
         loss = F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
         if self.z_loss and self.training:
             squares = logits.logsumexp(-1).square()
-            loss = loss + self.z_loss * squares[targets >= 0].sum()
+            loss = loss + self.z_loss * (squares * (targets >= 0)).sum()
         return loss
 
     def forward(self, tokens, targets):
         x = self.gpt.hidden(tokens).flatten(0, 1)  # (B T, C)
         targets = targets.flatten()
-        rows = LOGITS // self.gpt.config.vocab_size + 1
-        if len(x) > rows and self.training and not torch.compiler.is_compiling():
+        rows = (8 if x.is_cuda else 1) * LOGITS // self.gpt.config.vocab_size + 1
+        if torch.compiler.is_compiling():  # which would compile each chunk anew, and fuses the whole
+            loss = self.rows(x, targets)
+        elif len(x) > rows and self.training:
             head = self.gpt.head.parameters()
             loss = InChunks.apply(self.rows, rows, x, targets, *head)
         else:
@@ -252,11 +255,15 @@ POLAR = (
 )
 
 
-def orthogonalise(g: Tensor) -> Tensor:
-    """U V^T, about, of each matrix U S V^T in g (..., n, m): all singular values near 1, by matrix products alone."""
+def orthogonalise(g: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """U V^T, about, of each matrix U S V^T in g (..., n, m): all singular values near 1, by matrix products alone.
+
+    They are taken in `dtype` (None: that of g).
+    """
     if g.shape[-2] > g.shape[-1]:
-        return orthogonalise(g.mT).mT
+        return orthogonalise(g.mT, dtype).mT
     x = g / (1.02 * g.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # no singular value is above the norm
+    x = x.to(dtype or x.dtype)
     for a, b, c in POLAR:
         square = x @ x.mT
         x = a * x + (b * square + c * square @ square) @ x
@@ -265,13 +272,16 @@ def orthogonalise(g: Tensor) -> Tensor:
 
 @torch.no_grad()
 def muon(weight: Tensor, state: list, rate: float, t: int, o: Options) -> None:
-    """Move by the orthogonalised momentum (Jordan et al. 2024), in steps of AdamW's size (Liu et al. 2025)."""
+    """Move by the orthogonalised momentum (Jordan et al. 2024), in steps of AdamW's size (Liu et al. 2025).
+
+    Its products are in the type of autocast, for on GPUs those in single precision take many times as long.
+    """
     if not state:
         state += [torch.zeros_like(weight)]
     m = state[0].lerp_(weight.grad, 1 - o.momentum)
     ahead = weight.grad.lerp(m, o.momentum)  # Nesterov's momentum
     size = 0.2 * max(weight.shape) ** 0.5  # U V^T has entries of 1 / sqrt(max(shape)), AdamW's steps of about 0.2
-    weight.sub_(orthogonalise(ahead), alpha=rate * size)
+    weight.sub_(orthogonalise(ahead, precision(o, weight.device)), alpha=rate * size)
 
 
 @torch.no_grad()
@@ -357,6 +367,16 @@ def rate(step: int, o: Options) -> float:
 def ranks() -> tuple[int, int]:
     """This process's rank and how many there are; (0, 1) without torchrun."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def join_ranks(o: Options):
+    """Meet the other processes of torchrun. After a restart, under keys that the lost ones have not left addresses in."""
+    torch.cuda.is_available() and torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    store, rank, world = next(rendezvous("env://"))
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    both = "cpu:gloo,cuda:nccl"  # evaluations are summed on the CPU, in double precision
+    backend = both if pick_device(o.device).type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
 
 
 def sum_over_ranks(tensors: list[Tensor]):
@@ -599,7 +619,7 @@ class Run:
         self.tables = tables = [name for name, role in self.roles.items() if role == "table"]
         self.clipped = [weight for name, weight in self.weights.items() if name not in tables]
         for name in tables:
-            sparse = self.device.type == "cpu" or self.device.type == "cuda" and world == 1  # NCCL adds up dense ones
+            sparse = self.device.type == "cpu" or self.device.type == "cuda" and not dist.is_initialized()  # NCCL: dense
             sparse = sparse and not (o.compile or self.split)
             self.gpt.get_submodule(name.rpartition(".")[0]).sparse = sparse
         self.state = {name: [] for name in self.weights}
@@ -620,7 +640,8 @@ class Run:
         """Put the objective under torch.compile; where that fails on a first window, say so and go on without."""
         usual, self.objective = self.objective, torch.compile(self.objective)
         try:
-            loss, _ = self.loss([Source(np.zeros(2, np.uint16), np.ones(2))], [0], [0])
+            rows = np.zeros(self.o.micro_batch, int)  # the shape of training, so that it is compiled once
+            loss, _ = self.loss([Source(np.zeros(2, np.uint16), np.ones(2))], rows, rows)
             loss.backward()
         except Exception as error:  # no C++ compiler, a device it does not know: many kinds
             print(f"torch.compile does not work here ({type(error).__name__}); going on without")
@@ -1022,8 +1043,7 @@ def main():
     words = sys.argv[1:]
     o, checkpoint = options(Options, words), {}
     if "LOCAL_RANK" in os.environ:  # torchrun
-        torch.cuda.is_available() and torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if pick_device(o.device).type == "cuda" else "gloo")
+        join_ranks(o)
         sys.stdout = open(os.devnull, "w") if ranks()[0] else sys.stdout  # one of them prints
     with contextlib.suppress(OSError, TypeError, AttributeError):  # glibc only
         ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX: keep freed memory, for new pages cost more than
