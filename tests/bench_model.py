@@ -52,7 +52,7 @@ class NanoGPT(nn.Module):
         self.ln = nn.LayerNorm(n_embd, bias=False)
 
     def forward(self, ids):
-        x = self.wte(ids) + self.wpe(torch.arange(ids.shape[1]))
+        x = self.wte(ids) + self.wpe(torch.arange(ids.shape[1], device=ids.device))
         return F.linear(self.ln(self.layers(x)), self.wte.weight)
 
 
