@@ -370,7 +370,7 @@ def ranks() -> tuple[int, int]:
 
 
 def join_ranks(o: Options):
-    """Meet the other processes of torchrun. After a restart, under keys that the lost ones have not left addresses in."""
+    """Meet torchrun's other processes; after a restart under new keys, as the old ones hold addresses of the lost."""
     torch.cuda.is_available() and torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     store, rank, world = next(rendezvous("env://"))
     store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
@@ -619,7 +619,8 @@ class Run:
         self.tables = tables = [name for name, role in self.roles.items() if role == "table"]
         self.clipped = [weight for name, weight in self.weights.items() if name not in tables]
         for name in tables:
-            sparse = self.device.type == "cpu" or self.device.type == "cuda" and not dist.is_initialized()  # NCCL: dense
+            kind = self.device.type  # NCCL adds up dense ones alone
+            sparse = kind == "cpu" or kind == "cuda" and not dist.is_initialized()
             sparse = sparse and not (o.compile or self.split)
             self.gpt.get_submodule(name.rpartition(".")[0]).sparse = sparse
         self.state = {name: [] for name in self.weights}

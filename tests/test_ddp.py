@@ -4,9 +4,13 @@ The processes are real, over gloo; one world of two and one of four serve all te
 """
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -386,6 +390,35 @@ def test_by_torchrun(tmp_path):
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("2 ranks, 2 steps") == 1 and re.search(r"^dp2 .* \d", done.stdout, re.M) and "not exact" not in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form, n, how", [("zero1", 2, ["--standalone"]), ("dp2,tp2", 4, [])])
+def test_after_a_lost_rank_the_run_goes_on(form, n, how, tmp_path):
+    """One of the processes is killed after a checkpoint: torchrun starts all of them again, and the weights are those of a calm run."""
+    tokens = (torch.arange(20_000) * 7 % 64 + torch.randint(2, (20_000,), generator=torch.Generator().manual_seed(0))).clamp(max=63)
+    for side in ("train", "val"):
+        np.save(tmp_path / f"{side}.npy", tokens[:20_000 if side == "train" else 2_000].numpy().astype(np.uint16))
+    words = [sys.executable, "-m", "torch.distributed.run", *how, f"--nproc_per_node={n}", "--max_restarts=2", str(ROOT / "train.py"),
+             f"--data={tmp_path}", "--n_layer=2", "--n_head=4", "--n_embd=32", "--block_size=32", "--max_iters=150", "--eval_interval=25",
+             "--batch_size=8", "--ngram=0", "--device=cpu", f"--parallel={form}", "--resume"]
+
+    def start(name):
+        return subprocess.Popen([*words, f"--output={tmp_path / name}"], cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                env={**os.environ, "OMP_NUM_THREADS": "1"})
+    calm = start("calm")
+    assert calm.wait(timeout=300) == 0, calm.stdout.read()
+    hit, log = start("hit"), tmp_path / "hit" / "log.jsonl"
+    while hit.poll() is None and not (log.exists() and '"step": 50' in log.read_text()):
+        time.sleep(0.1)
+    ids = Path(f"/proc/{hit.pid}/task/{hit.pid}/children").read_text().split()
+    workers = [id for id in ids if b"train.py" in Path(f"/proc/{id}/cmdline").read_bytes()]
+    assert len(workers) == n
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    out = hit.communicate(timeout=300)[0]
+    assert hit.returncode == 0 and "exitcode: -9" in out and "step   150" in out, out
+    a, b = (torch.load(tmp_path / name / "ckpt.pt", weights_only=True) for name in ("calm", "hit"))
+    assert a["step"] == b["step"] == 150 and all(torch.equal(a["weights"][name], b["weights"][name]) for name in a["weights"])
 
 
 def test_plan():
