@@ -172,6 +172,13 @@ class Plain:
         weights = (scores - scores.amax(-1, keepdim=True)).exp()  # the largest becomes 1: nothing overflows
         return weights / weights.sum(-1, keepdim=True) @ v
 
+    def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Turn the pairs of channels (i, i + hd/2) of x (B, T, H, hd): (a, b) -> (a cos - b sin, b cos + a sin).
+
+        cos (cos, cos) and sin (-sin, sin), both (1 or B, T, 1, hd).
+        """
+        return x * cos + x.roll(x.shape[3] // 2, 3) * sin
+
 
 class Fast:
     """The same operations, fused by torch: one pass over memory where the plain form makes several."""
@@ -187,8 +194,39 @@ class Fast:
         grouped = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped)
 
+    turn = Plain.turn
+
 
 ops = Fast  # what the layers below call; `model.ops = model.Plain` runs them as written above
+
+
+def with_kernels(compiled: bool = False) -> type:
+    """Fast with the kernels of kernels.py where they run, to be set as `ops`.
+
+    `compiled`: without those that torch.compile would have fused with their neighbours.
+    """
+    import kernels
+    flash, rmsnorm, rope = (kernels.use(name) for name in ("flash", "rmsnorm", "rope"))
+
+    class Kernels(Fast):
+        def attention(q, k, v, mask):
+            if mask is not None:
+                return Fast.attention(q, k, v, mask)
+            q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast norms and angles give single precision
+            return flash(q, k, v, q.shape[2] > 1, None)[0]
+
+        def norm(x, weight, bias, eps, center):
+            if compiled or center or weight is None:
+                return Fast.norm(x, weight, bias, eps, center)
+            return rmsnorm(x, weight, None, eps)[0]
+
+        def turn(x, cos, sin):
+            if compiled or cos.shape[0] != 1:
+                return Fast.turn(x, cos, sin)
+            half = x.shape[3] // 2
+            return rope(x, cos[0, :, 0, :half], sin[0, :, 0, half:])
+
+    return Kernels
 
 
 # ---- layers with parameters; what each parameter is follows from its name, see ROLES further down
@@ -383,7 +421,7 @@ def waves(at: Tensor, width: int, base: float):
 class Rope(Position):
     """Turn each pair of channels by an angle that grows with the position: q k^T sees distances (Su et al. 2021).
 
-    The pairs are (i, i + hd/2): (a, b) -> (a cos - b sin, b cos + a sin).
+    The pairs are (i, i + hd/2).
     """
 
     def __init__(self, config):
@@ -395,7 +433,7 @@ class Rope(Position):
 
     def turn(self, at):
         cos, sin = self.table[:, at].unsqueeze(-2)  # (1 or B, T, 1, hd) each
-        return lambda x: x * cos + x.roll(x.shape[3] // 2, 3) * sin
+        return lambda x: ops.turn(x, cos, sin)
 
 
 class Sinusoidal(Position):
@@ -801,7 +839,7 @@ class GPT(nn.Module):
         self.ngrams = NGrams(config)
         kinds = config.tiled("position")
         self.position = POSITIONS[max(kinds, key=lambda kind: kind != "none")](config)
-        self.turned = [kind != "none" for kind in kinds]
+        self.turned = [int(kind != "none") for kind in kinds]
         self.drop = Dropout(config.dropout, self.noise, 0)
         layers = range(config.n_layer)
         self.blocks = nn.ModuleList(Block(config, layer, self.noise) for layer in layers)
@@ -1205,7 +1243,7 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
     with replacing(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
-            file.write(tensor.float().contiguous().numpy())
+            file.write(tensor.float().cpu().contiguous().numpy())
 
 
 def import_hf(folder: str | os.PathLike) -> GPT:

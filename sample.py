@@ -41,6 +41,7 @@ from typing import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn import functional as F
 
 from bpe import Tokenizer, from_dict
@@ -291,6 +292,10 @@ def join(parts: list):
     return both
 
 
+# attention without cuDNN, which on a GPU makes a plan for each length it has not met: at each step, and for 50 ms
+UNPLANNED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
 class Engine:
     """Decodes requests together on a model in eval mode. Each step() adds a token to all that are going.
 
@@ -331,6 +336,7 @@ class Engine:
         self.waiting.append(request)
 
     @torch.inference_mode()
+    @sdpa_kernel(UNPLANNED)
     def step(self) -> list[Request]:
         """Go on with every request that is not done and has a slot; returns these requests, [] when there are none."""
         rows = [row for row, request in enumerate(self.active) if request.held and not request.done]
@@ -1401,7 +1407,7 @@ def copy_bandwidth(device: torch.device, clock: Callable = time.perf_counter) ->
     return 2 * source.nbytes / min(seconds)
 
 
-def bench(model: GPT, new_tokens: int = 64) -> Iterator[str]:
+def bench_model(model: GPT, new_tokens: int = 64) -> Iterator[str]:
     """Greedy decoding of 1 to 64 texts together, each as long as the block: a line of speeds each.
 
     The share of bandwidth is that of the bytes which decoding must read, weights and state, at that of a copy.
@@ -1491,7 +1497,7 @@ def main() -> None:
     elif not o.draft and model.head.weight.is_cpu:  # a draft's guesses make several vectors of one
         by_columns(model)
     if o.bench:
-        return print(*bench(model), sep="\n")
+        return print(*bench_model(model), sep="\n")
     if o.serve:
         return serve(model, tokenizer, o)
     prompt = o.prompt or "\n"

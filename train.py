@@ -86,6 +86,7 @@ class Options(Config):
     device: str = ""  # cpu, cuda, mps (empty: the best there is)
     dtype: str = ""  # float32, float64, or autocast to bfloat16, float16 (empty: bfloat16 on cuda, else float32)
     compile: bool = False  # use torch.compile where it works
+    kernels: bool = False  # use the Triton kernels of kernels.py where they run
     parallel: str = ""  # split by ddp.py: ddp, zero1, zero2, fsdp, tp, pp, cp, ep, or a mesh such as dp2,tp2
     parts: bool = False  # with --parallel: each rank writes its part of ckpt.pt to OUTPUT/parts, for ddp.py --merge
     noise_scale: bool = False  # measure the critical batch size; needs two micro-batches or ranks
@@ -199,6 +200,8 @@ class Objective(nn.Module):
     log sum exp(logits), which keeps logits from drifting (Chowdhery et al. 2022).
     """
 
+    fused = None  # output layer and cross-entropy in one, with --kernels
+
     def __init__(self, gpt: GPT, z_loss: float = 0.0):
         super().__init__()
         self.gpt, self.z_loss = gpt, z_loss
@@ -216,7 +219,11 @@ class Objective(nn.Module):
         x = self.gpt.hidden(tokens).flatten(0, 1)  # (B T, C)
         targets = targets.flatten()
         rows = (8 if x.is_cuda else 1) * LOGITS // self.gpt.config.vocab_size + 1
-        if torch.compiler.is_compiling():  # which would compile each chunk anew, and fuses the whole
+        if self.fused and self.training and not (self.z_loss or self.gpt.config.softcap):
+            kind = x.device.type
+            half = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+            loss = self.fused(x.to(half), self.gpt.head.weight.to(half), targets)
+        elif torch.compiler.is_compiling():  # which would compile each chunk anew, and fuses the whole
             loss = self.rows(x, targets)
         elif len(x) > rows and self.training:
             head = self.gpt.head.parameters()
@@ -609,6 +616,13 @@ class Run:
             self.progress.best = math.inf
         self.roles, self.rates = self.gpt.roles(), self.gpt.rates(o.optimizer)
         self.objective = Objective(self.gpt, o.z_loss)
+        self.adamw = None  # for many weights at a time
+        if o.kernels:
+            import kernels
+            model.ops = model.with_kernels(o.compile)
+            found = [kernels.use(name) for name in ("cross_entropy", "adamw")]
+            # their plain twins would hold all logits, and take as long as what is here
+            self.objective.fused, self.adamw = (f if f in kernels.KERNELS.values() else None for f in found)
         self.split = None
         if o.parallel:
             import ddp
@@ -746,18 +760,34 @@ class Run:
                 f"the gradient is not finite at step {p.step}; try a smaller --learning_rate")
         if o.dtype == "float16":
             p.scale *= 2 ** (1 / 256) if fine else 0.5
+        together = {}  # (rate, decay) -> names of weights of one launch
         for name, weight in self.weights.items() if fine else ():
             role = ROLES[self.roles[name]]
-            if role.decay:
-                weight.mul_(1 - speed * o.weight_decay)
             other = adagrad if self.roles[name] == "table" else REST.get(o.optimizer, adamw)
             step = OPTIMIZERS[o.optimizer] if role.muon else other
+            if step is adamw and self.adamw and weight.numel() % 4 == 0:  # at addresses that are multiples of 16
+                together.setdefault((self.rates[name], role.decay), []).append(name)
+                continue
+            if role.decay:
+                weight.mul_(1 - speed * o.weight_decay)
             if self.split and role.muon and o.optimizer != "adamw":
                 step = self.split.on_whole(name, step)
             step(weight, self.state[name], speed * self.rates[name], p.step + 1, o)
+        for (factor, decays), names in together.items():
+            self.adamw_of(names, speed * factor, o.weight_decay / factor if decays else 0.0)
         self.gpt.zero_grad(set_to_none=True)
         if self.split:
             self.split.spread()
+
+    @torch.no_grad()
+    def adamw_of(self, names, speed, decay):
+        """What `adamw` does, for many weights in one launch."""
+        o, weights = self.o, [self.weights[name] for name in names]
+        for name in names:
+            self.state[name] = self.state[name] or [*self.weights[name].new_zeros(2, *self.weights[name].shape)]
+        first, second = zip(*(self.state[name] for name in names))
+        grads = [weight.grad.contiguous() for weight in weights]
+        self.adamw(weights, grads, [*first], [*second], speed, o.beta1, o.beta2, 1e-8, decay, self.progress.step + 1)
 
     @torch.no_grad()
     def evaluate(self, sources):

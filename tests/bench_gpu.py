@@ -30,6 +30,7 @@ from torch.nn import functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import model  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
 from bench_model import NanoGPT  # noqa: E402
@@ -98,7 +99,13 @@ def ours(o, words, **changes):
     compiled = type(run.objective).__name__ == "OptimizedModule"
     if changes.get("compile") and not compiled:
         raise RuntimeError("train.py went on without torch.compile")
-    return SimpleNamespace(step=lambda: run.train_step(sources, False), gpt=run.gpt, flops=run.flops,
+    ops, model.ops = model.ops, model.Fast
+
+    def step():
+        model.ops = ops  # a side with --kernels has its own
+        run.train_step(sources, False)
+        model.ops = model.Fast
+    return SimpleNamespace(step=step, gpt=run.gpt, flops=run.flops,
                            held=lambda: [*run.gpt.parameters(), *sum(run.state.values(), [])])
 
 
@@ -125,34 +132,24 @@ def nano(o, compiled):
     return SimpleNamespace(step=step, gpt=gpt, held=lambda: [*gpt.parameters(), *(x for s in adam.state.values() for x in s.values())])
 
 
-def patched(side, **changes):
-    """The same side with names of train.py replaced during a step."""
-    def step():
-        before = {name: getattr(train, name) for name in changes}
-        vars(train).update(changes)
-        side.step()
-        vars(train).update(before)
-    return SimpleNamespace(**{**vars(side), "step": step})
-
-
 def training(o):
     """Rows of the table: name, tokens a second, MFU, peak memory."""
-    usual = train.orthogonalise
     builders = {
         "nanoGPT's form, fused AdamW": lambda: nano(o, False),
-        "train.py, Muon": lambda: ours(o, MODERN),
-        "train.py, Muon, loss in small chunks": lambda: patched(sides["train.py, Muon"], LOGITS=train.LOGITS // 8),
-        "train.py, Muon in float32": lambda: patched(sides["train.py, Muon"], orthogonalise=lambda g, dtype=None: usual(g)),
-        "train.py, AdamW, nanoGPT's shape": lambda: ours(o, GPT2, optimizer="adamw"),
         "nanoGPT's form, fused AdamW, compiled": lambda: nano(o, True),
-        "train.py, Muon, compiled": lambda: ours(o, MODERN, compile=True),
-        "train.py, AdamW, nanoGPT's shape, compiled": lambda: ours(o, GPT2, optimizer="adamw", compile=True),
+        "AdamW, nanoGPT's shape": lambda: ours(o, GPT2, optimizer="adamw"),
+        "AdamW, nanoGPT's shape, compiled": lambda: ours(o, GPT2, optimizer="adamw", compile=True),
+        "AdamW, nanoGPT's shape, compiled, kernels": lambda: ours(o, GPT2, optimizer="adamw", kernels=True, compile=True),
+        "Muon": lambda: ours(o, MODERN),
+        "Muon, kernels": lambda: ours(o, MODERN, kernels=True),
+        "Muon, compiled": lambda: ours(o, MODERN, compile=True),
+        "Muon, compiled, kernels": lambda: ours(o, MODERN, kernels=True, compile=True),
     }
     sides, turns, peaks = {}, {}, {}
     for name, build in builders.items():
         if o.only not in name:
             continue
-        with part(o, name, RESERVE + (25 if name.endswith("compiled") and not o.tiny else 4)) as go:
+        with part(o, name, RESERVE + (12 if "compiled" in name and not o.tiny else 4)) as go:
             if go:
                 gc.collect()
                 if o.cuda:

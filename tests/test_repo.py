@@ -26,9 +26,9 @@ SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
 CEILING = {
     "bpe.py": 700,
     "data.py": 1580,
-    "model.py": 940,
-    "train.py": 820,
-    "kernels.py": 560,
+    "model.py": 970,
+    "train.py": 870,
+    "kernels.py": 1720,
     "ddp.py": 1210,
     "scaling.py": 400,
     "align.py": 1300,
@@ -40,7 +40,7 @@ OURS = {"bpe.py": ("", ""), "data.py": ("bpe", ""), "model.py": ("", "kernels"),
         "align.py": ("model bpe sample train", ""), "sample.py": ("model bpe", "")}
 PACKAGES = {"torch", "numpy", "regex"}                  # at the top
 ON_DEMAND = PACKAGES | {"triton", "matplotlib"}         # inside a function (kernels.py: triton at the top as well)
-MAY_DIFFER = {"main", "load", "Options", "Config"}      # one name, another meaning in each room
+MAY_DIFFER = {"main", "load", "Options", "Config", "adamw"}      # one name, another meaning in each room
 TINY_MODEL = ["--n_layer=1", "--n_head=2", "--n_embd=32", "--block_size=32", "--batch_size=4", "--max_iters=3", "--device=cpu",
               "--ngram_rows=64"]
 
@@ -197,7 +197,8 @@ def test_public_functions_explain_themselves(name):
     for node in parsed(name).body:
         if isinstance(node, ast.FunctionDef) and node.name not in MAY_DIFFER and node.name[0] != "_":
             assert ast.get_docstring(node), f"{name}: {node.name} has no docstring"
-            assert all(a.annotation for a in node.args.args), f"{name}: an argument of {node.name} has no annotation"
+            triton = any(getattr(decorator, "id", "") == "jit" for decorator in node.decorator_list)  # annotations are types there
+            assert triton or all(a.annotation for a in node.args.args), f"{name}: an argument of {node.name} has no annotation"
 
 
 # ------------------------------------------------------------------------------------------------- importing has no effect
@@ -355,6 +356,7 @@ COPIES = {
     "model.py": ("", [], "parameters"),
     "train.py": ("model", ["--data=ready", "--output=out", *TINY_MODEL], "out/ckpt.pt"),
     "ddp.py": ("", ["--plan"], "MFU"),
+    "kernels.py": ("", ["--only=add", "--seconds=0.01", "--device=cpu"], "forward"),
     "scaling.py": ("model", ["--fit=runs.csv"], "scaling/fit.json"),
     "sample.py": ("model bpe", ["--ckpt=trained/ckpt.pt", "--prompt=the ", "--device=cpu"], "the "),
     "align.py": ("model bpe sample train", ["--algorithm=sft", "--ckpt=trained/ckpt.pt", "--data=chats.jsonl", "--output=tuned",

@@ -762,7 +762,7 @@ def test_a_prompt_longer_than_the_block_is_said(ckpt, main):
 
 def test_bench(ckpt, main):
     recorder = Recorder(make_model(block_size=24))
-    lines = list(sample.bench(recorder, 8))
+    lines = list(sample.bench_model(recorder, 8))
     start = [(1, 15), (1, 1)]
     assert recorder.shapes[:18] == start + [(1, 1)] * 7 + start + [(4, 1)] * 7 and len(lines) == 5
     assert "16 texts: prefill 16 tokens" in lines[3] and "decode 112 tokens" in lines[3]
