@@ -750,7 +750,7 @@ def sequence_parallel(gpt: nn.Module, group: Group) -> None:
     def attention(q, k, v, mask):
         return Ring.apply(q, k, v, group)
     gpt.look, usual = look, gpt.hidden
-    ring = SimpleNamespace(norm=model.Fast.norm, attention=attention)
+    ring = SimpleNamespace(norm=model.Fast.norm, attention=attention, turn=model.Fast.turn)
 
     def hidden(*x):
         before, model.ops = model.ops, ring

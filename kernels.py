@@ -295,9 +295,8 @@ def softmax_slope_kernel(dx, dy, y, R, n, ROWS: tl.constexpr, BLOCK: tl.constexp
         total = tl.zeros([ROWS, 1], tl.float32)
         for at in range(0, n, BLOCK):
             here = (row < R) & (at + col < n)
-            total += tl.sum(read(y + at + col, here, 0.0) * read(dy + at + col, here, 0.0), 1)[
-                :, None
-            ]
+            both = read(y + at + col, here, 0.0) * read(dy + at + col, here, 0.0)
+            total += tl.sum(both, 1)[:, None]
         for at in range(0, n, BLOCK):
             here = (row < R) & (at + col < n)
             p = read(y + at + col, here, 0.0)
@@ -527,9 +526,8 @@ def cross_entropy_kernel(losses, logits, targets, n, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets + row)
     logits += row * n
-    own = read(
-        logits + target, (target >= 0) & (target < n), float("nan")
-    )  # before any logit is overwritten
+    # this one is read before any logit is overwritten
+    own = read(logits + target, (target >= 0) & (target < n), float("nan"))
     top = tl.full([], -float("inf"), tl.float32)
     total = tl.zeros([], tl.float32)
     for start in range(0, n, BLOCK):
@@ -615,8 +613,8 @@ def adamw_kernel(
     kind: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A block of one tensor: m += (g - m) (1 - b1), v += (g^2 - v) (1 - b2), w = keep w - rate (m /
-    fix1) / (sqrt(v / fix2) + eps).
+    """A block of one tensor: AdamW's step, see adamw_twin; keep = 1 - rate decay, new = 1 - beta,
+    fix = 1 - beta^step.
 
     table (tensors, 5) has the addresses of weight, gradient, m and v, and the length; owner and
     starts say for each program which tensor it works on and where it starts.
@@ -668,6 +666,11 @@ def adamw(
         for tensors in zip(params, grads, first, second, strict=True)
     )
     require(fit, "adamw: parameters, gradients and averages differ in shape")
+    kinds = all(
+        w.dtype == g.dtype and m.dtype == v.dtype == torch.float32
+        for w, g, m, v in zip(params, grads, first, second)
+    )
+    require(kinds, "adamw: gradients must be of the type of their parameters, moments in float32")
     for tensor in (*params, *grads, *first, *second):
         aligned = tensor.is_contiguous() and tensor.data_ptr() % 16 == 0
         require(aligned, "adamw: tensors must be contiguous, at addresses that are multiples of 16")
@@ -737,9 +740,8 @@ def dot(a, b, start):
     if INTERPRETED:  # which would multiply the bits of bfloat16
         a, b = a.to(tl.float32), b.to(tl.float32)
     if a.dtype == tl.float32:
-        start = tl.fma(
-            tl.dot(a, b, input_precision="ieee"), 1.0, start
-        )  # a plain sum would be folded into the product
+        # a plain sum would be folded into the product
+        start = tl.fma(tl.dot(a, b, input_precision="ieee"), 1.0, start)
     else:
         start = tl.dot(a, b, start)
     return start
@@ -945,9 +947,8 @@ def flash_tiled(
         for n in range(begin, end, block):
             scores = tile_scores(qs, ks, rows, slice(n, n + block), causal, first)
             higher = torch.maximum(peak, scores.amax(-1))
-            base = higher.masked_fill(
-                higher == -math.inf, 0
-            )  # nothing seen yet: exp(-inf - 0) is 0, and no NaN
+            # nothing seen yet: exp(-inf - 0) is 0, and no NaN
+            base = higher.masked_fill(higher == -math.inf, 0)
             weights, shrink = (scores - base[..., None]).exp(), (peak - base).exp()
             sums = sums * shrink[..., None] + weights @ vs[..., n : n + block, :]
             total = total * shrink + weights.sum(-1)
@@ -1135,9 +1136,8 @@ def flash_kernel(
             higher = tl.maximum(peak, tl.max(scores, 1) * (scale * LOG2E))
             base = higher
             if CUT:
-                base = tl.where(
-                    higher == -float("inf"), 0.0, higher
-                )  # nothing seen yet: exp2(-inf - 0) is 0
+                # nothing seen yet: exp2(-inf - 0) is 0
+                base = tl.where(higher == -float("inf"), 0.0, higher)
             weights = tl.exp2(scores * (scale * LOG2E) - base[:, None])
             shrink = tl.exp2(peak - base)
             total = total * shrink + tl.sum(weights, 1)
@@ -1354,12 +1354,9 @@ def flash_backward(
     dq, dk, dv, delta = *(torch.empty_like(x) for x in (q, k, v)), torch.empty_like(lse)
     last, dlse = None, None if dlse is None else dlse.contiguous()
     if first is not None:
-        first, keys = first.contiguous(), torch.arange(
-            k.shape[2], dtype=first.dtype, device=q.device
-        )
-        last = torch.searchsorted(
-            first, keys.expand(len(first), -1).contiguous(), right=True, out_int32=True
-        )
+        first = first.contiguous()
+        keys = torch.arange(k.shape[2], dtype=first.dtype, device=q.device).repeat(len(first), 1)
+        last = torch.searchsorted(first, keys, right=True, out_int32=True)
     flash_launch(
         flash_dq_kernel,
         1,
@@ -1434,19 +1431,11 @@ class Kernel:
     flops: Callable  # (*inputs) -> floating-point operations of a forward pass
     sizes: tuple  # for the interpreter, a laptop, a GPU
     outputs: str = "y"  # names of what `run` returns
-    hidden: str = (
-        ""  # the last of these are kept for the backward pass alone: names of inputs that they look like
-    )
-    backward: Callable | None = (
-        None  # its parameters are named as inputs, outputs, and d + the name of an output
-    )
-    gradients: dict = dataclasses.field(
-        default_factory=dict
-    )  # name of an input -> its place in what `backward` returns
+    hidden: str = ""  # the last of these are for the backward pass alone: names of inputs that they look like
+    backward: Callable | None = None  # its parameters are named as inputs, outputs, and d + an output's name
+    gradients: dict = dataclasses.field(default_factory=dict)  # input -> its place in what `backward` returns
     like: str = ""  # names of parameters of `backward` that its results look like
-    replaced: dict = dataclasses.field(
-        default_factory=dict
-    )  # input -> output that is kept instead, unless empty
+    replaced: dict = dataclasses.field(default_factory=dict)  # input -> output that is kept instead, unless empty
     mutates: tuple = ()  # names of inputs that change in place
     strided: bool = False  # takes inputs as they lie in memory, and gradients lie so too
     library: Callable | None = None  # the best call that torch has for it
@@ -1520,6 +1509,8 @@ class Kernel:
             kinds <= {*HALF.values(), torch.int8, torch.int32, torch.int64},
             f"{self.name}: no kernel for {', '.join(sorted(map(str, kinds)))}",
         )
+        runs = INTERPRETED.value or all(place.type == "cuda" for place in places)
+        require(runs, f"{self.name}: a kernel runs on a GPU; on a CPU its twin does the work")
         if not self.strided and not self.mutates:
             inputs = [value.contiguous() if isinstance(value, Tensor) else value for value in inputs]
         found = self.op(*inputs)

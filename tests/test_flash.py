@@ -7,6 +7,8 @@ import random
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 CUDA = torch.cuda.is_available()
 if not CUDA:
@@ -257,3 +259,30 @@ def test_a_window_and_documents_are_one_tensor():
     mask = (at[:, None] >= at) & (at[:, None] - at < 4) & (at >= start[..., None])
     theirs = F.scaled_dot_product_attention(q, q, q, mask[:, None])
     torch.testing.assert_close(flash_twin(q, q, q, True, first.int())[0], theirs)
+
+
+class Largest(TorchDispatchMode):
+    """The bytes of the largest tensor that any operation gives"""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(found):
+            if isinstance(tensor, torch.Tensor):
+                self.bytes = max(self.bytes, tensor.nbytes)
+        return found
+
+
+def test_memory_of_the_tiled_form_is_linear_in_the_length():
+    largest = {}
+    for function in (flash_tiled, flash_twin):
+        for T in (256, 512, 1024):
+            x = torch.randn(1, 1, T, 64)
+            with Largest() as mode:
+                function(x, x, x)
+            largest[function, T] = mode.bytes
+    assert largest[flash_tiled, 1024] == 4 * largest[flash_tiled, 256] == 1024 * 64 * 4
+    assert largest[flash_twin, 1024] == 16 * largest[flash_twin, 256]  # the whole matrix of scores

@@ -287,12 +287,20 @@ def test_what_is_refused():
         ("adamw", ([x.mT], [x.mT], [x.mT], [x.mT], 0.1, 0.9, 0.9, 1e-8, 0.0, 1), "contiguous"),
         ("adamw", ([x[0, 1:]], [x[0, 1:]], [x[0, 1:]], [x[0, 1:]], 0.1, 0.9, 0.9, 1e-8, 0.0, 1), "multiples of 16"),
         ("adamw", ([x], [x[:2]], [x], [x], 0.1, 0.9, 0.9, 1e-8, 0.0, 1), "shape"),
+        ("adamw", ([x], [x.half()], [x], [x], 0.1, 0.9, 0.9, 1e-8, 0.0, 1), "type of their parameters"),
+        ("adamw", ([x], [x], [x.half()], [x], 0.1, 0.9, 0.9, 1e-8, 0.0, 1), "type of their parameters"),
         ("rmsnorm", (torch.empty(1, 2**17, device=DEVICE), torch.empty(2**17, device=DEVICE), None, 1e-6), "65536"),
     ]
     for name, inputs, message in cases:
         with pytest.raises(ValueError, match=message):
             KERNELS[name](*inputs)
             pytest.fail(f"{name} took {message}")
+
+
+def test_a_kernel_is_none_for_a_cpu(monkeypatch):
+    monkeypatch.setattr(kernels, "INTERPRETED", kernels.tl.constexpr(False))
+    with pytest.raises(ValueError, match="add: a kernel runs on a GPU; on a CPU its twin does the work"):
+        KERNELS["add"](torch.ones(3), torch.ones(3))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
