@@ -1859,11 +1859,11 @@ def bench(
             marks[name] = clock(call, device)
         if cuda:
             torch.cuda.synchronize()
-        if until < math.inf:  # the first two rounds compile and warm up
-            for name, mark in marks.items():
-                times[name].append(mark())
-        elif times is not None:
+        if until == math.inf:  # the first round compiles and warms up
             until = time.perf_counter() + seconds
+            continue
+        for name, mark in marks.items():
+            times[name].append(mark())
     quartiles = {name: statistics.quantiles(found, n=4) for name, found in times.items()}
     return {name: (middle, (high - low) / middle) for name, (low, middle, high) in quartiles.items()}
 
@@ -1890,9 +1890,8 @@ def least_bytes(kernel: Kernel, inputs: tuple) -> tuple[int, int]:
     named = dict(zip(kernel.inputs, inputs))
     found = flat([named[name] for name in kernel.mutates] or [kernel.twin(*inputs)])
     forward = size(inputs) + size(found)
-    leaves = {
-        place: named[name] for name, place in kernel.gradients.items()
-    }  # one gradient may be that of two inputs
+    # by place, for one gradient may be that of two inputs
+    leaves = {place: named[name] for name, place in kernel.gradients.items()}
     values = named | dict(zip(kernel.outputs.split(), found))
     kept = [
         values[name]
@@ -2051,12 +2050,10 @@ def roofline(points: list[tuple], top: tuple, plot: str) -> None:
     if plot:
         from matplotlib import pyplot
 
-        low, high = (
-            min(p[1] for p in points) / 2,
-            max(max(p[1] for p in points), top[1] / top[0]) * 2,
-        )
         figure, axes = pyplot.subplots(figsize=(8, 5))
         bend = top[1] / top[0]
+        low = min(point[1] for point in points) / 2
+        high = max(bend, *(point[1] for point in points)) * 2
         axes.loglog([low, bend, high], [low * top[0], top[1], top[1]], color="black")
         for place, (name, intensity, reached) in enumerate(points):
             axes.loglog(intensity, reached, "o")

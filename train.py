@@ -406,7 +406,8 @@ USE = 0.3  # share of the measured peak that a run of --minutes is expected to r
 
 def precision(o: Options, device: torch.device) -> torch.dtype | None:
     """What autocast computes in; None: all is in the default type."""
-    return torch.bfloat16 if device.type == "cuda" and not o.dtype else DTYPES.get(o.dtype)
+    name = getattr(o, "dtype", "")  # align.py has no such option
+    return torch.bfloat16 if device.type == "cuda" and not name else DTYPES.get(name)
 
 
 def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
