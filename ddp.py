@@ -1281,7 +1281,7 @@ FORMS = {
     "dp x ep": "--mesh=dp{h},ep2 --stage=1 --optimizer=muon",
     "cp x tp": "--mesh=cp{h},tp2",
 }
-ADAM = SimpleNamespace(beta1=0.9, beta2=0.95, momentum=0.95, dtype="float64")
+ADAM = SimpleNamespace(beta1=0.9, beta2=0.95, momentum=0.95)
 
 
 def windows_of(o: Options, step: int) -> tuple[Tensor, Tensor]:

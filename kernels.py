@@ -45,7 +45,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-if __name__ == "__main__" and not torch.cuda.is_available() and "TRITON_COMPILE" not in os.environ:
+on_cpu = "--device=cpu" in sys.argv or not torch.cuda.is_available()
+if __name__ == "__main__" and on_cpu and "TRITON_COMPILE" not in os.environ:
     os.environ["TRITON_INTERPRET"] = "1"
 try:
     import triton
@@ -1688,27 +1689,36 @@ KERNELS = {kernel.name: kernel for kernel in (
 
 
 @functools.cache
-def use(name: str, device: str = "") -> Callable:
-    """The kernel `name` if it runs on the device (after one try), else, and always on a CPU, its plain twin.
+def runs(name: str, device: str = "") -> bool:
+    """Whether the kernel `name` runs on the device (empty: the best there is), found by one try and said once.
 
-    Both take the same inputs and give the same outputs. Raises ValueError for a name that is not in the table.
+    Never on a CPU, for an interpreter is no fast path. Raises ValueError for a name that is not in the table.
     """
-    twin = globals().get(f"{name}_twin")
-    require(twin is not None, f"no kernel {name!r}: there are {', '.join(KERNELS)}")
+    require(f"{name}_twin" in globals(), f"no kernel {name!r}: there are {', '.join(KERNELS)}")
     device = torch.device(device or torch.accelerator.current_accelerator() or "cpu")
     if device.type == "cpu":
-        return twin
+        return False
     try:
+        require(name in KERNELS, "triton is not installed")
         kernel = KERNELS[name]
         results(kernel, kernel, kernel.example(kernel.sizes[0], torch.float32, device))
         torch.accelerator.synchronize()
-    except Exception as error:  # no Triton, no C compiler, a card too old: many kinds
+    except Exception as error:  # no C compiler, a card too old, an older torch: many kinds
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         print(
-            f"kernels: {name} does not run here ({type(error).__name__}): its twin does the work",
+            f"kernels: {name} does not run here, the plain form does the work: {reason}",
             file=sys.stderr,
         )
-        return twin
-    return kernel
+        return False
+    return True
+
+
+def use(name: str, device: str = "") -> Callable:
+    """The kernel `name` if it runs on the device, else, and always on a CPU, its plain twin.
+
+    Both take the same inputs and give the same outputs. Raises ValueError for a name that is not in the table.
+    """
+    return KERNELS[name] if runs(name, device) else globals()[f"{name}_twin"]
 
 
 # ---- is it right? against the twin in float64; the yardstick is the error of the library's call on the same inputs

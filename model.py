@@ -200,13 +200,13 @@ class Fast:
 ops = Fast  # what the layers below call; `model.ops = model.Plain` runs them as written above
 
 
-def with_kernels(compiled: bool = False) -> type:
-    """Fast with the kernels of kernels.py where they run, to be set as `ops`.
+def with_kernels(device: str, compiled: bool = False) -> type:
+    """Fast with those kernels of kernels.py that run on the device, to be set as `ops`.
 
     `compiled`: without those that torch.compile would have fused with their neighbours.
     """
     import kernels
-    flash, rmsnorm, rope = (kernels.use(name) for name in ("flash", "rmsnorm", "rope"))
+    flash, rmsnorm, rope = (kernels.use(name, device) for name in ("flash", "rmsnorm", "rope"))
 
     class Kernels(Fast):
         def attention(q, k, v, mask):
@@ -226,6 +226,11 @@ def with_kernels(compiled: bool = False) -> type:
             half = x.shape[3] // 2
             return rope(x, cos[0, :, 0, :half], sin[0, :, 0, half:])
 
+    parts = dict(attention="flash", norm="rmsnorm", turn="rope")
+    for name, kernel in parts.items():
+        if not kernels.runs(kernel, device):
+            usual = getattr(Fast, name)  # which is faster than the twin
+            setattr(Kernels, name, usual)
     return Kernels
 
 

@@ -292,7 +292,7 @@ def join(parts: list):
     return both
 
 
-# attention without cuDNN, which on a GPU makes a plan for each length it has not met: at each step, and for 50 ms
+# attention without cuDNN's: with it a step took 56 ms on an H200, for it plans anew for each length, without it 6
 UNPLANNED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 

@@ -281,7 +281,7 @@ def orthogonalise(g: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 def muon(weight: Tensor, state: list, rate: float, t: int, o: Options) -> None:
     """Move by the orthogonalised momentum (Jordan et al. 2024), in steps of AdamW's size (Liu et al. 2025).
 
-    Its products are in the type of autocast, for on GPUs those in single precision take many times as long.
+    Its products are in the type of autocast, which GPUs multiply faster than single precision.
     """
     if not state:
         state += [torch.zeros_like(weight)]
@@ -497,7 +497,7 @@ def refuse(o: Options, sources: list[Source]):
     if o.parallel:
         require(not o.parts or not o.parallel.startswith("torch"), "--parts is for the forms of ddp.py")
         require(dist.is_initialized(), "--parallel needs processes: torchrun --nproc_per_node=2 train.py ...")
-        for name in ("compile", "noise_scale", "z_loss", "dropout"):
+        for name in ("compile", "kernels", "noise_scale", "z_loss", "dropout"):
             require(not getattr(o, name), f"--{name} does not go with --parallel")
         require(o.dtype != "float16", "--dtype=float16 does not go with --parallel; bfloat16 does")
     for tokens, _ in sources:
@@ -591,6 +591,8 @@ class Run:
     `checkpoint` is that of the run to go on with, or of a model to begin with, or empty.
     """
 
+    adamw = None  # for many weights in one launch, with --kernels
+
     def __init__(self, o, vocab_size, tokenizer, checkpoint):
         self.device, (rank, world) = pick_device(o.device), ranks()
         config = shape_of(o, vocab_size)
@@ -617,13 +619,8 @@ class Run:
             self.progress.best = math.inf
         self.roles, self.rates = self.gpt.roles(), self.gpt.rates(o.optimizer)
         self.objective = Objective(self.gpt, o.z_loss)
-        self.adamw = None  # for many weights at a time
         if o.kernels:
-            import kernels
-            model.ops = model.with_kernels(o.compile)
-            found = [kernels.use(name) for name in ("cross_entropy", "adamw")]
-            # their plain twins would hold all logits, and take as long as what is here
-            self.objective.fused, self.adamw = (f if f in kernels.KERNELS.values() else None for f in found)
+            self.use_kernels()
         self.split = None
         if o.parallel:
             import ddp
@@ -651,6 +648,16 @@ class Run:
         self.writer, self.writing, self.paused = ThreadPoolExecutor(1), None, 0.0
         if o.compile:
             self.compile()
+
+    def use_kernels(self):
+        """Take those of kernels.py that run here instead of what this file and model.py have."""
+        import kernels
+        device = str(self.device)
+        model.ops = model.with_kernels(device, self.o.compile)
+        found = {name: kernels.use(name, device) for name in ("cross_entropy", "adamw") if kernels.runs(name, device)}
+        self.objective.fused, self.adamw = found.get("cross_entropy"), found.get("adamw")
+        if self.device.type == "cpu":
+            print("--kernels: they need a GPU; on a CPU the usual forms do the work")
 
     def compile(self):
         """Put the objective under torch.compile; where that fails on a first window, say so and go on without."""

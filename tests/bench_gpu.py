@@ -91,6 +91,7 @@ def product(o):
 
 def ours(o, words, **changes):
     """(a step by train.py, the weights and states that it holds)"""
+    model.ops = model.Fast
     options = train.Options(**o.shape, **words, batch_size=o.batch, max_iters=1000, device=o.device, dtype="bfloat16", **changes)
     options = train.recipe(options, len(o.tokens), o.shape["vocab_size"], 1e15)
     run = train.Run(options, o.shape["vocab_size"], SimpleNamespace(vocab=[], special_tokens={}, to_dict=dict), {})

@@ -1644,3 +1644,12 @@ def test_entries_from_outside(launch, tmp_path, monkeypatch):
 
 def test_the_default_is_the_first_entry():
     assert list(train.OPTIMIZERS)[0] == train.Options.optimizer and list(train.SCHEDULES)[0] == train.Options.schedule
+
+
+@pytest.mark.parametrize("name", ("compile", "kernels", "noise_scale", "z_loss", "dropout"))
+def test_what_does_not_go_with_parallel(name, monkeypatch):
+    monkeypatch.setattr(train.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(train, "ranks", lambda: (0, 2))
+    o = train.Options(parallel="fsdp", weight_decay=0.0, learning_rate=0.01, batch_size=2, max_iters=9, eval_interval=3, **{name: 0.1 if name in ("z_loss", "dropout") else True})
+    with pytest.raises(ValueError, match=f"--{name} does not go with --parallel"):
+        train.refuse(o, [])
