@@ -2,9 +2,15 @@
 
 Reads: token files; past runs from .jsonl, .json or .csv: parameters N, tokens D or FLOPs C, and loss.
 Writes: OUTPUT/runs.jsonl (one row a run), fit.json, recipe.json, report.md; prediction.json with --preregister.
-Usage: python scaling.py
+Usage: python scaling.py --plot=scaling.png
        python scaling.py --fit=runs.csv --predict=1e23
-References: Kaplan et al. 2020; Hoffmann et al. 2022 (Chinchilla); Besiroglu et al. 2024 (its third fit redone).
+       python scaling.py --sweep=learning_rate:1e-3..1e-1:5,weight_decay:0,0.1 --budgets=3e11
+       python scaling.py --runs=out,other --to_loss=3.9 --plot=curves.png
+
+N counts parameters in matrix products, the head's among them, the input embedding's not; C is counted FLOPs; loss is
+in nats a token.
+References: Kaplan et al. 2020; Hoffmann et al. 2022 (Chinchilla); Besiroglu et al. 2024 (its third fit redone);
+Yang et al. 2022 (muP); Hu et al. 2024 (branches of one stable run).
 """
 import argparse
 import csv
@@ -13,16 +19,19 @@ import difflib
 import fcntl
 import functools
 import hashlib
+import importlib.util
 import inspect
 import itertools
 import json
 import math
 import os
+import platform
 import re
 import shlex
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -38,21 +47,32 @@ from model import Config, replacing, require
 class Options:
     output: str = "scaling"  # folder of the study
     data: str = ""  # folder of token files for the runs (empty: made of the standard library's text)
-    budgets: str = "1e11..3e12:5"  # FLOPs of a run: a comma list, or from..to:how many
+    total: float = 4e13  # FLOPs that the study may spend, at most
+    budgets: str = ""  # FLOPs of a run: a comma list, or from..to:how many (empty: five that --total pays for)
     sizes: int = 5  # runs at a budget, of different sizes; more where the best is not between two others
+    tuned: int = 3  # budgets, the smallest, at which learning rate and batch are varied too
     n_seeds: int = 2  # runs of the best size at each budget
-    batch_size: int = 4  # sequences of a step
-    block_size: int = 256  # context in tokens
-    learning_rate: float = 0.01  # of all runs
-    total: float = 1e14  # FLOPs that the study may spend, at most
-    workers: int = 1  # runs at a time
+    batch_size: int = 8  # sequences of a step, before it is varied
+    block_size: int = 128  # context in tokens
+    learning_rate: float = 0.014  # before it is varied
+    ngram: int = 3  # longest n-gram that has an embedding of its own (0: none)
+    reuse: float = 0.0  # share of the steps that decays, with one stable run for all budgets of a size (0: none)
+    workers: int = 0  # runs at a time (0: one for each core, at most 8)
     launch: str = "{command}"  # how a run is started, such as "srun -c 2 {command}"
+    table: str = ""  # answer from this table of past runs instead of training
     plan: bool = False  # print the runs and their price, start none
+    sweep: str = ""  # run a grid: name:values,name:values, values like those of --budgets or words
+    mup: bool = False  # best learning rates at four widths, for --init=gpt2 and --init=mup
+    runs: str = ""  # folders of train.py's runs, a comma list: compare their curves
+    to_loss: float = 0.0  # with --runs: tokens, FLOPs and seconds to this loss (0: one that all reach)
     fit: str = ""  # fit this table of past runs instead of running a study
-    predict: float = 0.0  # FLOPs of a run: print its size, tokens and loss
+    predict: float = 0.0  # FLOPs of a run: print its size, tokens, loss, learning rate, memory and days
+    machine: str = "8xh100"  # what --predict counts days of: a100, h100, h200 or b200
+    mfu: float = 0.4  # share of the machine's peak that it reaches
     inference_tokens: float = 0.0  # tokens that the model will serve, which favours smaller models
     preregister: bool = False  # write the prediction for --predict, with hash and time, before the run
-    check: str = ""  # folder of a run: compare its loss with the preregistered prediction
+    check: str = ""  # folder of a run: compare its loss with the preregistered one; it is trained if there is none
+    plot: str = ""  # picture to write
     resamples: int = 500  # bootstrap samples behind each interval
     seed: int = 0  # of the bootstrap
 
@@ -60,43 +80,123 @@ class Options:
 # ---- tables of runs
 
 NAMES = {
-    "N": ("N", "parameters", "params"),
-    "D": ("D", "tokens"),
-    "C": ("C", "flops", "compute_budget", "compute"),
+    "N": ("N", "parameters", "params", "model_size"),
+    "D": ("D", "tokens", "training_tokens"),
+    "C": ("C", "flops", "compute_budget", "compute", "training_flop"),
     "loss": ("loss", "final_loss", "val_loss"),
 }
 
 
+# Tables come from elsewhere: numbers under other names, missing, infinite, or as text; files that are something else.
+
 def rows_of(path: Path) -> list[dict]:
     """The rows of a .csv, .json or .jsonl file. Raises OSError, or ValueError where it is something else."""
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".csv":
-        return list(csv.DictReader(text.splitlines()))
-    if path.suffix == ".jsonl":  # the last line may have been cut short by a kill
-        text = f"[{','.join(line for line in text.splitlines() if line.endswith('}'))}]"
-    rows = json.loads(text)
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".csv":
+            return list(csv.DictReader(text.splitlines()))
+        if path.suffix == ".jsonl":  # the last line may have been cut short by a kill
+            text = f"[{','.join(line for line in text.splitlines() if line.endswith('}'))}]"
+        rows = json.loads(text)
+    except (ValueError, RecursionError, csv.Error) as error:
+        raise ValueError(f"{path} is no table of runs: {str(error)[:100]}") from None
     require(isinstance(rows, list) and all(isinstance(row, dict) for row in rows), f"{path} is no table of runs")
     return rows
 
 
-def read_runs(path: Path) -> np.ndarray:
-    """Runs as the rows N, D, C, loss of an array (4, n); where D or C is missing it follows from C = 6 N D.
+def field_of(row: dict, key: str, where: str) -> float:
+    """What a row says of N, D, C or loss, under any of its names; nan where it says nothing. Raises ValueError."""
+    plain = {re.sub(r"\W+", "_", str(name).strip().lower()): value for name, value in row.items()}
+    for name in NAMES[key]:
+        value = plain.get(name.lower())
+        if value in (None, ""):
+            continue
+        try:
+            return float(value)
+        except (ValueError, TypeError, OverflowError):
+            raise ValueError(f"{where}: {key} is {str(value)[:40]!r}, which is no number") from None
+    return math.nan
 
-    N counts parameters in matrix products, D tokens, C FLOPs; loss is in nats a token. Raises ValueError for bad
-    numbers.
+
+def close(C: float, other: float) -> bool:
+    """Whether two numbers of FLOPs are one budget, which is within 10%."""
+    return abs(math.log(C / other)) < 0.1
+
+
+class Runs:
+    """Runs, the cheapest first: arrays (n,) of N parameters, D tokens, C FLOPs and loss, and the rows they stood in."""
+
+    def __init__(self, rows: list[dict]):
+        self.rows = sorted(rows, key=lambda row: (row["C"], row["N"]))
+        columns = [[row[key] for row in self.rows] for key in NAMES]
+        self.N, self.D, self.C, self.loss = np.array(columns, float)
+
+    def __len__(self):
+        return len(self.rows)
+
+    def keep(self, which: np.ndarray) -> "Runs":
+        """Some of them, by a mask or by places."""
+        places = np.arange(len(self))[which]
+        return Runs([self.rows[i] for i in places])
+
+    def budgets(self) -> list[np.ndarray]:
+        """Places of the runs of each budget: a step of 10% in FLOPs begins another."""
+        jumps = [i for i in range(1, len(self)) if not close(self.C[i], self.C[i - 1])]
+        return np.split(np.arange(len(self)), jumps)
+
+    def families(self, at: np.ndarray, follows: tuple) -> list[np.ndarray]:
+        """Of the places `at`, those that share all hyperparameters but seed, length and what `follows` names."""
+        free = ("seed", "max_iters", *follows)
+        found = {}
+        for i in at:
+            options = self.rows[i].get("options", {})
+            fixed = {name: value for name, value in options.items() if name not in free}
+            found.setdefault(key_of(fixed), []).append(i)
+        return list(map(np.array, found.values()))
+
+    def main(self) -> "Runs":
+        """The runs that differ in size alone: of each budget the family with the most sizes."""
+        def count(at):
+            return len(set(self.N[at]))
+
+        best = [max(self.families(at, SIZE), key=count) for at in self.budgets()]
+        return self.keep(np.concatenate(best))
+
+    def flops_each(self) -> float:
+        """FLOPs for each parameter and token, about 6."""
+        return float(np.median(self.C / self.N / self.D))
+
+
+def key_of(options: dict) -> str:
+    """A name for hyperparameters."""
+    text = json.dumps(options, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def read_runs(path: Path) -> Runs:
+    """A table's runs. Where D or C is missing it follows from C = 6 N D; what stands there twice counts once.
+
+    Raises ValueError for a number that no run can have; a run without a finite loss, which diverged, is left out.
     """
-    table = set()
+    table, lost = {}, 0
     for i, row in enumerate(rows_of(path)):
-        run = {key: float(row[name]) for key, names in NAMES.items() for name in names if row.get(name)}
-        require({"N", "loss"} < run.keys(), f"{path}: run {i} needs N, loss, and D or C; it has {', '.join(row)}")
-        D = run.get("C", 0) / 6 / (run["N"] or math.nan)
-        C = 6 * run["N"] * run.get("D", 0)
-        run = {"D": D, "C": C, **run}
-        require(all(0 < value < math.inf for value in run.values()), f"{path}: run {i}: {run} must all be above 0")
-        table.add(tuple(run[key] for key in NAMES))
+        where = f"{path}: run {i}"
+        N, D, C, loss = (field_of(row, key, where) for key in NAMES)
+        if not math.isfinite(loss):
+            lost += 1
+            continue
+        D = C / 6 / N if math.isnan(D) and N > 0 else D
+        C = 6 * N * D if math.isnan(C) else C
+        require(not math.isnan(N * D), f"{where} needs N, loss, and D or C; it has {', '.join(map(str, row))[:80]}")
+        require(all(0 < x < 1e40 for x in (N, D, C, loss)), f"{where}: {N=:g}, {D=:g}, {C=:g}, {loss=:g} cannot be")
+        options = row.get("options")
+        run = dict(N=N, D=D, C=C, loss=loss, options=options if isinstance(options, dict) else {})
+        table.setdefault(key_of(run), row | run)
+    if lost:
+        print(f"{path}: {lost} runs without a finite loss are left out")
     require(len(table) >= 5, f"{path} holds {len(table)} different runs, a fit needs 5 or more")
-    runs = np.array(sorted(table)).T
-    require(np.median(runs[0]) >= 1e3, f"{path}: the median N is {np.median(runs[0]):g}; is it in millions?")
+    runs = Runs(list(table.values()))
+    require(np.median(runs.N) >= 1e3, f"{path}: the median N is {np.median(runs.N):g}; is it in millions?")
     return runs
 
 
@@ -108,14 +208,23 @@ def huber(r: np.ndarray, delta: float) -> np.ndarray:
     return np.where(size < delta, size**2 / 2, delta * (size - delta / 2))
 
 
+def slopes_of(residual: Callable, p: np.ndarray) -> np.ndarray:
+    """Derivatives of residuals (S, n) by the parameters (S, P): (S, n, P).
+
+    A step of 1e-30 i has the exact derivative as its imaginary part (Squire and Trapp 1998).
+    """
+    step = 1e-30j
+    columns = [residual(p + step * axis).imag / step.imag for axis in np.eye(p.shape[1])]
+    return np.stack(columns, 2)
+
+
 @np.errstate(all="ignore")  # a step too far may overflow; it is taken back
 def minimise(residual: Callable, starts: np.ndarray, weights: np.ndarray, delta: float = math.inf,
              steps: int = 300) -> np.ndarray:
     """From each start (S, P), the parameters where the sum of weights * huber(residual) is least; the best one first.
 
     Damped Gauss-Newton (Levenberg 1944, Marquardt 1963), all starts at once. `residual` takes p (S, P) to (S, n), also
-    for complex p: a step of 1e-30 i has the exact derivative as its imaginary part (Squire and Trapp 1998). `weights`
-    is (n,), or (S, n) with other weights for each start; then the order of the starts is kept.
+    for complex p. `weights` is (n,), or (S, n) with other weights for each start; then the order of the starts is kept.
     """
     def cost(p):
         return (weights * huber(residual(p), delta)).sum(1)
@@ -125,7 +234,7 @@ def minimise(residual: Callable, starts: np.ndarray, weights: np.ndarray, delta:
     eye = np.eye(p.shape[1])
     for _ in range(steps):
         r = residual(p)
-        slopes = np.stack([residual(p + 1e-30j * axis).imag / 1e-30 for axis in eye], 2)  # (S, n, P)
+        slopes = slopes_of(residual, p)
         pull = weights * np.minimum(1, delta / np.abs(r))  # of the parabola that touches huber where r is
         hessian = np.einsum("snp,sn,snq->spq", slopes, pull, slopes)
         hessian += (damping * hessian + 1e-30) * eye
@@ -141,6 +250,14 @@ def minimise(residual: Callable, starts: np.ndarray, weights: np.ndarray, delta:
         damping = damping * np.where(better, 0.2, 3)[:, None, None]
         damping = damping.clip(1e-12, 1e12)
     return p[np.argsort(now)] if weights.ndim == 1 else p
+
+
+def parabola(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Least-squares parabolas through y(x), for weights (S, n): their coefficients of x^2, x and 1, (S, 3)."""
+    powers = np.vander(x, 3)
+    left = np.einsum("sn,ni,nj->sij", weights, powers, powers)
+    right = (weights * y) @ powers
+    return np.linalg.solve(left + 1e-12 * np.eye(3), right[:, :, None])[:, :, 0]
 
 
 def resampled(residual: Callable, starts: np.ndarray, n: int, o: Options, delta: float = math.inf) -> np.ndarray:
@@ -162,90 +279,184 @@ def summarise(found: dict[str, np.ndarray]) -> dict[str, list[float]]:
     }
 
 
-# ---- the laws
+# ---- laws of N and D: one residual function each
+# A law says what loss a model of N parameters has after D tokens. With C = k N D it also says which N is best for C
+# FLOPs: a smaller model would have learned more tokens but could not use them, a larger one could but saw too few.
+# What the law's constants, or its predictions, are worth is seen by fitting it again and again to other weights of the
+# same runs; the middle 90% of what comes out is the interval.
 
-class Chinchilla:
-    """Hoffmann et al. 2022, third approach: L(N, D) = E + A / N^alpha + B / D^beta, Huber loss on logarithms."""
+class Law:
+    """A loss of N and D, fitted by Huber loss on its logarithm: what the laws below share."""
 
-    def __init__(self, runs: np.ndarray, o: Options):
-        n, d, _, y = np.log(runs)
-        self.k = np.exp(np.median(np.log(runs[2]) - n - d))  # FLOPs for each parameter and token, about 6
+    names: tuple  # of the parameters p, in the order of log_loss
+    doubts: list[str] = []  # what these runs cannot tell
+
+    def __init__(self, runs: Runs, o: Options):
+        runs = runs.main()
+        self.runs = runs
         self.inference = o.inference_tokens
-
-        def residual(p):
-            a, alpha, b, beta, e = p.T[:, :, None]
-            loss = np.exp(a - alpha * n) + np.exp(b - beta * d) + np.exp(e)
-            return np.log(loss) - y
-
-        starts = []  # small, middling and large exponents; a third to nine tenths of the least loss in E
-        small_to_large = (0.2, 0.4, 0.8)
-        for alpha, beta, share in itertools.product(small_to_large, small_to_large, (0.3, 0.6, 0.9)):
-            rest = math.log((1 - share) / 2)
-            rest += y.mean()
-            a = rest + alpha * n.mean()
-            b = rest + beta * d.mean()
-            starts.append((a, alpha, b, beta, math.log(share) + y.min()))
-        self.p = resampled(residual, np.array(starts), len(n), o, 1e-3)
-        sigma = residual(self.p[:1]).std()
-        sigma *= math.sqrt(len(n) / max(1, len(n) - 5))  # five of the degrees of freedom are the law's
+        self.k = runs.flops_each()
+        self.n = np.log(runs.N)
+        self.d = np.log(runs.D)
+        self.y = np.log(runs.loss)
+        starts = np.array(self.starts())
+        self.p = resampled(self.residual, starts, len(runs), o, DELTA)
+        sigma = self.residual(self.p[:1]).std()
+        sigma *= math.sqrt(len(runs) / max(1, len(runs) - len(self.names)))  # the law's own degrees of freedom
         normal = np.random.default_rng(o.seed).normal(size=len(self.p))
         self.noise = np.exp(sigma * normal)  # of one run
         self.noise[0] = 1
+        slopes = slopes_of(self.residual, self.p[:1])[0]
+        flat = 1e-12 * np.eye(len(self.names))  # directions in which nothing changes get a large error, not none
+        covariance = np.linalg.inv(slopes.T @ slopes + flat)
+        self.errors = sigma * np.sqrt(np.diag(covariance))  # standard errors of p
 
-    def constants(self) -> dict:
-        """The constants; N grows as C^N_exponent, D as C^D_exponent (closed form of the optimum)."""
-        a, alpha, b, beta, e = self.p.T
-        share = beta / (alpha + beta)
-        return summarise(dict(
-            A=np.exp(a), alpha=alpha, B=np.exp(b), beta=beta, E=np.exp(e),
-            N_exponent=share,
-            D_exponent=1 - share,
-        ))
+    def log_loss(self, p: np.ndarray, n: np.ndarray, d: np.ndarray) -> np.ndarray:
+        """The log of the loss at log N and log D, for parameters p (S, P): (S, n)."""
+        raise NotImplementedError
+
+    def residual(self, p: np.ndarray) -> np.ndarray:
+        """How far the law lies above the runs, (S, n)."""
+        return self.log_loss(p, self.n, self.d) - self.y
+
+    def losses(self, N: np.ndarray, D: np.ndarray) -> np.ndarray:
+        """The losses of single runs, (S, n): row 0 is the fit, the others have the runs' noise in them."""
+        clean = self.log_loss(self.p, np.log(N), np.log(D))
+        return np.exp(clean) * self.noise[:, None]
 
     def predict(self, C: float) -> dict:
         """N, D, loss where C FLOPs do most; the loss's interval holds the noise of one run.
 
         --inference_tokens are paid out of the same C, at a third of the price of trained ones (Sardana et al. 2023).
         """
-        a, alpha, b, beta, e = self.p.T[:, :, None]
-        n = math.log(C / self.k) / 2 + np.linspace(-8, 8, 8001)
+        n = math.log(C / self.k) / 2 + np.linspace(-8, 8, 4001)
         tokens = C / self.k / np.exp(n) - self.inference / 3
         d = np.log(np.maximum(tokens, 1e-9))
-        loss = np.exp(a - alpha * n) + np.exp(b - beta * d) + np.exp(e)  # (S, 8001)
+        loss = self.log_loss(self.p, n, d)  # (S, 4001)
         at = loss.argmin(1)
         return summarise(dict(
             N=np.exp(n[at]),
             D=np.exp(d[at]),
-            loss=loss.min(1) * self.noise,
+            loss=np.exp(loss.min(1)) * self.noise,
         ))
 
+    def profile(self, name: str) -> list[float]:
+        """The 90% interval of a parameter by its likelihood: where the best fit with it held still is good enough.
 
-class IsoFLOP:
-    """Hoffmann et al. 2022, second approach: at each budget a parabola in log N, and power laws of C through them."""
+        Good enough: the cost, in units of the least cost a degree of freedom, rises by less than 2.71, the 90% point
+        of chi-squared. Unlike the bootstrap it needs no cloud of fits, so the two may be compared.
+        """
+        i = self.names.index(name)
+        value, width = self.p[0, i], min(1, self.errors[i] + 1e-9)
+        values = value + width * np.linspace(-5, 5, 121)
+        held = np.arange(len(self.names)) == i
 
-    def __init__(self, runs: np.ndarray, o: Options):
-        n, d, c, _ = np.log(runs)
-        self.k, bottoms = np.exp(np.median(c - n - d)), []
-        random = np.random.default_rng(o.seed)
-        order = np.argsort(c)
-        others = np.flatnonzero(np.diff(c[order]) > 0.1) + 1  # 10% more is another budget
-        for at in np.split(order, others):
-            x = n[at] - n[at].mean()
-            weights = random.exponential(size=(o.resamples + 1, len(at)))
-            weights[0] = 1  # the fit itself
-            powers = np.vander(x, 3)  # x^2, x, 1
-            left = np.einsum("sn,ni,nj->sij", weights, powers, powers)
-            right = (weights * runs[3, at]) @ powers
-            solved = np.linalg.solve(left + 1e-12 * np.eye(3), right[:, :, None])
-            p2, p1, _ = solved[:, :, 0].T
-            bottom = -p1 / 2 / p2
-            if p2[0] > 0 and x.min() < bottom[0] < x.max():
-                bottoms.append((c[at].mean(), bottom + n[at].mean()))
-            else:
-                print(f"at {np.exp(c[at].mean()):.3g} FLOPs the best size is not between two others: left out")
-        require(len(bottoms) >= 2, "an IsoFLOP fit needs two budgets with the best size between two others")
-        c, n = (np.stack(column) for column in zip(*bottoms))  # (G,), (G, S)
-        self.slope, self.height = np.polyfit(c, n, 1)
+        def residual(p):
+            return self.residual(np.where(held, values[:, None], p))
+
+        starts = self.p[:1].repeat(len(values), 0)
+        weights = np.ones((len(values), len(self.runs)))
+        found = minimise(residual, starts, weights, DELTA, steps=60)
+        costs = huber(residual(found), DELTA).sum(1)
+        least = huber(self.residual(self.p[:1]), DELTA).sum()
+        rise = (costs / least - 1) * (len(self.runs) - len(self.names))
+        good = values[rise <= 2.71]  # neighbours: the cost has one valley
+        return [float(value), float(good.min()), float(good.max())]
+
+
+class Chinchilla(Law):
+    """Hoffmann et al. 2022, third approach: L(N, D) = E + A / N^alpha + B / D^beta."""
+
+    names = ("a", "alpha", "b", "beta", "e")
+
+    def log_loss(self, p, n, d):
+        a, alpha, b, beta, e = p.T[:, :, None]
+        by_size = np.exp(a - alpha * n)
+        by_data = np.exp(b - beta * d)
+        return np.log(by_size + by_data + np.exp(e))
+
+    def starts(self) -> list[tuple]:
+        """Small, middling and large exponents; a third to nine tenths of the least loss in E."""
+        found = []
+        small_to_large = (0.2, 0.4, 0.8)
+        for alpha, beta, share in itertools.product(small_to_large, small_to_large, (0.3, 0.6, 0.9)):
+            rest = math.log((1 - share) / 2)
+            rest += self.y.mean()
+            a = rest + alpha * self.n.mean()
+            b = rest + beta * self.d.mean()
+            found.append((a, alpha, b, beta, math.log(share) + self.y.min()))
+        return found
+
+    def constants(self) -> dict:
+        """The constants; N grows as C^N_exponent, D as C^D_exponent (closed form of the optimum)."""
+        a, alpha, b, beta, e = self.p.T
+        share = beta / (alpha + beta)
+        return summarise(dict(
+            A=np.exp(a),
+            alpha=alpha,
+            B=np.exp(b),
+            beta=beta,
+            E=np.exp(e),
+            N_exponent=share,
+            D_exponent=1 - share,
+        ))
+
+    @property
+    def doubts(self) -> list[str]:
+        """What these runs cannot tell."""
+        out = []
+        for name, value, error in zip(self.names, self.p[0], self.errors):
+            if name in ("alpha", "beta") and error > 0.3 * value:
+                out.append(f"{name} is {value:.2g} with a standard error of {error:.2g}: these runs hardly tell it")
+        if self.errors[-1] > 0.3:  # of log E
+            out.append("E is uncertain by a third or more: the runs do not reach to where the loss flattens")
+        return out
+
+
+class Kaplan(Law):
+    """Kaplan et al. 2020, equation 1.5: L(N, D) = ((N_c / N)^(alpha_N / alpha_D) + D_c / D)^alpha_D, with no E."""
+
+    names = ("alpha_N", "log_N_c", "alpha_D", "log_D_c")
+
+    def log_loss(self, p, n, d):
+        alpha_n, n_c, alpha_d, d_c = p.T[:, :, None]
+        by_size = np.exp(alpha_n / alpha_d * (n_c - n))
+        by_data = np.exp(d_c - d)
+        return alpha_d * np.log(by_size + by_data)
+
+    def starts(self) -> list[tuple]:
+        """Both terms alike at the mean of the runs."""
+        found = []
+        small_to_large = (0.05, 0.1, 0.3)
+        for alpha_n, alpha_d in itertools.product(small_to_large, small_to_large):
+            term = self.y.mean() / alpha_d - math.log(2)
+            n_c = self.n.mean() + term * alpha_d / alpha_n
+            found.append((alpha_n, n_c, alpha_d, self.d.mean() + term))
+        return found
+
+    def constants(self) -> dict:
+        """alpha_N and alpha_D. The optimum's exponents follow from alpha_N N-term = alpha_D D-term, N D = C / k."""
+        alpha_n, _, alpha_d, _ = self.p.T
+        share = alpha_d / (alpha_n + alpha_d)
+        return summarise(dict(alpha_N=alpha_n, alpha_D=alpha_d, N_exponent=share, D_exponent=1 - share))
+
+# ---- laws of C: a power law through the best value at each budget
+# These ask no form of the loss, only that the best size, learning rate or batch moves as a power of C. They need runs
+# on both sides of the best, and say which budgets have none.
+
+class Powers:
+    """Lowest points at some C (each with its S resamples), and value = exp(height) C^slope through them."""
+
+    doubts: list[str] = []  # what these runs cannot tell
+
+    def fit(self, c: list, values: list, k: float) -> None:
+        """Fit log value (G, S) against log C (G,); k is FLOPs for each parameter and token."""
+        self.k = k
+        self.slope, self.height = np.polyfit(c, np.stack(values), 1)
+
+    def at(self, C: float) -> np.ndarray:
+        """The best value for C FLOPs, (S,)."""
+        return np.exp(self.slope * math.log(C) + self.height)
 
     def constants(self) -> dict:
         """The exponents of N and D in C."""
@@ -253,17 +464,109 @@ class IsoFLOP:
 
     def predict(self, C: float) -> dict:
         """N and D where C FLOPs do most."""
-        N = np.exp(self.slope * math.log(C) + self.height)
+        N = self.at(C)
         return summarise(dict(N=N, D=C / self.k / N))
 
 
-FITS = {"parametric": Chinchilla, "isoflop": IsoFLOP}
+class Valleys(Powers):
+    """At each budget a parabola in the log of N, learning rate or batch; power laws through their lowest points.
+
+    For N this is the second approach of Hoffmann et al. 2022, IsoFLOP. Runs of a valley share all else but the seed.
+    """
+
+    def __init__(self, runs: Runs, o: Options, axis: str = "N"):
+        self.axis = axis
+        self.doubts = []
+        self.valleys = []  # values, losses, the parabola's coefficients about a middle
+        random = np.random.default_rng(o.seed)
+        values = runs.N
+        if axis != "N":
+            values = np.array([row.get("options", {}).get(axis, math.nan) for row in runs.rows])
+
+        def count(at):
+            return len(set(values[at]))
+
+        centres, bottoms = [], []
+        for budget in runs.budgets():
+            at = max(runs.families(budget, SIZE if axis == "N" else (axis,)), key=count)
+            where = f"at {runs.C[at].mean():.3g} FLOPs"
+            if count(at) < 3:
+                self.doubts += [f"{where} there are not three sizes: left out"] * (axis == "N")
+                continue
+            x, y = np.log(values[at]), runs.loss[at]
+            middle = x.mean()
+            weights = random.exponential(size=(o.resamples + 1, len(at)))
+            weights[0] = 1  # the fit itself
+            powers = parabola(x - middle, y, weights)
+            bend = powers[:, 0]
+            bottom = middle - powers[:, 1] / 2 / np.where(bend == 0, 1, bend)
+            if bend[0] > 0 and x.min() < bottom[0] < x.max():
+                centres.append(np.log(runs.C[at]).mean())
+                bottom = np.where(bend > 0, bottom, bottom[0])
+                bottoms.append(bottom.clip(x.min(), x.max()))
+                self.valleys.append((values[at], y, powers[0], middle))
+            else:
+                self.doubts.append(f"{where} the best {WORDS[axis]} is not between two others: left out")
+        require(len(bottoms) >= 2, f"it needs two budgets with the best {WORDS[axis]} between two others")
+        self.fit(centres, bottoms, runs.flops_each())
+
+    def constants(self) -> dict:
+        """The exponents of N and D in C, or that of the learning rate or batch."""
+        if self.axis == "N":
+            return super().constants()
+        return summarise({"exponent": self.slope})
+
+    def predict(self, C: float) -> dict:
+        """N and D where C FLOPs do most, or the learning rate or batch."""
+        if self.axis == "N":
+            return super().predict(C)
+        return summarise({self.axis: self.at(C)})
+
+
+class Envelope(Powers):
+    """Hoffmann et al. 2022, first approach: the size whose training curve is lowest, at 200 numbers of FLOPs.
+
+    Points before a learning rate has fallen lie higher than a run that ends there would; so do those of all sizes.
+    """
+
+    def __init__(self, runs: Runs, o: Options):
+        runs = runs.main()
+        runs = runs.keep([len(row.get("curve", ())) > 2 for row in runs.rows])
+        require(len(set(runs.N)) >= 3, "it needs training curves of three sizes")
+        curves = [np.log(np.array(row["curve"], float)).T for row in runs.rows]  # each (2, points)
+        begin = np.median([flops[0] for flops, _ in curves])
+        end = max(flops[-1] for flops, _ in curves)
+        c = np.linspace(begin, end, 200)
+        heights = [np.interp(c, *curve, left=math.inf, right=math.inf) for curve in curves]
+        heights = np.stack(heights)  # (R, 200)
+        c, heights = c[np.isfinite(heights).any(0)], heights[:, np.isfinite(heights).any(0)]
+        # Runs are drawn anew with repetition here: a weight would not move the lowest of some curves.
+        random = np.random.default_rng(o.seed)
+        chosen = random.integers(len(runs), size=(o.resamples + 1, len(runs)))  # (S, R), with repetition
+        chosen[0] = np.arange(len(runs))  # the fit itself
+        best = np.stack([some[heights[some].argmin(0)] for some in chosen])  # (S, 200)
+        self.fit(c, np.log(runs.N)[best].T, runs.flops_each())
+
+
+DELTA = 1e-3  # of huber, in the logarithm of the loss (Hoffmann et al. 2022)
+SIZE = ("n_embd", "n_layer", "n_head", "weight_decay")  # hyperparameters that follow from a model's size
+WORDS = dict(N="size", learning_rate="learning rate", batch_size="batch")
+FITS = {
+    "parametric": Chinchilla,
+    "isoflop": Valleys,
+    "envelope": Envelope,
+    "kaplan": Kaplan,
+    "learning_rate": functools.partial(Valleys, axis="learning_rate"),
+    "batch_size": functools.partial(Valleys, axis="batch_size"),
+}
 
 
 # ---- the training API: loss = run(hyperparameters), each run paid for once
+# A plan is a run that could be made: its options, its size and its exact price, known from shapes alone. A row is a
+# plan with what came of it. The ledger makes sure that all runs of a question can be paid for before it starts any.
 
 HERE = Path(__file__).parent
-WIDTHS = (8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+WIDTHS = (8, 12, 16, 24, 32, 48, 64, 80, 96, 128, 160, 192, 256, 320, 384, 512, 640, 768, 1024)
 LEAST = 20  # steps; a run of fewer says little
 
 
@@ -273,6 +576,7 @@ def spread(text: str) -> list[float]:
         return list(map(float, text.split(",")))
     ends, _, count = text.partition(":")
     low, high = map(float, ends.split(".."))
+    require(0 < low < high and int(count) > 1, f"{text} is no range like 1e11..3e12:5")
     return np.geomspace(low, high, int(count)).tolist()
 
 
@@ -286,188 +590,670 @@ class Ledger:
     def __init__(self, o: Options):
         self.o, self.folder = o, Path(o.output)
         self.path = self.folder / "runs.jsonl"
+        self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = open(self.folder / "lock", "w")
         try:
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"another study is at work in {self.folder}") from None
-        self.rows = {row["key"]: row for row in rows_of(self.path)} if self.path.exists() else {}
+        # Row by row in memory, line by line on the disk; `paid` is what a row was charged.
+        self.rows = {}
+        if self.path.exists():
+            self.rows = {row["key"]: row for row in rows_of(self.path)}
         with replacing(self.path) as file:  # without a last line that a kill cut short
             file.writelines(json.dumps(row).encode() + b"\n" for row in self.rows.values())
-        data = Path(o.data or self.folder / "tokens")
-        if not o.data:
+        self.writing = threading.Lock()
+        self.workers = o.workers or min(8, os.cpu_count() or 1)
+        self.open()
+
+    def open(self) -> None:
+        """Find or make the token files of the runs."""
+        data = Path(self.o.data or self.folder / "tokens")
+        if not self.o.data:
             words = [f"--output={data}", "--vocab_size=2048", "--pattern=code"]
             done = subprocess.run([sys.executable, HERE / "data.py", *words], capture_output=True, text=True)
             require(done.returncode == 0, done.stderr.strip())
-        tokens = np.load(data / "train.npy", mmap_mode="r")
+        self.data = str(data)
+        tokens = np.load(data / "train.npy", mmap_mode="r", allow_pickle=False)
         self.vocab_size = 1 + int(tokens.max())
-        self.fixed = dict(data=str(data), batch_size=o.batch_size, learning_rate=o.learning_rate, ngram=0)
+
+    def run(self, **hyperparameters) -> float:
+        """The loss of a run of train.py with these options (max_iters is its length); inf if it diverged."""
+        return loss_of(self.ask([self.plan(**hyperparameters)])[0])
 
     @functools.cache
-    def price(self, width: int) -> tuple[dict, int, int]:
-        """The shape of a model of a width, its N (parameters in matrix products, head included), FLOPs of a step."""
-        shape = dict(n_embd=width, n_layer=max(2, width // 64), n_head=width // 64 or 1, block_size=self.o.block_size,
-                     ffn="relu2", tie_embeddings=False)
-        cost = model.account(Config(vocab_size=self.vocab_size, **shape), 1)
+    def price(self, shape: tuple) -> tuple[int, int]:
+        """N of a model, given as pairs of option and value, and the FLOPs of training on a sequence."""
+        cost = model.account(Config(vocab_size=self.vocab_size, **dict(shape)), 1)
         N = sum(cost["roles"][role] for role in ("matrix", "output", "head"))
-        return shape, N, 3 * self.o.batch_size * cost["forward_flops"]
+        return N, 3 * cost["forward_flops"]
 
-    def plan(self, width: int, C: float, seed: int = 0) -> dict:
-        """A run of about C FLOPs at a width: options of train.py, N, FLOPs, and a key that names it."""
-        shape, N, step = self.price(width)
-        iters = round(C / step)
-        options = {**self.fixed, **shape, "max_iters": iters, "seed": seed}
-        key = hashlib.sha256(json.dumps(options).encode()).hexdigest()[:12]
-        return dict(key=key, N=N, C=iters * step, options=options)
+    def plan(self, C: float = 0, **changes) -> dict:
+        """A run of about C FLOPs: options of train.py, N, tokens, FLOPs, and a key that names it.
+
+        `changes` are options that win over the study's own; among them max_iters is the length, and C is not needed.
+        """
+        width = int(changes.get("n_embd", 64))
+        options = dict(
+            data=self.data,
+            n_embd=width,
+            n_layer=max(1, width // 64),
+            n_head=math.gcd(width, width // 64 or 1),
+            block_size=self.o.block_size,
+            ffn="relu2",
+            tie_embeddings=False,
+            ngram=self.o.ngram,
+            batch_size=self.o.batch_size,
+            learning_rate=self.o.learning_rate,
+            weight_decay=0.1 * min(1, (64 / width) ** 2),
+            eval_tokens=2**17,
+            seed=0,
+        )
+        options |= changes
+        shape = {name: options[name] for name in options if name in Config.__annotations__}
+        N, sequence = self.price(tuple(sorted(shape.items())))
+        step = sequence * options["batch_size"]
+        options.setdefault("max_iters", round(C / step))
+        C = options["max_iters"] * step
+        return dict(key=key_of(options), N=N, D=C // sequence * options["block_size"], C=C, options=options)
+
+    def sizes(self, C: float, **changes) -> list[dict]:
+        """Runs of C FLOPs, the smallest model first."""
+        plans = [self.plan(C, n_embd=width, **changes) for width in WIDTHS]
+        return [plan for plan in plans if plan["options"]["max_iters"] >= LEAST]
+
+    def budgets(self) -> list[float]:
+        """FLOPs of a study's runs: --budgets, or five over a factor of 30 that --total pays for, below --predict."""
+        if self.o.budgets:
+            return spread(self.o.budgets)
+        shares = np.geomspace(1 / 30, 1, 5)
+        counts = self.o.sizes + self.o.n_seeds - 1 + 4 * (np.arange(5) < self.o.tuned)
+        top = 0.8 * self.o.total / (counts @ shares)  # a fifth is left for sizes that will be added
+        return (min(top, self.o.predict / 3 or top) * shares).tolist()
+
+    def left(self) -> float:
+        """FLOPs of --total that are not spent."""
+        return self.o.total - sum(row["paid"] for row in self.rows.values())
+
+    def cost(self, plans: list[dict]) -> float:
+        """FLOPs that the ledger would be charged for these runs."""
+        todo = {plan["key"]: plan["C"] for plan in plans if plan["key"] not in self.rows}
+        return sum(todo.values())
 
     def ask(self, plans: list[dict]) -> list[dict]:
         """The rows of planned runs; those that the ledger lacks are trained. Raises ValueError if that is too dear."""
         todo = {plan["key"]: plan for plan in plans if plan["key"] not in self.rows}
-        cost = sum(plan["C"] for plan in todo.values())
-        left = self.o.total - sum(row["C"] for row in self.rows.values())
+        cost, left = self.cost(plans), self.left()
         reason = f"{len(todo)} runs cost {cost:.3g} FLOPs; of --total={self.o.total:g} {left:.3g} are left"
         require(cost <= left, reason)
-        with ThreadPoolExecutor(self.o.workers) as pool:
-            for row in pool.map(self.train, todo.values()):
-                self.rows[row["key"]] = row
-                with open(self.path, "ab") as file:
-                    file.write(json.dumps(row).encode() + b"\n")
-                    file.flush()
-                    os.fsync(file.fileno())
-                print(f"C {row['C']:9.3g}  N {row['N']:9,}  D {row['D']:11,}  loss {row['loss']:.4f}  "
-                      f"{row['seconds']:6.1f} s", flush=True)
+        with ThreadPoolExecutor(self.workers) as pool:  # threads that wait for processes
+            list(pool.map(self.settle, todo.values()))
         return [self.rows[plan["key"]] for plan in plans]
 
+    def settle(self, plan: dict) -> None:
+        """Train a planned run, and write its row."""
+        row = self.train(plan)
+        with self.writing:
+            self.rows[row["key"]] = row
+            with open(self.path, "ab") as file:
+                file.write(json.dumps(row).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+            spent = 1 - self.left() / self.o.total
+            print(f"C {row['C']:8.3g}  N {row['N']:10,.0f}  D {row['D']:12,.0f}  loss {loss_of(row):7.4f}  "
+                  f"{row.get('seconds', 0):6.1f} s  {spent:4.0%} spent", flush=True)
+
     def train(self, plan: dict) -> dict:
-        """Run train.py as a process, by --launch; its row for the ledger. Raises ValueError if it fails."""
-        folder = self.folder / "runs" / plan["key"]
-        words = [f"--{name}={value}" for name, value in plan["options"].items()]
-        every = plan["options"]["max_iters"] // 8 + 1
-        words += [f"--output={folder}", f"--eval_interval={every}", "--resume"]
-        command = shlex.join([sys.executable, str(HERE / "train.py"), *words])
-        command = shlex.split(self.o.launch.format(command=command))
-        done = subprocess.run(command, capture_output=True, text=True)
-        require(done.returncode == 0, f"the run in {folder} failed: {done.stderr.strip()}")
+        """Run train.py as a process; its row for the ledger, with loss None where it diverged."""
+        folder, options = self.folder / "runs" / plan["key"], plan["options"]
+        words = [f"--eval_interval={options['max_iters'] // 4 + 1}"]
+        plan = dict(plan, paid=plan["C"])
+        if self.o.reuse:
+            plan, words = self.branch(plan, folder)
+        error = self.launch(options, folder, *words)
         curve = [row for row in rows_of(folder / "log.jsonl") if "val_loss" in row]
+        for name in ("ckpt.pt", "best.pt"):
+            (folder / name).unlink(missing_ok=True)  # the log says all that a study needs
+        if error:
+            return dict(plan, loss=None)
         last = curve[-1]
         return dict(
             plan,
-            D=last["tokens"],
-            C=last["flops"],
             loss=last["val_loss"],
             bpb=last["bpb"],
             seconds=last["seconds"],
             curve=[[row["flops"], row["val_loss"]] for row in curve],
         )
 
+    def branch(self, plan: dict, folder: Path) -> tuple[dict, list[str]]:
+        """Take the stable run of a model to where this run decays: what is paid for, and the words that branch there.
 
-# ---- the study
+        The runs of a model come with rising length; one that comes too late is trained from its beginning.
+        """
+        steps = plan["options"]["max_iters"]
+        start = round(steps * (1 - self.o.reuse))
+        options = plan["options"] | dict(max_iters=start)
+        name = key_of(options | dict(max_iters="any"))
+        before = [row["start"] for row in self.rows.values() if row.get("trunk") == name]
+        before = max(before, default=0)
+        trunk = self.folder / "runs" / name
+        words = [f"--decay_from={start}"]
+        if start < before or self.launch(options, trunk, "--schedule=constant"):
+            return plan, words
+        if not (folder / "ckpt.pt").exists():
+            words.append(f"--ckpt={trunk / 'ckpt.pt'}")
+        paid = plan["C"] * (steps - before) / steps
+        return dict(plan, trunk=name, start=start, paid=paid), words
 
-def nearest(plans: list[dict], N: float) -> dict:
-    """The plan whose N is nearest."""
-    return min(plans, key=lambda plan: abs(math.log(plan["N"] / N)))
+    def launch(self, options: dict, folder: Path, *words: str) -> str:
+        """Run train.py to its end in a folder, by --launch; what it says where it diverged. Raises ValueError.
+
+        A run that a killed study left behind may still be at work there; it is waited for.
+        """
+        command = [sys.executable, str(HERE / "train.py"), *words_of(options)]
+        command += [f"--output={folder}", "--resume", *words]
+        command = shlex.split(self.o.launch.replace("{command}", shlex.join(command)))
+        threads = (os.cpu_count() or 1) // self.workers
+        environment = {"OMP_NUM_THREADS": str(max(1, threads)), **os.environ}
+        while True:  # standard error is read for the reason; the log has all else
+            done = subprocess.run(command, capture_output=True, text=True, env=environment)
+            if "another run is training" not in done.stderr:
+                break
+            time.sleep(1)
+        error = done.stderr.strip().splitlines()[-1:] if done.returncode else []
+        require(not error or "not finite" in error[0], f"the run in {folder} failed: {error}")
+        return "".join(error)
+
+
+class Table(Ledger):
+    """The same over a table of past runs: its rows are the answers, and what they cost is charged."""
+    def open(self):
+        """Read the table."""
+        self.past = read_runs(Path(self.o.table))
+
+    def plan(self, C: float = 0, **changes):
+        """The table's run with these hyperparameters, of C FLOPs if given. Raises ValueError where there is none."""
+        fits = []
+        for row in self.past.rows:
+            known = row | row["options"]
+            if all(alike(known.get(name), value) for name, value in changes.items()):
+                fits.append(row)
+        if C:
+            fits = [row for row in fits if close(row["C"], C)]
+        asked = " ".join(words_of(changes | dict(C=C or "any")))
+        for name in changes:
+            values = {str((row | row["options"]).get(name)) for row in self.past.rows}
+            asked += f"; it has {name}: {' '.join(sorted(values)[:9])}"
+        require(fits, f"{self.o.table} has no run with {asked}")
+        require(len(fits) == 1, f"{self.o.table} has {len(fits)} runs with {asked}; name more hyperparameters")
+        return dict(fits[0], key=key_of(fits[0]))
+
+    def sizes(self, C, **_):
+        """The table's runs of C FLOPs that differ in size alone."""
+        rows = [row for row in self.past.main().rows if close(row["C"], C)]
+        return [dict(row, key=key_of(row)) for row in rows]
+
+    def budgets(self):
+        """Those of --budgets, or of the table."""
+        if self.o.budgets:
+            return spread(self.o.budgets)
+        return [self.past.C[at].mean() for at in self.past.budgets()]
+
+    def train(self, plan):
+        """What the table says of it."""
+        return dict(plan, paid=plan["C"])
+
+
+def alike(stored, asked) -> bool:
+    """Whether a table's value is the one asked for; numbers may be written in another way."""
+    try:
+        return math.isclose(float(stored), float(asked), rel_tol=1e-6)
+    except (TypeError, ValueError):
+        return str(stored) == str(asked)
+
+
+def words_of(options: dict) -> list[str]:
+    """Options as they are written on a command line."""
+    return [f"--{name}={value}" for name, value in options.items()]
+
+
+def loss_of(row: dict) -> float:
+    """A run's loss; inf where it diverged."""
+    return math.inf if row["loss"] is None else row["loss"]
+
+
+# ---- the study: walk down into valleys
+# The question is always the same: of runs that cost the same and differ in one thing, which is best? Ask some in a row;
+# while the best one is the first or last of them, ask one more beyond it. So the size of each budget is found, and the
+# learning rate and batch of the small ones.
+
+def nearest(plans: list[dict], N: float) -> int:
+    """Place of the plan whose N is nearest."""
+    distances = [abs(math.log(plan["N"] / N)) for plan in plans]
+    return distances.index(min(distances))
+
+
+def first_guess(C: float) -> float:
+    """N that C FLOPs train on 15 tokens a parameter."""
+    return (C / 6 / 15) ** 0.5
+
+
+def around(plans: list[dict], near: int, count: int) -> list[dict]:
+    """`count` neighbours with plans[near] in their middle, or as near to it as the ends allow."""
+    low = max(0, min(near - count // 2, len(plans) - count))
+    return plans[low:low + count]
+
+
+def valley(ledger: Ledger, plans: list[dict], near: int, count: int) -> dict:
+    """Train `count` plans around plans[near], and more while the best is the first or last; the best one's row."""
+    # A run more costs what the others do; a valley whose bottom is not between two runs says nothing.
+    some = around(plans, near, count)
+    while True:
+        rows = ledger.ask(some)
+        best = min(rows, key=loss_of)
+        low = plans.index(some[0])
+        high = low + len(some)
+        if best is rows[0] and low > 0:
+            more = plans[low - 1]
+        elif best is rows[-1] and high < len(plans):
+            more = plans[high]
+        else:
+            return best
+        if ledger.cost([more]) > ledger.left():
+            print(f"--total={ledger.o.total:g} has no room for another run of {more['C']:.3g} FLOPs")
+            return best
+        some = [more, *some] if best is rows[0] else [*some, more]
+
+
+def outline(o: Options, ledger: Ledger) -> None:
+    """Print what a study will do first at each budget, and its price; it adds runs where a best is not bracketed."""
+    price = 0
+    print(f"{'FLOPs':>10}  {'runs':>4}  {'of sizes N':25}  {'tokens a parameter':18}  {'FLOPs in all':>12}")
+    for i, C in enumerate(ledger.budgets()):
+        plans = ledger.sizes(C)
+        require(len(plans) > 2, f"--budgets: {C:g} FLOPs are fewer than {LEAST} steps of three sizes")
+        some = around(plans, nearest(plans, first_guess(C)), o.sizes)
+        count = len(some) + o.n_seeds - 1
+        count += 4 if i < o.tuned else 0
+        price += count * C
+        least, most = some[0]["N"], some[-1]["N"]
+        sizes = f"{least:,.0f} to {most:,.0f}"
+        ratios = f"{C / 6 / most**2:.2g} to {C / 6 / least**2:.2g}"
+        print(f"{C:10.3g}  {count:4}  {sizes:25}  {ratios:18}  {count * C:12.3g}")
+    print(f"about {price:.3g} FLOPs of --total={o.total:g}, of which {ledger.left():.3g} are left; "
+          f"{len(ledger.rows)} runs are in {ledger.path}", flush=True)
 
 
 def study(o: Options, ledger: Ledger) -> None:
-    """IsoFLOP runs: some sizes at each budget, more while the best is at an edge, --n_seeds of the best."""
-    budgets = spread(o.budgets)
-    guess = (budgets[0] / 60) ** 0.5  # of N: ten tokens a parameter, to begin with
+    """At each budget: learning rate and batch, if it is one of the small ones, then some sizes, and seeds of the best.
+
+    A budget begins with what was best at the one before, its size made larger as C^0.5.
+    """
+    settings = dict(learning_rate=o.learning_rate, batch_size=o.batch_size)
+    budgets = ledger.budgets()
+    guess = first_guess(budgets[0])
     for i, C in enumerate(budgets):
-        plans = [ledger.plan(width, C) for width in WIDTHS]
-        plans = [plan for plan in plans if plan["options"]["max_iters"] >= LEAST]
-        require(len(plans) > 2, f"--budgets: {C:g} FLOPs are fewer than {LEAST} steps of three sizes")
-        near = plans.index(nearest(plans, guess))
-        low = max(0, near - o.sizes // 2)
-        high = near + o.sizes // 2 + 1
-        best = plans[near]
-        if o.plan:
-            sizes = ", ".join(f"{plan['N']:,}" for plan in plans[low:high])
-            print(f"C {C:.3g}: N {sizes}")
-        while not o.plan:
-            rows = ledger.ask(plans[low:high])
-            best = min(rows, key=lambda row: row["loss"])
-            if best is rows[0] and low > 0:
-                low -= 1
-            elif best is rows[-1] and high < len(plans):
-                high += 1
-            else:
-                width = best["options"]["n_embd"]
-                ledger.ask([ledger.plan(width, C, seed) for seed in range(1, o.n_seeds)])
-                break
+        # First the settings, at the size that is most likely best, so that all sizes are trained with good ones.
+        plans = ledger.sizes(C, **settings)
+        near = plans[nearest(plans, guess)]
+        for axis in settings if i < o.tuned and not o.table else ():
+            values = settings[axis] * 2.0 ** np.arange(-3, 4)
+            if axis == "batch_size":
+                values = [max(1, round(value)) for value in values]
+            same = dict(n_embd=near["options"]["n_embd"], **settings)
+            plans = [ledger.plan(C, **same | {axis: value}) for value in values]
+            settings[axis] = valley(ledger, plans, 3, 3)["options"][axis]
+        plans = ledger.sizes(C, **settings)
+        best = valley(ledger, plans, nearest(plans, guess), o.sizes)
         following = budgets[min(i + 1, len(budgets) - 1)]
         guess = best["N"] * (following / C) ** 0.5
+        others = range(1, o.n_seeds) if not o.table else ()
+        seeds = [ledger.plan(**best["options"] | dict(seed=seed)) for seed in others]
+        if ledger.cost(seeds) <= ledger.left():
+            ledger.ask(seeds)
+
+
+def grid(text: str) -> list[dict]:
+    """The points of "learning_rate:1e-3..1e-1:5,optimizer:muon,adamw": one dict a point. Raises ValueError."""
+    axes, name = {}, ""
+    for part in text.split(","):
+        head, colon, value = part.partition(":")
+        if colon and head.isidentifier():
+            name, part = head, value
+        require(name, f"--sweep={text}: write name:values,name:values, such as learning_rate:1e-3..1e-1:5")
+        try:
+            numbers = [int(x) if x == int(x) else x for x in spread(part)]
+        except (ValueError, OverflowError):
+            good = re.fullmatch(r"[A-Za-z][\w-]*", part)
+            require(good, f"--sweep: {part!r} is neither a number, a range nor a word")
+            numbers = [part]
+        axes.setdefault(name, []).extend(numbers)
+    return [dict(zip(axes, point)) for point in itertools.product(*axes.values())]
+
+
+def sweep(o: Options, ledger: Ledger) -> None:
+    """Run a grid at each of --budgets (at the first alone if they are not given), print and draw it."""
+    points = grid(o.sweep)
+    budgets = ledger.budgets()[:1]
+    if o.budgets:
+        budgets = spread(o.budgets)
+    elif o.table or "max_iters" in points[0]:
+        budgets = [0]
+    # Every point is a plan before any is run, so that the whole grid's price is known.
+    points = [dict(C=C, **point) for C in budgets for point in points]
+    plans = [ledger.plan(**point) for point in points]
+    print(f"{len(plans)} runs, {ledger.cost(plans):.3g} FLOPs of {ledger.left():.3g} that are left", flush=True)
+    if o.plan:
+        return
+    rows = ledger.ask(plans)
+    names = list(points[0])
+    print("  ".join(name.rjust(14) for name in (*names, "loss")))
+    for point, row in sorted(zip(points, rows), key=lambda pair: (pair[1]["C"], loss_of(pair[1]))):
+        point["C"] = float(row["C"])
+        cells = [f"{value:.4g}" if isinstance(value, float) else str(value) for value in point.values()]
+        print("  ".join(cell.rjust(14) for cell in (*cells, f"{loss_of(row):.4f}")))
+    if o.plot:
+        lines = {}
+        for point, row in zip(points, rows):
+            label = ", ".join(f"{name} {point[name]}" for name in names if name != names[1])
+            lines.setdefault(label, []).append((point[names[1]], loss_of(row)))
+        draw_lines(o.plot, [(names[1], lines)])
+
+
+RATES = range(-12, 1)  # powers of two
+
+
+def mup(o: Options, ledger: Ledger) -> None:
+    """The best AdamW learning rate at four widths, for one standard parametrisation and muP, and what moving it costs.
+
+    The rate is the bottom of a parabola through the best three of rates a factor of 2 apart; the drift is that of the
+    widest to the narrowest model in powers of two; lost is what the narrowest model's best rate costs a wider one.
+    """
+    pictures = []
+    for init in ("gpt2", "mup"):
+        lines, best_rates = {}, []
+        first = near = 4
+        for width in (32, 64, 128, 256):
+            fixed = dict(
+                init=init, base_width=32, n_embd=width, n_layer=2, n_head=width // 32, ngram=0, block_size=64,
+                optimizer="adamw", weight_decay=0.0, batch_size=8, max_iters=150, warmup_iters=10,
+            )
+            plans = [ledger.plan(**fixed, learning_rate=2.0**k) for k in RATES]
+            best = valley(ledger, plans, near, 5)
+            near = [plan["key"] for plan in plans].index(best["key"])
+            if width == 32:
+                first = near
+            moved, = ledger.ask([plans[first]])  # what a tuner at width 32 would have chosen
+            rows = [ledger.rows[plan["key"]] for plan in plans if plan["key"] in ledger.rows]
+            lines[f"width {width}"] = [(row["options"]["learning_rate"], loss_of(row)) for row in rows]
+            middle = min(max(near, 1), len(plans) - 2)
+            three = [min(99, loss_of(ledger.rows[plan["key"]])) for plan in plans[middle - 1:middle + 2]]
+            p2, p1, _ = parabola(np.arange(-1, 2), np.array(three), np.ones((1, 3)))[0]
+            best_rates.append(RATES[middle] - p1 / 2 / p2)
+            print(f"{init:5} width {width:4}: best learning rate {2 ** best_rates[-1]:.4f}, loss {loss_of(best):.4f}, "
+                  f"lost with that of width 32: {loss_of(moved) - loss_of(best):.4f}", flush=True)
+        print(f"{init:5} drift of the best learning rate: {best_rates[-1] - best_rates[0]:+.2f} powers of two")
+        pictures.append((f"learning rate, {init}", lines))
+    if o.plot:
+        draw_lines(o.plot, pictures)
+
+
+def compare_runs(o: Options) -> None:
+    """A table of the runs in some folders of train.py: what each took to reach one loss; with --plot their curves."""
+    curves = {}
+    names = ("val_loss", "tokens", "flops", "seconds")
+    for folder in o.runs.split(","):
+        rows = [row for row in rows_of(Path(folder) / "log.jsonl") if "val_loss" in row]
+        require(rows, f"{folder}/log.jsonl holds no evaluation yet")
+        curves[folder] = np.array([[row[name] for name in names] for row in rows], float).T  # (4, evaluations)
+    target = o.to_loss or max(losses.min() for losses, *_ in curves.values())
+    print(f"to a validation loss of {target:.4f}:")
+    print(f"{'run':24} {'least loss':>10} {'tokens':>14} {'FLOPs':>10} {'seconds':>9}")
+    for folder, (losses, *others) in curves.items():
+        reached = np.flatnonzero(losses <= target)
+        cells = ["never", "", ""]
+        if len(reached):  # between two evaluations in a straight line
+            upto = slice(max(0, reached[0] - 1), reached[0] + 1)
+            tokens, flops, seconds = (np.interp(-target, -losses[upto], other[upto]) for other in others)
+            cells = [f"{tokens:,.0f}", f"{flops:.3g}", f"{seconds:.1f}"]
+        print(f"{folder:24} {losses.min():10.4f} {cells[0]:>14} {cells[1]:>10} {cells[2]:>9}")
+    if o.plot:
+        lines = {folder: list(zip(curve[2], curve[0])) for folder, curve in curves.items()}
+        draw_lines(o.plot, [("FLOPs", lines)])
 
 
 # ---- what comes out
 
-def lines(found: dict[str, list[float]]) -> str:
+MACHINES = {  # peak of dense bfloat16 in FLOP/s, bytes of memory; NVIDIA's data sheets
+    "a100": (312e12, 80e9),
+    "h100": (989e12, 80e9),
+    "h200": (989e12, 141e9),
+    "b200": (2250e12, 192e9),
+}
+
+
+def quantities(found: dict[str, list[float]]) -> str:
     """Quantities with their 90% intervals, a line each."""
     return "".join(
-        f"\n  {name:11} {value:10.4g}  ({low:.4g} to {high:.4g})"
+        f"\n  {name:13} {value:10.4g}  ({low:.4g} to {high:.4g})"
         for name, (value, low, high) in found.items()
     )
 
 
-def write(path: Path, found: dict | list) -> None:
-    """Write something as JSON, whole or not at all."""
+def write(path: Path, found: dict | list | str) -> None:
+    """Write something as JSON, or a text, whole or not at all."""
     with replacing(path) as file:
-        file.write(json.dumps(found, indent=1).encode())
+        file.write((found if isinstance(found, str) else json.dumps(found, indent=1)).encode())
 
 
-def fit(path: Path, o: Options) -> dict:
-    """Each approach's fit to a table of runs, by name, and fit.json; an approach that fails says why in a line."""
-    runs = read_runs(path)
-    fits, found = {}, {}
-    print(f"{path}: {runs.shape[1]} runs of {runs[2].min():.3g} to {runs[2].max():.3g} FLOPs")
-    if runs[2].max() < 10 * runs[2].min():
-        print("the budgets span less than a factor of 10: the exponents say little")
-    for name, kind in FITS.items():
+def back_test(runs: Runs, o: Options) -> str:
+    """Fit the law without the largest budget and predict its runs: how far off, and how many inside their intervals."""
+    # This is the honest form of "within how much does it predict": no run of that size was seen.
+    *rest, last = runs.budgets()
+    if len(rest) < 2:
+        return "back-test: it needs three budgets"
+    last = runs.keep(last).main()
+    found = Chinchilla(runs.keep(np.concatenate(rest)), o).losses(last.N, last.D)
+    low, high = np.quantile(found[1:], (0.05, 0.95), axis=0)
+    inside = np.sum((low <= last.loss) & (last.loss <= high))
+    error = np.abs(found[0] / last.loss - 1)
+    return (f"back-test: without the largest budget the law is {error.mean():.2%} off its {len(last)} runs, "
+            f"{error.max():.2%} at most; {inside} are inside their intervals")
+
+
+def fit(runs: Runs, o: Options, name: str) -> tuple[dict, str]:
+    """Each law that these runs can tell of, by name, and what is to be said of them; writes fit.json."""
+    fits, found, lost = {}, {}, []
+    said = [f"{name}: {len(runs)} runs of {runs.C[0]:.3g} to {runs.C[-1]:.3g} FLOPs"]
+    if runs.C[-1] < 10 * runs.C[0]:
+        said.append("the budgets span less than a factor of 10: the exponents say little")
+    for key, kind in FITS.items():
         try:
-            fits[name] = kind(runs, o)
-            found[name] = fits[name].constants()
-            print(name + lines(found[name]))
+            fits[key] = kind(runs, o)
+            found[key] = fits[key].constants()
+            said.append(key + quantities(found[key]))
+            said += [f"  {doubt}" for doubt in fits[key].doubts]
         except ValueError as error:
-            print(f"{name}: {error}")
-    require(len(found) > 0, f"no law could be fitted to {path}")
+            lost.append(f"{key} ({error})")
+    if lost:
+        said.append("not fitted: " + "; ".join(lost))
+    require(len(found) > 0, f"no law could be fitted to {name}")
+    if "parametric" in fits:
+        for key in ("alpha", "beta"):
+            value, low, high = fits["parametric"].profile(key)
+            said.append(f"{key} by its profile likelihood {value:.4g} ({low:.4g} to {high:.4g})")
+        said.append(back_test(runs, o))
     write(Path(o.output) / "fit.json", found)
-    return fits
+    print("\n".join(said), flush=True)
+    return fits, "\n".join(said)
 
 
-def predict(fits: dict, o: Options, table: Path) -> None:
-    """Print what each fit says of --predict FLOPs; with --preregister keep it in prediction.json, hashed and dated."""
+def best_plan(ledger: Ledger, fits: dict, C: float) -> dict:
+    """The best plan for C FLOPs by the laws.
+
+    Its size is the parametric law's, its learning rate and batch are those of the valleys, where they were varied.
+    """
+    best = fits["parametric"].predict(C)["N"][0]
+    changes = {axis: fits[axis].at(C)[0] for axis in ("learning_rate", "batch_size") if axis in fits}
+    if "batch_size" in changes:
+        changes["batch_size"] = max(1, round(changes["batch_size"]))
+    widths = [width for width in WIDTHS if ledger.plan(1, n_embd=width)["N"] < 3 * best] or WIDTHS[:1]
+    plans = [ledger.plan(C, n_embd=width, **changes) for width in widths]
+    return plans[nearest(plans, best)]
+
+
+def predict(fits: dict, o: Options, ledger: Ledger | None, sha256: str) -> str:
+    """What each fit says of --predict FLOPs, printed; with --preregister kept in prediction.json, hashed and dated."""
     found = {name: law.predict(o.predict) for name, law in fits.items()}
-    for name, values in found.items():
-        print(f"{name} at {o.predict:.4g} FLOPs{lines(values)}")
+    law = fits["parametric"]
+    said = [f"{name} at {o.predict:.4g} FLOPs{quantities(values)}" for name, values in found.items()]
+    times = o.predict / law.runs.C[-1]
+    if times > 100:
+        said.append(f"this is {times:,.0f} times the largest run: no interval knows what happens on the way")
+    N, D = found["parametric"]["N"][0], found["parametric"]["D"][0]
+    off = found.get("isoflop", {}).get("N", [N])[0] / N - 1
+    if abs(off) > 0.01:
+        said.append(f"isoflop's N is {off:+.0%} from the parametric law's: its parabolas are symmetric and see one\n"
+                    "budget at a time, the law's valleys are not and see all budgets")
+    count, _, kind = o.machine.rpartition("x")
+    known = kind in MACHINES and (count or "1").isdigit()
+    require(known, f"--machine={o.machine}: write 8xh100 or such; there are {', '.join(MACHINES)}")
+    peak, memory = MACHINES[kind]
+    days = o.predict / (int(count or 1) * peak * o.mfu) / 86400
+    said.append(f"{D / N:.3g} tokens a parameter; {days:.3g} days on {o.machine} at {o.mfu:.0%} of its peak; weights, "
+                f"gradients and AdamW in float32 take {16 * N / 1e9:.3g} GB, one device has {memory / 1e9:.0f}")
+    # What will be trained has a width of WIDTHS, not the best N itself: the loss is that of the nearest such model.
+    stored = dict(FLOPs=o.predict, found=found, loss=found["parametric"]["loss"])
+    if ledger and not o.table:
+        plan = best_plan(ledger, fits, o.predict)
+        losses = law.losses(np.array([plan["N"]]), np.array([plan["D"]]))[:, 0]
+        stored |= dict(plan, **summarise(dict(loss=losses)))
+        value, low, high = stored["loss"]
+        said.append(f"the nearest model has N {plan['N']:,} and loss {value:.4f} ({low:.4f} to {high:.4f})\n"
+                    f"python train.py {' '.join(words_of(plan['options']))}")
     if o.preregister:
         path = Path(o.output) / "prediction.json"
         require(not path.exists(), f"{path} is there already; a prediction is made once")
-        data = hashlib.sha256(table.read_bytes()).hexdigest()
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        write(path, dict(FLOPs=o.predict, found=found, data_sha256=data, time=now))
-        print(f"{path} holds this; after the run: python scaling.py --output={o.output} --check=RUN")
+        write(path, stored | dict(data_sha256=sha256, time=now))
+        said.append(f"{path} holds this; next: python scaling.py --output={o.output} --check=RUN, "
+                    "which trains it in the folder RUN if nothing is there")
+    print("\n".join(said))
+    return "\n".join(said)
 
 
 def check(o: Options) -> None:
-    """Compare the last loss of the run in the folder --check with the preregistered one."""
-    stored = json.loads((Path(o.output) / "prediction.json").read_bytes())
-    last = rows_of(Path(o.check) / "log.jsonl")[-1]
+    """Compare the last loss of the run in the folder --check with the preregistered one; first train it if need be."""
+    path = Path(o.output) / "prediction.json"
+    stored = json.loads(path.read_bytes())
+    log = Path(o.check) / "log.jsonl"
+    if not log.exists():
+        require("options" in stored, f"{log} is not there, and {path} does not say how to train it")
+        print(f"training for {stored['C']:.4g} FLOPs in {o.check}", flush=True)
+        error = Ledger(o).launch(stored["options"], Path(o.check))
+        require(not error, error)
+    # A run of other FLOPs would say nothing of the prediction, however good its loss.
+    last = rows_of(log)[-1]
     wanted, used = stored["FLOPs"], last["flops"]
-    loss = last["val_loss"]
     require(abs(used / wanted - 1) < 0.05, f"{o.check} took {used:.3g} FLOPs; the prediction is for {wanted:.3g}")
-    value, low, high = stored["found"]["parametric"]["loss"]
+    loss = last["val_loss"]
+    value, low, high = stored["loss"]
     inside = "inside" if low <= loss <= high else "outside"
     print(f"predicted {value:.4f} ({low:.4f} to {high:.4f}) on {stored['time']}")
     print(f"measured  {loss:.4f}, {loss / value - 1:+.2%}, {inside} the interval")
 
 
-def best_runs(ledger: Ledger, law: Chinchilla) -> list[dict]:
-    """The best plan at 16 budgets, from the largest that was measured to a thousand times that."""
-    rows = []
-    largest = max(row["C"] for row in ledger.rows.values())
-    for C in largest * np.geomspace(1, 1000, 16):
-        plans = [ledger.plan(width, C) for width in WIDTHS]
-        rows.append(nearest(plans, law.predict(C)["N"][0]))
-    return rows
+def write_page(o: Options, runs: Runs, said: list[str], sha256: str) -> None:
+    """OUTPUT/report.md: one page with all that is needed to redo the study."""
+    cores = f"{platform.machine()}, {os.cpu_count()} cores"
+    versions = f"Python {platform.python_version()}, numpy {np.__version__}, {cores}"
+    command = shlex.join(["python", "scaling.py", *sys.argv[1:]])
+    names = ("learning_rate", "batch_size", "seed")
+    lines = [
+        "# A scaling study",
+        "",
+        f"`{command}` on {time.strftime('%Y-%m-%d', time.gmtime())} ({versions}). `runs.jsonl` (SHA-256 {sha256}) has",
+        "every run's options, price and curve; `--fit` of it gives the fits below.",
+        "",
+        "```",
+        "\n\n".join(said),
+        "```",
+        "",
+        "| C, FLOPs | N | D, tokens | D / N | " + " | ".join(names) + " | loss |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    if o.plot:
+        picture = os.path.relpath(o.plot, o.output)
+        lines[4:4] = ["", f"![curves, runs of equal FLOPs, best sizes, least losses]({picture})"]
+    for row in runs.rows:
+        cells = [f"{row['C']:.3g}", f"{row['N']:,.0f}", f"{row['D']:,.0f}", f"{row['D'] / row['N']:.3g}"]
+        cells += [f"{row['options'].get(name, math.nan):.3g}" for name in names]
+        lines.append(f"| {' | '.join(cells)} | {row['loss']:.4f} |")
+    path = Path(o.output) / "report.md"
+    write(path, "\n".join(lines) + "\n")
+    print(f"{path} holds this and all runs")
+
+
+# ---- pictures, with matplotlib where it is installed
+
+NATS = "validation loss, nats a token"
+
+
+def draw_lines(path: str, panels: list[tuple[str, dict]]) -> None:
+    """Loss over something, a panel each: (its name, {label: points (x, loss)})."""
+    from matplotlib import pyplot
+    figure, all_axes = pyplot.subplots(1, len(panels), figsize=(7 * len(panels), 4.5), sharey=True, squeeze=False)
+    for axes, (name, lines) in zip(all_axes[0], panels):
+        for label, points in lines.items():
+            axes.plot(*zip(*sorted(points)), "o-", label=label, markersize=4)
+        axes.set(xlabel=name, ylabel=NATS, xscale="log")
+        axes.legend(fontsize=8)
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+    print(f"{path} written")
+
+
+def draw_study(path: str, runs: Runs, fits: dict, target: float) -> None:
+    """Four panels: training curves, parabolas, the best sizes and the least losses over FLOPs, with their bands."""
+    from matplotlib import pyplot
+    figure, panels = pyplot.subplots(2, 2, figsize=(13, 9))
+    curves, valleys, sizes, losses = panels.flat
+    main = runs.main()
+    budgets = main.budgets()
+    best = [at[main.loss[at].argmin()] for at in budgets]
+    for colour, at in zip(pyplot.cm.viridis(np.linspace(0, 0.9, len(budgets))), budgets):
+        label = f"{main.C[at].mean():.2g} FLOPs"
+        valleys.plot(main.N[at], main.loss[at], "o", color=colour, label=label)
+        for i in at:
+            curve = main.rows[i].get("curve") or [[main.C[i], main.loss[i]]]
+            line, = curves.plot(*np.array(curve).T, ".-", color=colour, alpha=0.7)
+        line.set_label(label)
+    for x, y, powers, middle in getattr(fits.get("isoflop"), "valleys", ()):
+        n = np.linspace(np.log(x.min()), np.log(x.max()), 99)
+        valleys.plot(np.exp(n), np.polyval(powers, n - middle), "-", color="grey", linewidth=1)
+    C = np.geomspace(main.C[0], max(3 * main.C[-1], target), 40)
+    for name in ("parametric", "isoflop", "envelope"):
+        found = [fits[name].predict(c) for c in C if name in fits]
+        for axes, key in ((sizes, "N"), (losses, "loss")):
+            band = [each[key] for each in found if key in each]
+            if band:
+                value, low, high = np.array(band).T
+                line, = axes.plot(C, value, "-", label=name)
+                axes.fill_between(C, low, high, alpha=0.15, color=line.get_color())
+    sizes.plot(main.C[best], main.N[best], "k.", label="best run")
+    losses.plot(main.C[best], main.loss[best], "k.", label="best run")
+    if target:
+        losses.axvline(target, color="grey", linestyle=":", label="predicted")
+    curves.set(title="training curves", xlabel="FLOPs", ylabel=NATS, xscale="log")
+    valleys.set(title="runs of equal FLOPs", xlabel="N, parameters", ylabel=NATS, xscale="log")
+    sizes.set(title="best size, 90% bands", xlabel="FLOPs", ylabel="N, parameters", xscale="log", yscale="log")
+    losses.set(title="least loss, 90% bands", xlabel="FLOPs", ylabel=NATS, xscale="log")
+    for axes in (curves, valleys, sizes, losses):
+        axes.legend(fontsize=8)
+        axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    print(f"{path} written")
 
 
 def options(kind: type, words: list[str]):
@@ -512,23 +1298,40 @@ def run(main: Callable[[], None]) -> None:
 
 def main() -> None:
     o = options(Options, sys.argv[1:])
+    found = not o.plot or importlib.util.find_spec("matplotlib")
+    require(found, "--plot needs matplotlib: pip install matplotlib")
+    require("{command}" in o.launch, "--launch has no {command} in it")
+    require(o.resamples >= 20, "--resamples: an interval needs 20 or more")
+    if o.runs:
+        return compare_runs(o)
     Path(o.output).mkdir(parents=True, exist_ok=True)
     if o.check:
         return check(o)
-    table = Path(o.fit or Path(o.output) / "runs.jsonl")
-    if not o.fit:
-        ledger = Ledger(o)
-        study(o, ledger)
+    ledger = None if o.fit else Table(o) if o.table else Ledger(o)
+    if o.sweep or o.mup:
+        require(ledger, "--fit runs nothing; leave it out")
+        return sweep(o, ledger) if o.sweep else mup(o, ledger)
+    if ledger:
+        outline(o, ledger)
         if o.plan:
             return
-    fits = fit(table, o)
-    if not o.fit and "parametric" in fits:
-        rows = best_runs(ledger, fits["parametric"])
-        write(Path(o.output) / "recipe.json", rows)
-        words = " ".join(f"--{name}={value}" for name, value in rows[3]["options"].items())
-        print(f"next: python train.py {words}")
+        study(o, ledger)
+    table = Path(o.fit or ledger.path)
+    runs = read_runs(table)
+    sha256 = hashlib.sha256(table.read_bytes()).hexdigest()
+    fits, text = fit(runs, o, str(table))
+    said = [text]
     if o.predict:
-        predict(fits, o, table)
+        require("parametric" in fits, "there is no fit to predict a loss from")
+        said.append(predict(fits, o, ledger, sha256))
+    if o.plot:
+        draw_study(o.plot, runs, fits, o.predict)
+    if ledger:
+        write_page(o, runs, said, sha256)
+    if ledger and not o.table and "parametric" in fits:
+        rows = [best_plan(ledger, fits, C) for C in np.geomspace(runs.C[0], 1000 * runs.C[-1], 40)]
+        write(Path(o.output) / "recipe.json", rows)
+        print(f"next: python train.py --flops={3 * runs.C[-1]:.2g}, which reads {Path(o.output) / 'recipe.json'}")
 
 
 if __name__ == "__main__":

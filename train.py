@@ -438,18 +438,20 @@ def recipe(o: Options, n_tokens: int, vocab_size: int, peak: float) -> Options:
 
     A budget of C FLOPs, or what reaches it, scales that by f = C / (its FLOPs). Parameters and tokens grow alike, as
     f^0.5 (Hoffmann et al. 2022); depth grows with the width, the batch with tokens^0.38 (Bergsma et al. 2025), weight
-    decay falls with the width squared. A study of scaling.py, where there is one, chooses the shape.
+    decay falls with the width squared. A study of scaling.py, where there is one, chooses all but the steps.
     """
     chosen = dict(block_size=128, n_layer=1, n_embd=64, learning_rate=0.01, weight_decay=0.1)
     chosen |= dict(batch_size=8, max_iters=1200, eval_interval=50, ngram=5)
     if n_tokens > 4_000_000:  # of words, most likely, of which three say much
         chosen |= dict(batch_size=16, max_iters=1600, eval_interval=320, ngram=3)
 
+    widest = 128  # model with tables of n-grams: wider ones would be larger than the model
+
     def filled():
         left = [name for name in chosen if getattr(o, name) == getattr(Options, name)]
         new = dataclasses.replace(o, **{name: chosen[name] for name in left})
         new.n_head = o.n_head or math.gcd(new.n_embd, new.n_embd // 64 or 1)
-        if new.n_embd > 128 and o.ngram < 0:  # tables as wide would be larger than the model
+        if new.n_embd > widest and o.ngram < 0:
             new.ngram = 0
         return new
 
@@ -473,8 +475,9 @@ def recipe(o: Options, n_tokens: int, vocab_size: int, peak: float) -> Options:
     if study.exists():
         found = json.loads(study.read_text())
         best = min(found, key=lambda row: abs(math.log(row["C"] / C)))["options"]
-        chosen |= {name: best[name] for name in ("n_embd", "n_layer", "block_size")}
-        print(f"width, depth and context as {study} says")
+        chosen |= {name: best[name] for name in chosen if name in best}
+        widest = math.inf
+        print(f"shape, batch and learning rate as {study} says")
     new = filled()
     rows = o.tokens / new.block_size if o.tokens else C / run_flops(new, vocab_size)
     chosen["max_iters"] = max(1, round(rows / new.batch_size))

@@ -1,5 +1,7 @@
 """Tests of scaling.py: known laws found again, an optimiser beside scipy's, a ledger whose runs are a stub of train.py."""
 import csv
+import hashlib
+import importlib.util
 import itertools
 import json
 import math
@@ -21,13 +23,18 @@ def loss_of(N, D, A=406.4, alpha=0.34, B=410.7, beta=0.28, E=1.69):
     return E + A / N**alpha + B / D**beta
 
 
+def runs_of(columns):
+    """Runs of the columns N, D, C, loss."""
+    return scaling.Runs([dict(zip(("N", "D", "C", "loss"), map(float, run))) for run in np.transpose(columns)])
+
+
 def made(noise=0.0, seed=0, budgets=6, sizes=9):
-    """Runs of a known law: (4, n), N and D spread around 20 tokens a parameter."""
+    """Runs of a known law, 54 of them by default: N and D spread around 20 tokens a parameter."""
     C, share = np.meshgrid(np.geomspace(1e18, 1e20, budgets), np.geomspace(1 / 6, 6, sizes))
     N = np.sqrt(C / 120) * share
     D = C / 6 / N
     loss = loss_of(N, D) * np.exp(noise * np.random.default_rng(seed).normal(size=N.shape))
-    return np.array([column.ravel() for column in (N, D, C, loss)])
+    return runs_of([column.ravel() for column in (N, D, C, loss)])
 
 
 # ------------------------------------------------------------------------------------------------------------------- fits
@@ -61,7 +68,8 @@ def test_minimise_resists_an_outlier_with_huber():
 def test_minimise_is_never_worse_than_scipy(delta):
     optimize = pytest.importorskip("scipy.optimize", reason="scipy is not installed")
     for noise in (0.0, 0.01):
-        n, d, _, y = np.log(made(noise))
+        runs = made(noise)
+        n, d, y = np.log(runs.N), np.log(runs.D), np.log(runs.loss)
         def residual(p):
             a, alpha, b, beta, e = p.T[:, :, None]
             return np.log(np.exp(a - alpha * n) + np.exp(b - beta * d) + np.exp(e)) - y
@@ -85,18 +93,24 @@ def test_a_known_law_is_found_again(noise, tolerance):
     assert found["N_exponent"][0] + found["D_exponent"][0] == pytest.approx(1)
 
 
-@pytest.mark.slow
-def test_intervals_of_noisy_runs_hold_the_truth():
-    """Over 30 noisy studies the 90% intervals hold the exponents, and a new run's loss, about as often as they say."""
-    hits = dict.fromkeys(("alpha", "beta", "loss"), 0)
-    for seed in range(30):
-        law = scaling.Chinchilla(made(0.01, seed), scaling.Options(resamples=40, seed=seed))
+@pytest.mark.parametrize("studies", [30, pytest.param(200, marks=pytest.mark.slow)])
+def test_intervals_of_noisy_runs_hold_the_truth(studies):
+    """The 90% intervals hold the exponents, the best size, and a new run's loss, about as often as they say.
+
+    Of 200 studies 90% is 180 with a standard deviation of 4.2; 85 to 95% are allowed.
+    """
+    hits = dict.fromkeys(("alpha", "beta", "N", "loss"), 0)
+    best = scaling.Chinchilla(made(), scaling.Options(resamples=20)).predict(1e21)["N"][0]
+    for seed in range(studies):
+        law = scaling.Chinchilla(made(0.01, seed), scaling.Options(resamples=200 if studies > 100 else 60, seed=seed))
         found, at = law.constants(), law.predict(1e21)
         for name in ("alpha", "beta"):
             hits[name] += found[name][1] <= LAW[name] <= found[name][2]
+        hits["N"] += at["N"][1] <= best <= at["N"][2]
         new = loss_of(at["N"][0], at["D"][0]) * math.exp(0.01 * np.random.default_rng(1000 + seed).normal())
         hits["loss"] += at["loss"][1] <= new <= at["loss"][2]
-    assert all(22 <= count <= 30 for count in hits.values()), hits
+    low, high = (0.85, 0.95) if studies > 100 else (0.7, 1)
+    assert all(low <= count / studies <= high for count in hits.values()), hits
 
 
 def test_the_optimum_is_the_closed_form():
@@ -123,33 +137,146 @@ def test_isoflop_finds_exact_parabolas():
     """Bottoms at N = 3 C^0.45: parabolas in log N, so the exponent is exact; an edge is left out and said."""
     C, offset = np.meshgrid(np.geomspace(1e18, 1e21, 4), (-1.0, -0.3, 0.2, 0.9))
     n = np.log(3) + 0.45 * np.log(C) + offset
-    runs = np.array([np.exp(n).ravel(), (C / 6 / np.exp(n)).ravel(), C.ravel(), (2 + offset**2).ravel()])
-    law = scaling.IsoFLOP(runs, scaling.Options(resamples=10))
+    law = scaling.Valleys(runs_of([np.exp(n).ravel(), (C / 6 / np.exp(n)).ravel(), C.ravel(), (2 + offset**2).ravel()]),
+                          scaling.Options(resamples=20))
     assert law.constants()["N_exponent"][0] == pytest.approx(0.45, rel=1e-6)
     assert law.predict(1e22)["N"][0] == pytest.approx(3 * 1e22**0.45, rel=1e-6)
     assert law.predict(1e22)["D"][0] == pytest.approx(1e22 / 6 / law.predict(1e22)["N"][0], rel=1e-6)
 
 
-def test_isoflop_leaves_out_what_is_not_bracketed(capsys):
+def test_isoflop_leaves_out_what_is_not_bracketed():
     runs = made()
-    falling = runs[2] < 2e18  # at the least budget only the sizes below the best
-    best = np.sqrt(1e18 / 120) * 0.9
-    kept = ~falling | (runs[0] < best)
-    scaling.IsoFLOP(runs[:, kept], scaling.Options(resamples=5))
-    assert "at 1e+18 FLOPs the best size is not between two others" in capsys.readouterr().out
-    only = made(budgets=1)
+    falling = runs.C < 2e18  # at the least budget only the sizes below the best
+    law = scaling.Valleys(runs.keep(~falling | (runs.N < 0.9 * np.sqrt(1e18 / 120))), scaling.Options(resamples=20))
+    assert law.doubts == ["at 1e+18 FLOPs the best size is not between two others: left out"]
+    hill = runs_of([runs.N, runs.D, runs.C, 10 - runs.loss])  # negative curvature
     with pytest.raises(ValueError, match="two budgets"):
-        scaling.IsoFLOP(only, scaling.Options(resamples=5))
+        scaling.Valleys(hill, scaling.Options(resamples=20))
+    with pytest.raises(ValueError, match="two budgets"):
+        scaling.Valleys(made(budgets=1), scaling.Options(resamples=20))
 
 
-def test_the_course_data(test_data, capsys, tmp_path):
+def test_the_course_data(test_data, tmp_path):
     """72 noise-free runs: both approaches agree on N and D at 1e23 and 1e24 within 2%."""
-    fits = scaling.fit(test_data / "scaling/isoflops_curves.json", scaling.Options(output=str(tmp_path), resamples=20))
+    o = scaling.Options(output=str(tmp_path), resamples=20)
+    fits, said = scaling.fit(scaling.read_runs(test_data / "scaling/isoflops_curves.json"), o, "curves")
     for C in (1e23, 1e24):
         by_law, by_parabola = fits["parametric"].predict(C), fits["isoflop"].predict(C)
         assert by_parabola["N"][0] == pytest.approx(by_law["N"][0], rel=0.02)
         assert by_law["N"][0] * by_law["D"][0] * 6 == pytest.approx(C, rel=1e-6)
     assert json.loads((tmp_path / "fit.json").read_text())["parametric"]["alpha"][0] == pytest.approx(0.34, rel=0.01)
+    assert "8 are inside" not in said or "0.00% off its 8 runs" in said
+
+
+def test_a_law_by_kaplan_is_found_again():
+    """Kaplan's own constants (their section 1.2): alpha_N 0.076, N_c 6.4e13, alpha_D 0.103, D_c 1.8e13."""
+    N, D = (x.ravel() for x in np.meshgrid(np.geomspace(1e6, 1e9, 7), np.geomspace(1e8, 2e10, 7)))
+    loss = ((6.4e13 / N) ** (0.076 / 0.103) + 1.8e13 / D) ** 0.103
+    found = scaling.Kaplan(runs_of([N, D, 6 * N * D, loss]), scaling.Options(resamples=20)).constants()
+    assert found["alpha_N"][0] == pytest.approx(0.076, rel=1e-3) and found["alpha_D"][0] == pytest.approx(0.103, rel=1e-3)
+
+
+@pytest.mark.parametrize("law", [scaling.Chinchilla, scaling.Kaplan])
+def test_the_predicted_optimum_is_least(law):
+    """No size of the same FLOPs has a smaller loss, by the law itself."""
+    law = law(made(0.002), scaling.Options(resamples=20))
+    found = law.predict(1e21)
+    N = found["N"][0] * np.array([0.8, 1, 1.25])
+    losses = law.losses(N, 1e21 / law.k / N)[0]
+    assert losses.argmin() == 1 and losses[1] == pytest.approx(found["loss"][0], rel=1e-6)
+
+
+def test_the_envelope_of_curves():
+    """Curves whose lowest at C has N = 2 C^0.45, up to the distance of the sizes from each other."""
+    N = np.geomspace(1e4, 1e7, 40)
+    C = np.geomspace(1e10, 1e15, 200)
+    rows = []
+    for size in N:
+        curve = 3 - 0.05 * np.log(C / 1e10) + (np.log(size) - math.log(2) - 0.45 * np.log(C)) ** 2 / 50
+        rows.append(dict(N=size, D=C[-1] / 6 / size, C=C[-1], loss=curve[-1], curve=np.stack((C, curve), 1).tolist()))
+    law = scaling.Envelope(scaling.Runs(rows), scaling.Options(resamples=50))
+    value, low, high = law.constants()["N_exponent"]
+    assert value == pytest.approx(0.45, abs=0.01) and low < value < high
+    with pytest.raises(ValueError, match="training curves"):
+        scaling.Envelope(made(), scaling.Options(resamples=20))
+
+
+def test_laws_of_learning_rate_and_batch():
+    """At each budget a valley in one hyperparameter, the others held: value = 5 C^-0.25, and batch = 1e-4 C^0.3."""
+    rows = []
+    for C in np.geomspace(1e11, 1e13, 3):
+        for axis, best in (("learning_rate", 5 * C**-0.25), ("batch_size", 1e-4 * C**0.3)):
+            for factor in (0.5, 1, 2, 4):
+                options = dict(learning_rate=0.01, batch_size=8, n_embd=64, seed=0) | {axis: best * factor}
+                rows.append(dict(N=1e5, D=C / 6e5, C=C, loss=3 + math.log(factor) ** 2 / 9, options=options))
+    for axis, slope in (("learning_rate", -0.25), ("batch_size", 0.3)):
+        law = scaling.Valleys(scaling.Runs(rows), scaling.Options(resamples=20), axis)
+        assert law.constants()["exponent"][0] == pytest.approx(slope, rel=1e-3)
+        assert law.predict(1e14)[axis][0] == pytest.approx((5 if slope < 0 else 1e-4) * 1e14**slope, rel=1e-2)
+
+
+def test_the_main_runs_differ_in_size_alone():
+    """Runs of other learning rates than the grid's stay out of the laws of N and D."""
+    grid = [dict(row, options=dict(learning_rate=0.01, n_embd=i)) for i, row in enumerate(made().rows)]
+    others = [dict(row, loss=row["loss"] * 1.1, options=dict(row["options"], learning_rate=0.1)) for row in grid[::7]]
+    assert scaling.Runs(grid + others).main().rows == scaling.Runs(grid).rows
+
+
+def test_the_profile_holds_what_scipy_finds():
+    """At the ends of the interval scipy's best fit, with the exponent held, is as much worse as it should be."""
+    optimize = pytest.importorskip("scipy.optimize", reason="scipy is not installed")
+    law = scaling.Chinchilla(made(0.01), scaling.Options(resamples=100))
+    def least(alpha):
+        def cost(q):
+            p = np.array([[q[0], alpha, *q[1:]]])
+            return scaling.huber(law.residual(p)[0], 1e-3).sum() * 1e6
+        start = law.p[0, [0, 2, 3, 4]]
+        start = start + [(alpha - law.p[0, 1]) * law.n.mean(), 0, 0, 0]
+        return optimize.minimize(cost, start, method="Nelder-Mead", options=dict(maxiter=9000, maxfev=9000, xatol=1e-9, fatol=1e-12)).fun / 1e6
+    value, low, high = law.profile("alpha")
+    assert low < value < high
+    base = scaling.huber(law.residual(law.p[:1])[0], 1e-3).sum()
+    allowed = base * (1 + 2.71 / (54 - 5))
+    assert least(low) <= allowed * 1.001 and least(high) <= allowed * 1.001
+    assert least(low - (high - low) / 5) > allowed and least(high + (high - low) / 5) > allowed
+
+
+def test_chinchilla_as_reanalysed(tmp_path):
+    """Runs like the 240 read off Hoffmann's figure 4, made with the constants of Besiroglu et al. 2024 (their table 1).
+
+    Their columns are read; the fit is within their standard errors, and Hoffmann's own constants are outside.
+    """
+    theirs = dict(A=(482.01, 124.58), alpha=(0.3478, 0.02), B=(2085.43, 1293.23), beta=(0.3658, 0.02), E=(1.8172, 0.03))
+    random = np.random.default_rng(1)
+    C = np.repeat(np.geomspace(6e18, 3e21, 9), 27)[:240]
+    N = np.sqrt(C / 120) * np.exp(random.uniform(-1.6, 1.6, 240))
+    D = C / 6 / N
+    loss = loss_of(N, D, **{name: value for name, (value, _) in theirs.items()}) * np.exp(0.004 * random.normal(size=240))
+    rows = [dict(zip(("Model Size", "Training FLOP", "Training Tokens", "loss"), map(float, run))) for run in zip(N, C, D, loss)]
+    runs = scaling.read_runs(table(tmp_path / "svg_extracted_data.csv", rows))
+    assert len(runs) == 240 and sorted(runs.D) == pytest.approx(sorted(D))
+    law = scaling.Chinchilla(runs, scaling.Options(resamples=100))
+    found = law.constants()
+    for name, (value, error) in theirs.items():
+        assert abs(found[name][0] - value) < error, name
+    hoffmann = scaling.huber(law.residual(np.array([[math.log(406.4), 0.34, math.log(410.7), 0.28, math.log(1.69)]])), 1e-3)
+    ours = scaling.huber(law.residual(law.p[:1]), 1e-3)
+    assert hoffmann.sum() > 1.5 * ours.sum() and not found["beta"][1] < 0.28 < found["beta"][2]
+    assert not found["E"][1] < 1.69 < found["E"][2]
+
+
+def test_what_runs_cannot_tell_is_said(tmp_path):
+    o = scaling.Options(output=str(tmp_path), resamples=20)
+    few = made(0.01, budgets=2, sizes=5)
+    narrow = few.keep(few.C < 1e19)
+    _, said = scaling.fit(runs_of([*(np.concatenate((a, b)) for a, b in
+                                     ((narrow.N, narrow.N), (narrow.D, narrow.D * 2), (narrow.C, narrow.C * 2), (narrow.loss, narrow.loss * 0.97)))]), o, "x")
+    assert "less than a factor of 10" in said and "back-test: it needs three budgets" in said
+    _, clear = scaling.fit(made(0.0), o, "x")
+    assert "less than a factor" not in clear and "only known within" not in clear and "0.00% off" in clear
+    N = np.geomspace(1e6, 1e8, 12)  # D alike: nothing can be known of beta and E
+    _, said = scaling.fit(runs_of([N, 0 * N + 1e9, 6e9 * N, loss_of(N, 1e9) * np.exp(0.01 * np.sin(7 * N))]), o, "x")
+    assert "these runs hardly tell it" in said and "these runs hardly tell it" not in clear and "beta is" in said
 
 
 # ----------------------------------------------------------------------------------------------------------------- tables
@@ -169,19 +296,20 @@ def table(path, rows):
 @pytest.mark.parametrize("names", [("N", "D", "C", "loss"), ("parameters", "tokens", "compute_budget", "final_loss")])
 def test_tables_of_all_kinds(suffix, names, tmp_path):
     runs = made()
-    rows = [dict(zip(names, map(float, run)), note="x") for run in runs.T]
+    rows = [dict(zip(names, (row["N"], row["D"], row["C"], row["loss"])), note="x") for row in runs.rows]
     path = table(tmp_path / f"runs{suffix}", rows + rows[:3])  # three stand there twice
     if suffix == ".jsonl":
         path.write_text(path.read_text() + '{"N": 12')  # cut short by a kill
-    assert scaling.read_runs(path) == pytest.approx(np.array(sorted(map(tuple, runs.T))).T)
+    found = scaling.read_runs(path)
+    assert all(getattr(found, name) == pytest.approx(getattr(runs, name)) for name in ("N", "D", "C", "loss"))
 
 
 @pytest.mark.parametrize("missing", ["D", "C"])
 def test_a_missing_column_follows(missing, tmp_path):
     runs = made()
-    rows = [{name: float(value) for name, value in zip(("N", "D", "C", "loss"), run) if name != missing} for run in runs.T]
+    rows = [{name: value for name, value in row.items() if name != missing} for row in runs.rows]
     found = scaling.read_runs(table(tmp_path / "runs.json", rows))
-    assert found[2] == pytest.approx(6 * found[0] * found[1])
+    assert len(found) == len(runs) and found.C == pytest.approx(6 * found.N * found.D)
 
 
 GOOD = [dict(N=1e6 * (i + 1), D=1e8, loss=3.0) for i in range(6)]
@@ -189,9 +317,11 @@ GOOD = [dict(N=1e6 * (i + 1), D=1e8, loss=3.0) for i in range(6)]
 
 @pytest.mark.parametrize("rows, part", [
     (GOOD[:4], "4 different runs"), (GOOD + [dict(N=0.0, D=1e8, loss=3.0)], "run 6"),
-    (GOOD + [dict(N=1e6, D=1e8, loss=float("nan"))], "run 6"), (GOOD + [dict(N=1e6, D=1e8)], "run 6 needs"),
-    (GOOD + [dict(N=1e6, loss=3.0)], "run 6 needs"), (GOOD + [dict(N="0", D=1e8, loss=3.0)], "above 0"), (GOOD + [dict(N=1e6, D=-5.0, loss=3.0)], "run 6"),
-    (GOOD + [dict(N="many", D=1e8, loss=3.0)], "many"),
+    (GOOD + [dict(N=1e6, loss=3.0)], "run 6 needs"), (GOOD + [dict(D=1e6, loss=3.0)], "run 6 needs"),
+    (GOOD + [dict(N="0", D=1e8, loss=3.0)], "cannot be"), (GOOD + [dict(N=1e6, D=-5.0, loss=3.0)], "run 6"),
+    (GOOD + [dict(N=math.inf, D=1e8, loss=3.0)], "cannot be"), (GOOD + [dict(N=1e6, D=1e8, loss=-3.0)], "cannot be"),
+    (GOOD + [dict(N="many", D=1e8, loss=3.0)], "run 6: N is 'many', which is no number"),
+    (GOOD + [dict(N=[1], D=1e8, loss=3.0)], "no number"), (GOOD + [dict(N=10**400, D=1e8, loss=3.0)], "no number"),
     ([dict(N=i + 1.0, D=1e8, loss=3.0) for i in range(6)], "in millions"), ({"N": 3}, "no table"), ([1, 2], "no table")])
 def test_tables_that_are_refused(rows, part, tmp_path):
     path = tmp_path / "runs.json"
@@ -200,17 +330,33 @@ def test_tables_that_are_refused(rows, part, tmp_path):
         scaling.read_runs(path)
 
 
-def test_what_is_no_table(tmp_path, run_script):
-    (tmp_path / "runs.json").write_text("import os; os.system('touch hacked')")
+def test_runs_that_diverged_are_left_out(tmp_path, capsys):
+    rows = GOOD + [dict(N=1e6, D=2e8, loss=float("nan")), dict(N=1e6, D=2e8, loss=None), dict(N=1e6, D=2e8), GOOD[0]]
+    found = scaling.read_runs(table(tmp_path / "runs.json", rows))
+    assert len(found) == 6 and "3 runs without a finite loss are left out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name, text", [
+    ("runs.json", "import os; os.system('touch hacked')"), ("runs.json", "[" * 100_000), ("runs.jsonl", "[" * 100_000 + "}"),
+    ("runs.csv", "N,D,loss\n" + "9" * 200_000), ("runs.json", ""), ("runs.json", "[" + "9" * 5000 + "]"), ("runs.csv", ""),
+    ("runs.json", '{"__reduce__": "os.system"}')])
+def test_what_is_no_table(name, text, tmp_path):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError) as caught:
+        scaling.read_runs(tmp_path / name)
+    assert str(tmp_path / name) in str(caught.value) and len(str(caught.value)) < 300 + len(str(tmp_path))
+
+
+def test_what_is_no_table_ends_in_one_line(tmp_path, run_script):
+    (tmp_path / "runs.json").write_bytes(b"\xff\xfe\x00")
     done = run_script("scaling.py", "--fit=runs.json", cwd=tmp_path)
-    assert done.returncode == 1 and done.stderr.startswith("scaling.py: ") and done.stderr.count("\n") == 1
-    assert not (tmp_path / "hacked").exists()
+    assert done.returncode == 1 and done.stderr.startswith("scaling.py: runs.json") and done.stderr.count("\n") == 1
 
 
 def test_spread():
     assert scaling.spread("1,2.5,1e3") == [1, 2.5, 1000] and scaling.spread("7") == [7]
     assert scaling.spread("1e11..1e13:3") == pytest.approx([1e11, 1e12, 1e13])
-    for bad in ("a,b", "1..2", "1..2:x", ""):
+    for bad in ("a,b", "1..2", "1..2:x", "", "2..1:3", "0..1:3", "1..2:1"):
         with pytest.raises(ValueError):
             scaling.spread(bad)
 
@@ -218,16 +364,31 @@ def test_spread():
 # ----------------------------------------------------------------------------------------------------------------- ledger
 
 STUB = '''
-import json, os, sys, pathlib
+import json, math, os, sys, pathlib
 words = dict(word[2:].split("=", 1) for word in sys.argv[1:] if word.startswith("--") and "=" in word)
-folder = pathlib.Path(words["output"]); folder.mkdir(parents=True, exist_ok=True)
-with open(os.environ["CALLS"], "a") as file: file.write(json.dumps(words) + "\\n")
-if os.environ.get("FAIL"): sys.exit("stub: it failed")
-tokens = int(words["max_iters"]) * int(words["batch_size"]) * int(words["block_size"])
+folder = pathlib.Path(words["output"])
+folder.mkdir(parents=True, exist_ok=True)
+with open(os.environ["CALLS"], "a") as file:
+    file.write(json.dumps(words) + "\\n")
+if os.environ.get("FAIL"):
+    sys.exit("stub: it failed")
+if os.environ.get("WAIT") and not pathlib.Path(os.environ["WAIT"]).exists():  # as train.py while another run is there
+    pathlib.Path(os.environ["WAIT"]).touch()
+    sys.exit("train.py: another run is training in " + words["output"])
+rate, batch, steps = float(words["learning_rate"]), int(words["batch_size"]), int(words["max_iters"])
 N, each = json.loads(os.environ["PRICES"])[words["n_embd"]]
-loss = 2 + 60 / N**0.3 + 300 / tokens**0.4 + 1e-4 * int(words["seed"])
-rows = [dict(options={}), dict(step=int(words["max_iters"]), tokens=tokens, flops=tokens * each, seconds=1.0, val_loss=loss, bpb=1.0)]
-(folder / "log.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in rows))
+rows = [dict(options={})]
+for at in (steps // 4, steps // 2, steps * 3 // 4, steps):
+    tokens = at * batch * int(words["block_size"])
+    loss = 2 + 60 / N**0.3 + 300 / tokens**0.4 + 1e-4 * int(words["seed"])
+    loss += 0.05 * math.log(rate / 0.02) ** 2 + 0.02 * math.log(batch / 8) ** 2
+    rows.append(dict(step=at, tokens=tokens, flops=tokens * each, seconds=1.0, val_loss=loss, bpb=1.0))
+(folder / "ckpt.pt").touch()
+log = folder / "log.jsonl"
+if rate > 1:
+    log.write_text(json.dumps(rows[0]) + "\\n")
+    sys.exit("train.py: the loss is not finite at step 3; try a smaller --learning_rate")
+log.write_text("".join(json.dumps(row) + "\\n" for row in rows))
 '''
 
 
@@ -240,74 +401,96 @@ def ledger(tmp_path, monkeypatch):
     monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
     monkeypatch.setattr(scaling, "WIDTHS", scaling.WIDTHS[:9])
     opened = []
-    def go(**changes):
+    def go(kind=scaling.Ledger, **changes):
         for other in opened:
             other.lock.close()
         o = scaling.Options(**{**dict(output=str(tmp_path / "study"), data=str(tmp_path / "tokens"), block_size=32, resamples=20,
                                       launch=f"{sys.executable} {tmp_path / 'stub.py'} {{command}}"), **changes})
-        (tmp_path / "study").mkdir(exist_ok=True)
-        book = scaling.Ledger(o)
+        book = kind(o)
         opened.append(book)
-        prices = {}
-        for width in scaling.WIDTHS:
-            _, N, step = book.price(width)
-            prices[width] = N, step // o.batch_size // o.block_size
-        monkeypatch.setenv("PRICES", json.dumps(prices))
+        if not o.table:
+            plans = [book.plan(1e9, n_embd=width) for width in scaling.WIDTHS]
+            monkeypatch.setenv("PRICES", json.dumps({plan["options"]["n_embd"]: (plan["N"], plan["C"] // tokens_of(plan)) for plan in plans}))
         return book
+    def tokens_of(plan):
+        return plan["options"]["max_iters"] * plan["options"]["batch_size"] * plan["options"]["block_size"]
     go.calls = lambda: [json.loads(line) for line in (tmp_path / "calls").read_text().splitlines()]
     return go
 
 
 def test_price_is_the_accounting(ledger):
     book = ledger()
-    shape, N, step = book.price(128)
+    plan = book.plan(1e9, n_embd=128, n_layer=2)
+    shape = {name: value for name, value in plan["options"].items() if name in model.Config.__annotations__}
     gpt = model.GPT(model.Config(vocab_size=512, **shape))
-    assert N == sum(p.numel() for name, p in gpt.named_parameters() if p.ndim == 2 and not name.startswith("embedding"))
-    cost = model.account(gpt.config, 1)
-    assert step == 3 * cost["forward_flops"] * book.o.batch_size  # a batch of block_size tokens each
-    plan = book.plan(128, 1e9)
+    tables = ("embedding", "tables", "ngram")
+    assert plan["N"] == sum(p.numel() for name, p in gpt.named_parameters() if p.ndim == 2 and not name.startswith(tables))
+    step = 3 * model.account(gpt.config, 1)["forward_flops"] * plan["options"]["batch_size"]
     assert plan["C"] == plan["options"]["max_iters"] * step and abs(plan["C"] / 1e9 - 1) < 0.5 * step / 1e9
+
+
+def test_the_training_api(ledger):
+    """loss = run(hyperparameters): a float, inf where it diverged, both charged, both free the second time."""
+    book = ledger()
+    loss = book.run(n_embd=32, max_iters=50, learning_rate=0.02)
+    assert 2 < loss < 20 and book.run(n_embd=32, max_iters=50, learning_rate=0.04) > loss
+    spent = book.o.total - book.left()
+    assert book.run(n_embd=32, max_iters=50, learning_rate=8.0) == math.inf
+    assert book.o.total - book.left() == pytest.approx(spent * 1.5)
+    again = ledger()
+    assert again.run(n_embd=32, max_iters=50, learning_rate=8.0) == math.inf and again.run(n_embd=32, max_iters=50, learning_rate=0.02) == loss
+    assert len(ledger.calls()) == 3
+
+
+def test_a_run_that_a_killed_study_left_behind_is_waited_for(ledger, monkeypatch, tmp_path):
+    book = ledger()
+    monkeypatch.setenv("WAIT", str(tmp_path / "waited"))
+    monkeypatch.setattr(scaling.time, "sleep", lambda seconds: None)
+    assert book.run(n_embd=32, max_iters=50) < 20
+    assert len(ledger.calls()) == 2 and len(book.rows) == 1
 
 
 def test_a_run_is_paid_for_once(ledger, tmp_path):
     book = ledger()
-    plans = [book.plan(width, 1e9) for width in (32, 48)]
+    plans = [book.plan(1e9, n_embd=width) for width in (32, 48)]
     first = book.ask(plans + plans[:1])
     assert [row["N"] for row in first] == [plan["N"] for plan in plans + plans[:1]] and len(ledger.calls()) == 2
     assert book.ask(plans) == first[:2] and len(ledger.calls()) == 2
     again = ledger()  # another process
     assert again.ask(plans) == json.loads(json.dumps(first[:2])) and len(ledger.calls()) == 2
     assert sum(row["C"] for row in again.rows.values()) == sum(plan["C"] for plan in plans)
-    assert ledger.calls()[0]["learning_rate"] == "0.01" and "resume" not in ledger.calls()[0]
+    assert ledger.calls()[0]["learning_rate"] == "0.014" and "resume" not in ledger.calls()[0]
+    assert not list((tmp_path / "study/runs").rglob("*.pt"))  # the log says all that a study needs
 
 
 def test_a_cut_line_is_a_run_that_is_asked_again(ledger, tmp_path):
     """kill -9 in the middle of a line: the rows before it stand, the run itself is asked for again and charged once."""
     book = ledger()
-    plans = [book.plan(width, 1e9) for width in (32, 48)]
+    plans = [book.plan(1e9, n_embd=width) for width in (32, 48)]
     rows = book.ask(plans)
     whole = (tmp_path / "study/runs.jsonl").read_bytes()
     for cut in (len(whole) - 1, len(whole) - 9, whole.index(b"\n") + 5, whole.index(b"\n") + 1, 3):
         (tmp_path / "study/runs.jsonl").write_bytes(whole[:cut])
         again = ledger()
         assert again.ask(plans) == json.loads(json.dumps(rows)), cut
-        assert (tmp_path / "study/runs.jsonl").read_bytes() == whole
+        lines = (tmp_path / "study/runs.jsonl").read_bytes().splitlines()
+        assert sorted(lines) == sorted(whole.splitlines())
 
 
 def test_the_budget_cannot_be_overspent(ledger):
     book = ledger(total=2.5e9)
-    book.ask([book.plan(32, 1e9)])
+    book.ask([book.plan(1e9, n_embd=32)])
     with pytest.raises(ValueError, match="--total=2.5e.09"):
-        book.ask([book.plan(48, 1e9), book.plan(64, 1e9)])
+        book.ask([book.plan(1e9, n_embd=48), book.plan(1e9, n_embd=64)])
     assert len(ledger.calls()) == 1  # none of them was started
-    book.ask([book.plan(48, 1e9)])
+    book.ask([book.plan(1e9, n_embd=48)])
 
 
 def test_a_run_that_fails_charges_nothing(ledger, monkeypatch):
     book = ledger()
     monkeypatch.setenv("FAIL", "1")
     with pytest.raises(ValueError, match="stub: it failed"):
-        book.ask([book.plan(32, 1e9)])
+        book.ask([book.plan(1e9, n_embd=32)])
     assert book.rows == {} and ledger().rows == {}
 
 
@@ -317,49 +500,214 @@ def test_a_second_study_in_the_folder_is_refused(ledger, tmp_path, run_script):
     assert done.returncode == 1 and "another study is at work" in done.stderr
 
 
-def test_the_study_brackets_and_predicts(ledger, tmp_path, capsys):
-    book = ledger(budgets="3e9..1e12:5", sizes=3)
-    o = book.o
-    scaling.study(o, book)
-    by_budget = {}
-    for row in book.rows.values():
-        by_budget.setdefault(round(math.log(row["C"]) * 2), []).append(row)
-    seeds = [row["options"]["seed"] for row in book.rows.values()]
-    assert seeds.count(1) == 5 and max(seeds) == 1  # two seeds at each budget's best
-    fits = scaling.fit(book.path, o)
-    assert fits["parametric"].constants()["alpha"][0] == pytest.approx(0.3, abs=0.02)
-    assert "left out" not in capsys.readouterr().out  # every budget's best lies between two others
-    rows = scaling.best_runs(book, fits["parametric"])
-    assert [row["C"] for row in rows] == sorted(row["C"] for row in rows) and len(rows) == 16
-    assert rows[0]["N"] <= rows[8]["N"] <= rows[-1]["N"] and rows[0]["N"] < rows[-1]["N"]
-
-
-def test_plan_starts_nothing(ledger, tmp_path, capsys):
-    book = ledger(plan=True, budgets="3e9..1e11:3")
+def test_the_study_brackets_tunes_and_predicts(ledger, tmp_path, capsys):
+    book = ledger(budgets="1e10..3e11:5", sizes=3, tuned=2)
+    scaling.outline(book.o, book)
+    assert "0 runs are in" in capsys.readouterr().out and not (tmp_path / "calls").exists()
     scaling.study(book.o, book)
-    assert len(capsys.readouterr().out.splitlines()) == 3 and not (tmp_path / "calls").exists()
+    runs = scaling.read_runs(book.path)
+    main = runs.main()
+    assert [len(set(main.N[at])) >= 3 for at in main.budgets()] == [True] * 5
+    seeds = [row["options"]["seed"] for row in runs.rows]
+    assert seeds.count(1) == 5 and max(seeds) == 1  # two seeds at each budget's best
+    used = [{row["options"]["learning_rate"] for row in runs.keep(at).rows} for at in runs.budgets()]
+    assert len(used[0]) >= 3 and len(used[1]) >= 3 and [len(rates) for rates in used[2:]] == [1, 1, 1]
+    assert all(0.01 < rate < 0.03 for rates in used[2:] for rate in rates)  # what was found best goes on
+    fits, said = scaling.fit(runs, book.o, "runs")
+    assert fits["parametric"].constants()["alpha"][0] == pytest.approx(0.3, abs=0.02)
+    assert fits["learning_rate"].at(1e11)[0] == pytest.approx(0.02, rel=0.05) and fits["batch_size"].at(1e11)[0] == pytest.approx(8, rel=0.1)
+    assert "left out" not in said  # every budget's best lies between two others
+    rows = [scaling.best_plan(book, fits, C) for C in np.geomspace(1e10, 1e14, 9)]
+    assert [row["N"] for row in rows] == sorted(row["N"] for row in rows) and rows[0]["N"] < rows[-1]["N"]
+    assert all(6 <= row["options"]["batch_size"] <= 9 for row in rows)
+    before = len(ledger.calls())
+    scaling.study(book.o, book)
+    assert len(ledger.calls()) == before  # all answers are in the ledger
+
+
+def test_a_study_without_a_plan_for_a_budget(ledger):
+    book = ledger(budgets="1e6")
     with pytest.raises(ValueError, match="20 steps of three sizes"):
-        scaling.study(scaling.Options(budgets="1e6"), book)
+        scaling.outline(book.o, book)
 
 
-@pytest.mark.slow
-def test_preregistration(tmp_path, run_script):
-    path = table(tmp_path / "runs.csv", [dict(zip("NDC", map(float, run[:3])), loss=float(run[3])) for run in made(0.001).T])
+def test_budgets_follow_from_the_total(ledger):
+    """The study's first runs cost four fifths of it; none is near the target."""
+    book = ledger(total=4e13)
+    counts = np.array([10, 10, 10, 6, 6])  # five sizes and a seed, and four of other learning rates and batches
+    assert counts @ book.budgets() == pytest.approx(0.8 * 4e13) and book.budgets()[-1] == pytest.approx(30 * book.budgets()[0])
+    assert ledger(total=4e13, predict=1e12).budgets()[-1] == pytest.approx(1e12 / 3)
+
+
+def test_a_study_ends_where_the_money_does(ledger, capsys):
+    """Runs that would be added are left out; the runs asked for at first are refused if the total is below them."""
+    whole = ledger(budgets="3e9..3e10:3", sizes=3, tuned=0, output="")
+    scaling.study(whole.o, whole)
+    spent = whole.o.total - whole.left()
+    for share in (0.5, 0.9, 0.999):
+        book = ledger(budgets="3e9..3e10:3", sizes=3, tuned=0, total=share * spent, output=f"{whole.folder}/{share}")
+        try:
+            scaling.study(book.o, book)
+        except ValueError as error:
+            assert "are left" in str(error)
+        assert 0 <= book.left() and sum(row["C"] for row in book.rows.values()) <= share * spent
+
+
+def test_one_stable_run_for_all_lengths(ledger, tmp_path):
+    """--reuse: the second run of a size pays for what the first has not trained, and decays from there."""
+    book = ledger(reuse=0.25)
+    short, long, late = [book.plan(n_embd=32, max_iters=steps) for steps in (100, 200, 40)]
+    row, = book.ask([short])
+    assert row["start"] == 75 and row["paid"] == short["C"]
+    row, = book.ask([long])
+    assert row["start"] == 150 and row["paid"] == long["C"] * 125 / 200 and row["C"] == long["C"]
+    trunk, branch = ledger.calls()[2:]
+    assert trunk["schedule"] == "constant" and trunk["max_iters"] == "150" and "schedule" not in branch
+    assert branch["decay_from"] == "150" and branch["ckpt"] == trunk["output"] + "/ckpt.pt"
+    row, = book.ask([late])  # the stable run is past its branch
+    assert "trunk" not in row and row["paid"] == late["C"] and "ckpt" not in ledger.calls()[-1]
+    again = ledger(reuse=0.25)
+    assert again.o.total - again.left() == short["C"] + long["C"] * 125 / 200 + late["C"]
+
+
+def test_a_table_plays_the_training_api(ledger, tmp_path, capsys):
+    """A class's offline assignment: a table's rows are the answers, charged once, refused when the money is gone."""
+    rows = [dict(n_layer=layers, learning_rate=rate, N=layers * 1e6, C=1e15, loss=3 + 0.1 * layers + rate)
+            for layers in (2, 4, 8) for rate in (1e-3, 1e-2)]
+    path = table(tmp_path / "past.json", rows)
+    book = ledger(scaling.Table, table=str(path), total=2.5e15)
+    assert book.run(n_layer=4, learning_rate=0.001) == 3.401 and book.run(n_layer=4, learning_rate="1e-3") == 3.401
+    assert book.left() == 1.5e15
+    for wrong, part in ((dict(n_layer=3), "it has n_layer: 2 4 8"), (dict(n_layer=4), "has 2 runs with --n_layer=4"), (dict(nope=1), "no run with --nope=1")):
+        with pytest.raises(ValueError, match=part):
+            book.run(**wrong)
+    book.run(n_layer=2, learning_rate=0.01)
+    with pytest.raises(ValueError, match="5e.14 are left"):
+        book.run(n_layer=8, learning_rate=0.01)
+    assert ledger(scaling.Table, table=str(path), total=2.5e15).left() == 0.5e15
+
+
+def test_a_study_over_a_table(ledger, tmp_path, capsys):
+    path = table(tmp_path / "past.csv", made(0.001).rows)
+    book = ledger(scaling.Table, table=str(path), total=1e22, sizes=5)
+    scaling.outline(book.o, book)
+    scaling.study(book.o, book)
+    assert 6 * 5 <= len(book.rows) < 54  # not the whole table
+    fits, _ = scaling.fit(scaling.read_runs(book.path), book.o, "runs")
+    assert fits["parametric"].predict(1e22)["loss"][0] == pytest.approx(scaling.Chinchilla(made(), book.o).predict(1e22)["loss"][0], rel=0.02)
+
+
+def test_grid():
+    assert scaling.grid("learning_rate:1e-3..1e-1:3,weight_decay:0,0.1") == [
+        dict(learning_rate=pytest.approx(rate), weight_decay=decay) for rate in (1e-3, 1e-2, 1e-1) for decay in (0, 0.1)]
+    assert scaling.grid("optimizer:muon,adamw,batch_size:8") == [dict(optimizer="muon", batch_size=8), dict(optimizer="adamw", batch_size=8)]
+    for bad in ("1,2", "", "lr:", "lr:a b", "lr:1e999", "lr:$(touch x)"):
+        with pytest.raises(ValueError, match="--sweep"):
+            scaling.grid(bad)
+
+
+def test_sweep(ledger, tmp_path, capsys):
+    picture = tmp_path / "sweep.png"
+    plot = str(picture) if has_matplotlib() else ""
+    book = ledger(sweep="learning_rate:0.005,0.02,8,n_embd:32,48", budgets="1e9,2e9", plot=plot)
+    scaling.sweep(book.o, book)
+    lines = capsys.readouterr().out.splitlines()
+    shown = [line.split() for line in lines if line.strip() and line.split()[0] in ("1e+09", "9.98e+08", "2e+09") or "inf" in line]
+    assert len(ledger.calls()) == 12 and sum("inf" in line for line in lines) >= 4
+    best = [row for row in book.rows.values() if row["C"] < 1.5e9]
+    assert min(best, key=scaling.loss_of)["options"]["learning_rate"] == 0.02
+    assert not plot or picture.stat().st_size > 10_000
+
+
+def test_mup_finds_each_width_its_best_rate(ledger, capsys):
+    """With the stub the best rate is 0.02 at every width, so nothing drifts and nothing is lost."""
+    book = ledger()
+    with open(book.folder.parent / "stub.py", "a") as file:
+        file.write("")
+    prices = {width: (width * 1000, 6000 * width) for width in (32, 64, 128, 256)}
+    import os
+    os.environ["PRICES"] = json.dumps(prices)
+    scaling.mup(book.o, book)
+    out = capsys.readouterr().out
+    assert out.count("drift of the best learning rate: +0.00") + out.count("drift of the best learning rate: -0.00") == 2
+    assert out.count("lost with that of width 32: 0.0000") == 8 and out.count("best learning rate 0.0200") == 8
+
+
+def has_matplotlib():
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def run_folder(path, losses, tokens=1000):
+    path.mkdir()
+    rows = [dict(options={})] + [dict(step=i, tokens=i * tokens, flops=i * tokens * 100, seconds=i * 2.0, val_loss=loss)
+                                 for i, loss in enumerate(losses, 1)]
+    (path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 9')
+    return path
+
+
+def test_runs_are_compared_at_one_loss(tmp_path, run_script):
+    for name, losses in (("a", (5, 4, 3)), ("b", (4.5, 3.9, 3.5)), ("c", (6, 5.5))):
+        run_folder(tmp_path / name, losses)
+    done = run_script("scaling.py", "--runs=a,b", cwd=tmp_path)
+    assert "to a validation loss of 3.5000" in done.stdout, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines()[2:]]
+    assert rows == [["a", "3.0000", "2,500", "2.5e+05", "5.0"], ["b", "3.5000", "3,000", "3e+05", "6.0"]]
+    done = run_script("scaling.py", "--runs=a,c", "--to_loss=4", cwd=tmp_path)
+    assert [line.split() for line in done.stdout.splitlines()[2:]] == [["a", "3.0000", "2,000", "2e+05", "4.0"], ["c", "5.5000", "never"]]
+    done = run_script("scaling.py", "--runs=a,nope", cwd=tmp_path)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "nope" in done.stderr
+
+
+def test_preregistration(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    path = table(tmp_path / "runs.csv", made(0.001).rows)
+    def go(*words):
+        monkeypatch.setattr(sys, "argv", ["scaling.py", *words])
+        scaling.main()
+        return capsys.readouterr().out
     words = [f"--fit={path}", "--output=study", "--predict=1e21", "--preregister", "--resamples=50"]
-    done = run_script("scaling.py", *words, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    said = go(*words)
+    assert "tokens a parameter" in said and "days on 8xh100" in said
     stored = json.loads((tmp_path / "study/prediction.json").read_text())
+    assert stored["data_sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
     N, D = stored["found"]["parametric"]["N"][0], stored["found"]["parametric"]["D"][0]
     (tmp_path / "run").mkdir()
     def measured(loss, C=1e21):
         (tmp_path / "run/log.jsonl").write_text('{"options": {}}\n' + json.dumps(dict(flops=C, val_loss=loss)) + "\n")
-        return run_script("scaling.py", "--output=study", "--check=run", cwd=tmp_path)
-    good = measured(loss_of(N, D))
-    assert good.returncode == 0 and "inside the interval" in good.stdout and " +0." in good.stdout.replace("-0.", "+0.")
-    assert "outside the interval" in measured(1.1 * loss_of(N, D)).stdout
-    assert "the prediction is for 1e+21" in measured(3.0, 1e19).stderr
-    again = run_script("scaling.py", *words, cwd=tmp_path)  # a prediction is made once
-    assert again.returncode == 1 and "a prediction is made once" in again.stderr
+        return go("--output=study", "--check=run")
+    assert "inside the interval" in measured(loss_of(N, D)) and "outside the interval" in measured(1.1 * loss_of(N, D))
+    with pytest.raises(ValueError, match="the prediction is for 1e.21"):
+        measured(3.0, 1e19)
+    with pytest.raises(ValueError, match="a prediction is made once"):
+        go(*words)
+    with pytest.raises(ValueError, match="does not say how to train"):
+        go("--output=study", "--check=elsewhere")
+
+
+def test_the_target_run_is_trained_by_check(ledger, tmp_path, monkeypatch, capsys):
+    """A study, its preregistered prediction, recipe and report; --check starts the run that was predicted."""
+    book = ledger(learning_rate=0.02)
+    book.lock.close()
+    words = [f"--{name}={getattr(book.o, name)}" for name in ("output", "data", "block_size", "launch", "resamples", "learning_rate")]
+    def go(*more):
+        monkeypatch.setattr(sys, "argv", ["scaling.py", *words, *more])
+        scaling.main()
+        return capsys.readouterr().out
+    plot = ["--plot=" + str(tmp_path / "study.png")] if has_matplotlib() else []
+    said = go("--budgets=3e9..1e11:3", "--sizes=3", "--tuned=1", "--predict=3e11", "--preregister", *plot)
+    assert "python train.py --flops=" in said.splitlines()[-1]
+    recipe = json.loads((tmp_path / "study/recipe.json").read_text())
+    assert [row["C"] for row in recipe] == sorted(row["C"] for row in recipe) and len(recipe) == 40
+    report = (tmp_path / "study/report.md").read_text()
+    runs = (tmp_path / "study/runs.jsonl").read_bytes()
+    assert hashlib.sha256(runs).hexdigest() in report and report.count("\n| ") == len(runs.splitlines()) + 1
+    stored = json.loads((tmp_path / "study/prediction.json").read_text())
+    assert abs(stored["C"] / 3e11 - 1) < 0.05 and stored["loss"][1] < stored["loss"][0] < stored["loss"][2]
+    said = go(f"--check={tmp_path / 'target'}")
+    assert "inside the interval" in said and ledger.calls()[-1]["output"] == str(tmp_path / "target")
+    assert json.dumps(ledger.calls()[-1]["n_embd"]) == json.dumps(str(stored["options"]["n_embd"]))
+    calls = len(ledger.calls())
+    assert "inside the interval" in go(f"--check={tmp_path / 'target'}") and len(ledger.calls()) == calls  # read, not run
 
 
 @pytest.mark.slow

@@ -897,6 +897,11 @@ def test_the_dial_reads_a_study(tmp_path, monkeypatch):
     shapes = [train.recipe(train.Options(flops=C), 10**7, V, 1e10) for C in (1.0, 4e10, 9e11, 1e15)]
     assert [(o.n_embd, o.n_layer, o.block_size) for o in shapes] == [(width, 3, 64) for width in (32, 48, 80, 80)]
     assert train.recipe(train.Options(), 10**7, V, 1e10).n_embd != 32  # without a budget it is not asked
+    rows = [dict(C=1e12, options=dict(n_embd=256, n_layer=4, block_size=64, batch_size=5, learning_rate=0.003, ngram=3, max_iters=7))]
+    (tmp_path / "scaling/recipe.json").write_text(json.dumps(rows))
+    o = train.recipe(train.Options(flops=1e12), 10**7, V, 1e10)
+    assert (o.batch_size, o.learning_rate, o.ngram, o.n_embd) == (5, 0.003, 3, 256) and o.max_iters != 7
+    assert o.max_iters * o.batch_size * train.run_flops(o, V) == pytest.approx(1e12, rel=0.05)
 
 
 def test_one_budget(launch):
