@@ -468,6 +468,7 @@ FORBIDDEN = re.compile(r"/(?:work|root)/|/tmp/(?!\*)\w|\bissues? #?\d|\.\./" + r
 def project_files(root=ROOT):
     for folder, folders, files in os.walk(root):
         folders[:] = [name for name in folders if name not in {".git", "data", "__pycache__"} and not name.startswith(("out", ".venv", ".pytest"))]
+        files = [name for name in files if name != ".git"]  # a worktree's is a file
         yield from (os.path.join(folder, name) for name in files if os.path.splitext(name)[1] in TEXT)
 
 
