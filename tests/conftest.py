@@ -1,8 +1,13 @@
 """Fixtures that all test files share. Tests write only below tmp_path."""
+import functools
+import importlib
+import inspect
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -11,6 +16,9 @@ sys.path.insert(0, str(ROOT))
 if not any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")):
     # no GPU: Triton interprets, its own functions too, which asks to be told before anybody imports it
     os.environ["TRITON_INTERPRET"] = "1"
+
+# Each script's options() asks for the source of its dataclass, for which inspect parses the whole file: here once a class.
+inspect.getsource = functools.cache(inspect.getsource)
 
 
 def pytest_collection_modifyitems(items):
@@ -44,6 +52,30 @@ def run_script():
         return subprocess.run([sys.executable, *python, str(Path(root) / name), *map(str, words)], cwd=cwd, text=True,
                               encoding="utf-8", errors="replace", capture_output=True, timeout=timeout,
                               stdin=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1", **dict(env)})
+    return run
+
+
+@pytest.fixture
+def run_main(monkeypatch, capsys):
+    """As run_script, but main runs in this process, which need not import torch anew: for what a command does and says.
+
+    How a process of each script starts and ends is tested in test_repo.py.
+    """
+    def run(name, *words, cwd):
+        module, code = importlib.import_module(name.removesuffix(".py")), 0
+        capsys.readouterr()
+        with monkeypatch.context() as patch, warnings.catch_warnings(record=True) as seen:
+            patch.chdir(cwd)
+            patch.setattr(sys, "argv", [name, *map(str, words)])
+            patch.setitem(sys.modules, "__main__", module)  # its docstring is the help
+            try:
+                module.run(module.main)
+            except SystemExit as end:
+                code = end.code or 0
+        out, err = capsys.readouterr()
+        err += "".join(f"{w.message}\n" for w in seen if issubclass(w.category, (UserWarning, RuntimeWarning)))
+        code, err = (1, f"{err}{code}\n") if isinstance(code, str) else (code, err)
+        return SimpleNamespace(returncode=code, stdout=out, stderr=err)
     return run
 
 

@@ -938,9 +938,9 @@ def test_training_stops_early_and_says_so(capsys):
 
 # ---------------------------------------------------------------------------------------------------------------- main
 
-def test_command_line(run_script, tmp_path):
+def test_command_line(run_main, tmp_path):
     (tmp_path / "a.txt").write_bytes("the cat in the hat ".encode() * 50 + b"\xff")
-    done = run_script("bpe.py", "--input=a.txt", "--vocab_size=270", "--output=t.json", "--show=the cat", cwd=tmp_path)
+    done = run_main("bpe.py", "--input=a.txt", "--vocab_size=270", "--output=t.json", "--show=the cat", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     tokenizer = bpe.load(tmp_path / "t.json")
     text = "the cat in the hat " * 50 + "\ufffd"
@@ -948,22 +948,22 @@ def test_command_line(run_script, tmp_path):
     assert f"{len(text.encode())} bytes in {tokens} tokens: {len(text.encode()) / tokens:.3f} bytes per token" in done.stdout
     assert "1 errors in UTF-8" in done.stderr
     assert [int(line.split()[0]) for line in done.stdout.splitlines()[1:]] == tokenizer.encode("the cat")
-    shown = run_script("bpe.py", "--tokenizer=t.json", f"--show=hat{END}", cwd=tmp_path)
+    shown = run_main("bpe.py", "--tokenizer=t.json", f"--show=hat{END}", cwd=tmp_path)
     lines = [regex.sub(r"\x1b\[\d+m", "", line).split() for line in shown.stdout.splitlines()]
     assert lines[-1] == [str(tokenizer.special_tokens[END]), END, "|"] and "\x1b[3" in shown.stdout
     for words in (["--tokenizer=word"], ["--tokenizer=char"], ["--tokenizer=byte"], ["--pattern=code", "--workers=1"],
                   ["--separator=in", "--special_tokens=<a>,<b>"], [r"--pattern=\w+|\W"]):
-        done = run_script("bpe.py", "--input=a.txt", "--vocab_size=270", "--output=t.json", *words, cwd=tmp_path)
+        done = run_main("bpe.py", "--input=a.txt", "--vocab_size=270", "--output=t.json", *words, cwd=tmp_path)
         assert done.returncode == 0 and bpe.load(tmp_path / "t.json").vocab_size <= 270, done.stderr
     assert sorted(os.listdir(tmp_path)) == ["a.txt", "t.json"]
     (tmp_path / "a.txt").write_text("abab|abab|abc")
-    run_script("bpe.py", "--input=a.txt", "--vocab_size=260", "--output=t.json", "--separator=|", cwd=tmp_path)
+    run_main("bpe.py", "--input=a.txt", "--vocab_size=260", "--output=t.json", "--separator=|", cwd=tmp_path)
     assert bpe.load(tmp_path / "t.json").to_dict() == bpe.train("bpe", ["abab", "abab", "abc"], 260).to_dict()
 
 
-def test_seeing(run_script, tmp_path):
+def test_seeing(run_main, tmp_path):
     (tmp_path / "a.txt").write_text("the cat in the hat\n" * 20)
-    done = run_script("bpe.py", "--input=a.txt", "--vocab_size=262", "--trace=2", "--dump=vocab.txt", "--show= the\n", cwd=tmp_path)
+    done = run_main("bpe.py", "--input=a.txt", "--vocab_size=262", "--trace=2", "--dump=vocab.txt", "--show= the\n", cwd=tmp_path)
     lines = done.stdout.splitlines()
     assert lines[:2] == ["   256 b't' + b'h', 40 times", "   257 b'th' + b'e', 40 times"]
     tokenizer = bpe.load(tmp_path / "tokenizer.json")
@@ -971,11 +971,11 @@ def test_seeing(run_script, tmp_path):
     assert [regex.sub(r"\x1b\[\d+m", "", line).split() for line in lines[-3:]] == [["32", "\u00b7"], ["257", "the", "|"], ["10", "\\n", "|"]]
     dump = (tmp_path / "vocab.txt").read_text().splitlines()
     assert len(dump) == 262 and dump[10] == "10\t\\n" and dump[32] == "32\t\u00b7" and dump[200] == "200\t\\\\xc8"
-    done = run_script("bpe.py", "--input=a.txt", "--compare=char,word,257,tokenizer.json", "--vocab_size=20", cwd=tmp_path)
+    done = run_main("bpe.py", "--input=a.txt", "--compare=char,word,257,tokenizer.json", "--vocab_size=20", cwd=tmp_path)
     rows = [line.split() for line in done.stdout.splitlines()[2:]]
     assert [row[0] for row in rows] == ["char", "word", "257", "tokenizer.json"] and done.returncode == 0, done.stderr
     assert rows[2][3] == "1.000" and rows[0][3] == "1.000" and float(rows[3][3]) > 1.5
-    few = run_script("bpe.py", "--input=a.txt", "--compare=word", "--vocab_size=4", cwd=tmp_path)
+    few = run_main("bpe.py", "--input=a.txt", "--compare=word", "--vocab_size=4", cwd=tmp_path)
     assert float(few.stdout.splitlines()[2].split()[6].rstrip("%")) > 50  # of the bytes are hidden by <|unk|>
 
 
@@ -988,7 +988,7 @@ def test_seeing(run_script, tmp_path):
     (["--input=b.txt", "--output=no/where.json"], "'no'"),  # told before the input is looked at
     (["--input=bad.jsonl"], "bad.jsonl"), (["--input=list.jsonl"], "list.jsonl"), (["--input=cut.txt.gz"], "cut.txt.gz"),
 ])
-def test_bad_input_ends_in_one_line(words, message, run_script, tmp_path):
+def test_bad_input_ends_in_one_line(words, message, run_main, tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "a.txt").write_text("some text") if words[0] != "--input=." else None
     (tmp_path / "empty.txt").write_text("")
@@ -998,13 +998,13 @@ def test_bad_input_ends_in_one_line(words, message, run_script, tmp_path):
         (tmp_path / "list.jsonl").write_text("[1]\n")
         (tmp_path / "cut.txt.gz").write_bytes(gzip.compress(bytes(random.Random(1).choices(range(32, 127), k=50000)))[:30000])
     before = sorted(os.listdir(tmp_path))
-    done = run_script("bpe.py", *words, cwd=tmp_path)
+    done = run_main("bpe.py", *words, cwd=tmp_path)
     assert done.returncode == 1 and message in done.stderr, done.stderr
     assert done.stderr.strip().count("\n") == 0 and sorted(os.listdir(tmp_path)) == before
 
 
-def test_options_are_refused_by_name(run_script, tmp_path):
-    done = run_script("bpe.py", "--vocabsize=300", cwd=tmp_path)
+def test_options_are_refused_by_name(run_main, tmp_path):
+    done = run_main("bpe.py", "--vocabsize=300", cwd=tmp_path)
     assert done.returncode == 2 and "--vocab_size" in done.stderr
 
 

@@ -432,9 +432,9 @@ def test_an_input_that_changes_meanwhile_is_refused(length, corpus, tmp_path, mo
 
 # -------------------------------------------------------------------------------------------------- the command and faults
 
-def test_the_command(corpus, documents, tmp_path, run_script):
+def test_the_command(corpus, documents, tmp_path, run_main):
     words = ["--input=corpus.txt", f"--separator={END}", "--tokenizer=bpe", "--vocab_size=300"]
-    done = run_script("data.py", *words, cwd=tmp_path)
+    done = run_main("data.py", *words, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     manifest = json.loads((tmp_path / "data/manifest.json").read_text())
     lines = done.stdout.splitlines()
@@ -442,14 +442,14 @@ def test_the_command(corpus, documents, tmp_path, run_script):
                                f"{manifest['train']['tokens']:,} tokens, ") and lines[1].startswith("val.npy: ")
     assert lines[-2].endswith("tokens/s") and lines[-1] == "next: python train.py --data=data"
     assert read(tmp_path / "data") == by_hand(documents, bpe.load(tmp_path / "data/tokenizer.json"))
-    again = run_script("data.py", *words, cwd=tmp_path)
+    again = run_main("data.py", *words, cwd=tmp_path)
     assert "are reused" in again.stdout and again.returncode == 0
 
 
-def test_errors_in_the_input_are_reported(tmp_path, run_script):
+def test_errors_in_the_input_are_reported(tmp_path, run_main):
     (tmp_path / "a.txt").write_bytes(b"good text \xff" * 30)
     (tmp_path / "b.jsonl").write_bytes(b'{"text": "good"}\n{"no": 1}\n')
-    done = run_script("data.py", "--input=a.txt,b.jsonl", "--tokenizer=byte", cwd=tmp_path)
+    done = run_main("data.py", "--input=a.txt,b.jsonl", "--tokenizer=byte", cwd=tmp_path)
     assert "30 places that were not UTF-8 became U+FFFD\n1 lines were left out" in done.stdout and done.returncode == 0
 
 
@@ -479,7 +479,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refusals(case, corpus, tmp_path, run_script):
+def test_refusals(case, corpus, tmp_path, run_main):
     words, named = REFUSED[case]
     (tmp_path / "folder").mkdir()
     for name, text in {"empty.txt": b"", "binary.bin": b"PK\0\1", "bad.jsonl": b"{\n[]\n{}\n", "as.txt": b"aaa", "one.txt": b"x",
@@ -487,7 +487,7 @@ def test_refusals(case, corpus, tmp_path, run_script):
         (tmp_path / name).write_bytes(text)
     prepare(corpus, tmp_path / "data", separator=END)
     before = state(tmp_path)
-    done = run_script("data.py", "--tokenizer=byte", *words, cwd=tmp_path)
+    done = run_main("data.py", "--tokenizer=byte", *words, cwd=tmp_path)
     assert done.returncode == 1
     assert done.stderr.startswith("data.py: ") and done.stderr.count("\n") == 1 and named in done.stderr, done.stderr
     assert state(tmp_path) == before

@@ -463,7 +463,7 @@ def test_bits_per_byte_of_a_folder(tmp_path, documents):
 
 # --------------------------------------------------------------------------------------------------------------- commands
 
-def test_training_by_command(run_script, tmp_path, languages, monkeypatch, capsys):
+def test_training_by_command(run_main, tmp_path, languages, monkeypatch, capsys):
     """Each --train_... writes a file that its filter reads; what cannot be trained is one line."""
     (tmp_path / "l.json").write_text(json.dumps(languages), encoding="utf-8")
     (tmp_path / "folder").mkdir()
@@ -474,7 +474,7 @@ def test_training_by_command(run_script, tmp_path, languages, monkeypatch, capsy
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     (tmp_path / "text.txt").write_text(prose(500))
     monkeypatch.chdir(tmp_path)
-    done = run_script("data.py", "--train_language=l.json", cwd=tmp_path)
+    done = run_main("data.py", "--train_language=l.json", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("language.npz: "), done
     data.train_filter(data.Options(train_language="folder", output="f.npz"))
     data.train_filter(data.Options(train_classifier=True, positive="good.jsonl", negative="bad.jsonl"))
@@ -485,7 +485,7 @@ def test_training_by_command(run_script, tmp_path, languages, monkeypatch, capsy
     assert data.filters(data.Options(ngrams=str(tmp_path / "n.npz")))["perplexity"](prose(90))[0]
     (tmp_path / "bad.json").write_text('{"de": "text", "en": [1]}')
     (tmp_path / "no.json").write_text("no")
-    done = run_script("data.py", "--train_language=bad.json", cwd=tmp_path)
+    done = run_main("data.py", "--train_language=bad.json", cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1) and "{code: [texts]}" in done.stderr
     for words in (dict(train_language="no.json"), dict(train_language="none.json"), dict(train_ngrams="none"), dict(train_classifier=True),
                   dict(train_classifier=True, positive="good.jsonl", negative="none"), dict(train_ngrams="folder/none")):

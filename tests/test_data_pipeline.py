@@ -593,12 +593,12 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_later(tmp_path, run_script)
 
 # ------------------------------------------------------------------------------------------------------------ looking
 
-def test_the_report_escapes_and_the_table_is_narrow(tmp_path, run_script):
+def test_the_report_escapes_and_the_table_is_narrow(tmp_path, run_main):
     evil = "<script>alert(1)</script><img src=http://evil.org/x>"
     rows = [{"text": f"{evil} {i}", "url": f"http://{evil}/"} for i in range(3)] + [{"text": sentence(random.Random(i), 60), "language": "<b>"} for i in range(30)]
     rows += rows[5:9]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    done = run_script("data.py", "--input=in.jsonl", "--steps=length,exact,tokenise", "--tokenizer=byte", "--output=out", "--report=report.html", "--look=3", cwd=tmp_path)
+    done = run_main("data.py", "--input=in.jsonl", "--steps=length,exact,tokenise", "--tokenizer=byte", "--output=out", "--report=report.html", "--look=3", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "report.html").read_text()
     assert "&lt;script&gt;alert(1)" in page and "&lt;b&gt;" in page and "characters" in page and "tokens" in page
@@ -608,7 +608,7 @@ def test_the_report_escapes_and_the_table_is_narrow(tmp_path, run_script):
     lines = done.stdout.splitlines()
     assert all(len(line) <= 80 for line in lines[:8]) and lines[0].split()[:3] == ["step", "documents", "kept"]
     assert sum(line.startswith("--- in.jsonl#") for line in lines) == 3 and sum(line.startswith("--- becomes") or line.startswith("--- dropped") for line in lines) == 3
-    again = run_script("data.py", "--input=in.jsonl", "--steps=length,exact,tokenise", "--tokenizer=byte", "--output=out", "--report=again.html", cwd=tmp_path)
+    again = run_main("data.py", "--input=in.jsonl", "--steps=length,exact,tokenise", "--tokenizer=byte", "--output=out", "--report=again.html", cwd=tmp_path)
     assert "reused" in again.stdout and (tmp_path / "again.html").read_text() == page
 
 

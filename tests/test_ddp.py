@@ -19,13 +19,15 @@ from torch import nn
 import ddp
 from conftest import ROOT
 from model import GPT, Config
+from test_train import free_port, two_processes
 
 EXACT = 1e-9
 
 
 def in_world(task, n, tmp_path, *more):
     """Run task(*more) in n processes; returns what each gave."""
-    torch.multiprocessing.spawn(member, (task, n, str(tmp_path), more), n)
+    torch.multiprocessing.set_forkserver_preload(["torch"])  # imported once, not in each process
+    torch.multiprocessing.start_processes(member, (task, n, str(tmp_path), more), n, start_method="forkserver")
     return [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(n)]
 
 
@@ -283,22 +285,18 @@ def tokens(tmp_path):
     return folder
 
 
-def test_a_run_goes_on_in_another_form(tokens, tmp_path):
+def test_a_run_goes_on_in_another_form(tokens, tmp_path, run_script, run_main):
     """Four steps sharded, then four cut by heads and written in parts, are eight steps of one process."""
-    shape = ["--n_layer=2", "--n_head=4", "--n_embd=32", "--block_size=32", "--ngram=0", "--vocab_size=64", "--batch_size=8",
+    words = ["--n_layer=2", "--n_head=4", "--n_embd=32", "--block_size=32", "--ngram=0", "--vocab_size=64", "--batch_size=8",
              "--eval_interval=4", "--schedule=constant", "--dtype=float64", f"--data={tokens}"]
-
-    def train(ranks, output, *words):
-        start = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"] if ranks > 1 else []
-        done = subprocess.run([sys.executable, *start, str(ROOT / "train.py"), *shape, f"--output={tmp_path / output}", *words],
-                              text=True, capture_output=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        assert done.returncode == 0, done.stderr
-    train(1, "one", "--max_iters=8")
-    train(2, "two", "--max_iters=4", "--parallel=fsdp")
-    train(2, "two", "--max_iters=8", "--parallel=dp1,tp2", "--resume", "--parts")
+    done = run_script("train.py", *words, f"--output={tmp_path / 'one'}", "--max_iters=8", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    words = [str(ROOT / "train.py"), *words, f"--output={tmp_path / 'two'}"]
+    two_processes(free_port(), [*words, "--max_iters=4", "--parallel=fsdp"])
+    two_processes(free_port(), [*words, "--max_iters=8", "--parallel=dp1,tp2", "--resume", "--parts"])
     parts = tmp_path / "two" / "parts"
-    merge = [sys.executable, str(ROOT / "ddp.py"), f"--merge={parts}", f"--output={tmp_path / 'two.pt'}"]
-    done = subprocess.run(merge, text=True, capture_output=True)
+    merge = ["ddp.py", f"--merge={parts}", f"--output={tmp_path / 'two.pt'}"]
+    done = run_main(*merge, cwd=tmp_path)
     assert done.returncode == 0 and "2 parts joined" in done.stdout, done.stderr
     one, two = (torch.load(path, weights_only=True) for path in (tmp_path / "one" / "ckpt.pt", tmp_path / "two.pt"))
     assert one["step"] == two["step"] == 8
@@ -306,12 +304,12 @@ def test_a_run_goes_on_in_another_form(tokens, tmp_path):
     assert max((one["weights"][name] - two["weights"][name]).abs().max() for name in one["weights"]) < EXACT
     assert max((x - y).abs().max() for name, xs in one["optimizer"].items() for x, y in zip(xs, two["optimizer"][name])) < EXACT
     os.remove(parts / "part-1.pt")
-    done = subprocess.run(merge, text=True, capture_output=True)
+    done = run_main(*merge, cwd=tmp_path)
     assert done.returncode == 1 and "1 parts are there, 2 were written" in done.stderr
 
 
-def test_train_refuses_what_cannot_be_split(tokens, tmp_path, run_script):
-    done = run_script("train.py", f"--data={tokens}", "--parallel=fsdp", f"--output={tmp_path / 'out'}", cwd=tmp_path)
+def test_train_refuses_what_cannot_be_split(tokens, tmp_path, run_main):
+    done = run_main("train.py", f"--data={tokens}", "--parallel=fsdp", f"--output={tmp_path / 'out'}", cwd=tmp_path)
     assert done.returncode == 1 and "torchrun" in done.stderr and len(done.stderr.splitlines()) == 1
 
 
@@ -434,14 +432,19 @@ def test_plan():
     assert 0 < piped["mfu"] < row["mfu"] <= ddp.REACHED
 
 
+def test_a_mistake_on_every_rank_ends_in_one_line(tmp_path):
+    done, _ = harness(2, ["--mesh=dp3"], tmp_path)
+    assert done.returncode == 1 and "is for 3 ranks, there are 2" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
 @pytest.mark.parametrize("words, said", [
-    (["--mesh=dp3"], "is for 3 ranks, there are 2"),
     (["--optimizer=lion"], "choose from adamw, muon"),
     (["--plan", "--params=1e13", "--gpus=2"], "fit on no mesh of 2 GPUs"),
     (["--merge=nowhere"], "holds no part-*.pt"),
 ])
-def test_mistakes_end_in_one_line(words, said, tmp_path):
-    done, _ = harness(2, words, tmp_path)
+def test_mistakes_end_in_one_line(words, said, tmp_path, run_main):
+    done = run_main("ddp.py", "--ranks=2", *words, cwd=tmp_path)
     assert done.returncode == 1 and said in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
 
 

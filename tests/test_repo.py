@@ -5,6 +5,7 @@ of complaints, so that every rule is also run on an offender that must be compla
 import ast
 import dataclasses
 import doctest
+import functools
 import importlib
 import importlib.util
 import io
@@ -51,14 +52,16 @@ def parsed(name, root=ROOT):
 
 # ------------------------------------------------------------------------------------------------ the same text everywhere
 
+@functools.cache
 def versions(root=ROOT):
     """{name of a module-level function or class: {its source text: [files]}}"""
     out = {}
     for path in sorted(root.glob("*.py")):
-        source = path.read_text(encoding="utf-8")
-        for node in ast.parse(source).body:
+        lines = path.read_bytes().split(b"\n")  # ast.get_source_segment would split the file anew for each node
+        for node in ast.parse(b"\n".join(lines)).body:
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-                out.setdefault(node.name, {}).setdefault(ast.get_source_segment(source, node), []).append(path.name)
+                text = [*lines[node.lineno - 1:node.end_lineno - 1], lines[node.end_lineno - 1][:node.end_col_offset]]
+                out.setdefault(node.name, {}).setdefault(b"\n".join(text).decode(), []).append(path.name)
     return out
 
 
@@ -204,46 +207,58 @@ def test_public_functions_explain_themselves(name):
 # ------------------------------------------------------------------------------------------------- importing has no effect
 
 EFFECTS = """
-import os, random, signal, sys, threading
+import json, os, random, signal, sys, threading
 import numpy
-if torch := "torch" in open(f"{sys.argv[1]}/{sys.argv[2]}.py", encoding="utf-8").read():
+folder, *modules = sys.argv[1:]
+if torch := any("torch" in open(f"{folder}/{name}.py", encoding="utf-8").read() for name in modules):
     import torch
 def state():
     return [dict(os.environ), threading.active_count(), signal.getsignal(signal.SIGINT), sorted(os.listdir(".")),
             random.getstate(), sys.argv[:], sys.path[:], numpy.random.get_state()[1].tolist(),
             torch and [torch.get_default_dtype(), torch.get_num_threads(), torch.random.get_rng_state().tolist(),
                        torch.is_grad_enabled(), torch.get_float32_matmul_precision()]]
-sys.path.insert(0, sys.argv[1])
-before = state()
-__import__(sys.argv[2])
-print(*[f"{b!r:.99} became {a!r:.99}" for b, a in zip(before, state()) if a != b], sep="\\n", end="")
+sys.path.insert(0, folder)
+stdout, stderr = sys.stdout, sys.stderr
+for name in modules:
+    with open("said", "w+") as said:
+        sys.stdout = sys.stderr = said
+        before = state()
+        __import__(name)
+        after = state()
+        sys.stdout, sys.stderr = stdout, stderr
+        said.seek(0)
+        print(json.dumps([name, said.read() + "".join(f"{b!r:.99} became {a!r:.99}" for b, a in zip(before, after) if a != b)]))
 """
 
 
-def effects_of_import(module, folder, cwd):
-    """What the import of a module prints or changes: "" if nothing."""
+def effects_of_imports(modules, folder, cwd):
+    """{module: what its import prints or changes, "" if nothing}, in one process that imports one after the other."""
     cwd.mkdir(exist_ok=True)
-    done = subprocess.run([sys.executable, "-c", EFFECTS, str(folder), module], cwd=cwd, text=True, capture_output=True,
+    done = subprocess.run([sys.executable, "-c", EFFECTS, str(folder), *modules], cwd=cwd, text=True, capture_output=True,
                           env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}, timeout=100)
-    return done.stdout + done.stderr
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    return dict(map(json.loads, done.stdout.splitlines()))
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_importing_a_file_has_no_effect(name, tmp_path):
-    assert effects_of_import(name[:-3], ROOT, tmp_path / "cwd") == ""
+def test_importing_a_file_has_no_effect(tmp_path):
+    names = [name[:-3] for name in SCRIPTS]
+    assert effects_of_imports(names, ROOT, tmp_path / "cwd") == dict.fromkeys(names, "")
 
 
 def test_the_rule_on_effects_bites(tmp_path):
-    for i, line in enumerate(["print(1)", "open('f', 'w')", "import os; os.environ['A'] = '1'", "import torch; torch.manual_seed(1)"]):
+    lines = ["print(1)", "open('f', 'w')", "import os; os.environ['A'] = '1'", "import torch; torch.manual_seed(1)",
+             "import sys; print(1, file=sys.stderr)", "pass"]
+    for i, line in enumerate(lines):
         (tmp_path / f"offender{i}.py").write_text(line)
-        assert effects_of_import(f"offender{i}", tmp_path, tmp_path / "cwd")
+    effects = effects_of_imports([f"offender{i}" for i in range(6)], tmp_path, tmp_path / "cwd")
+    assert [bool(effect) for effect in effects.values()] == [True] * 5 + [False]
 
 
 # ------------------------------------------------------------------------------------------------------------- the options
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_help(name, run_script, tmp_path):
-    done = run_script(name, "--help", cwd=tmp_path)
+def test_help(name, run_main, tmp_path):
+    done = run_main(name, "--help", cwd=tmp_path)
     assert (done.returncode, done.stderr, os.listdir(tmp_path)) == (0, "", [])
     assert ast.get_docstring(parsed(name)).strip() in done.stdout
     kind = importlib.import_module(name[:-3]).Options
@@ -254,9 +269,9 @@ def test_help(name, run_script, tmp_path):
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_a_wrong_word_exits_2_with_one_line(name, run_script, tmp_path):
+def test_a_wrong_word_exits_2_with_one_line(name, run_main, tmp_path):
     first = dataclasses.fields(importlib.import_module(name[:-3]).Options)[0].name
-    done = run_script(name, f"--{first}x=1", cwd=tmp_path)
+    done = run_main(name, f"--{first}x=1", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"{name}: ") and done.stderr.count("\n") == 1 and f"--{first}=" in done.stderr
     assert os.listdir(tmp_path) == []
@@ -365,13 +380,26 @@ COPIES = {
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, run_script):
-    """The folder of a tiny run of train.py on text, made once: its checkpoint holds a tokenizer."""
-    folder = tmp_path_factory.mktemp("trained")
-    (folder / "corpus.txt").write_text("<|endoftext|>".join(tiny_documents()), encoding="utf-8")
-    done = run_script("train.py", "--data=corpus.txt", "--tokenizer=char", "--output=trained", *TINY_MODEL, cwd=folder)
-    assert done.returncode == 0, done.stderr
-    return folder / "trained"
+def quick(tmp_path_factory, run_script):
+    """(folder, [(words, what came of them)]): the README's quick start at tiny size, run once where all scripts are copied."""
+    folder, done = tmp_path_factory.mktemp("quick"), []
+    for name in SCRIPTS:
+        shutil.copy(ROOT / name, folder / name)
+    commands = quick_start((ROOT / "README.md").read_text(encoding="utf-8"))
+    # Files that the commands name stand ready: any text does.
+    text = "<|endoftext|>".join(tiny_documents())
+    for name in {"corpus.txt", *re.findall(r"[\w/.-]+\.txt", json.dumps(commands))}:
+        (folder / name).write_text(text, encoding="utf-8")
+    for words in commands:
+        assert words[0] in TINY, f"add a row for {words[0]} to TINY"
+        done.append((words, run_script(*tiny_command(words), cwd=folder, root=folder)))
+    return folder, done
+
+
+@pytest.fixture(scope="module")
+def trained(quick):
+    """The folder of the quick start's tiny run of train.py on text: its checkpoint holds a tokenizer."""
+    return quick[0] / "out"
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -379,8 +407,6 @@ def test_a_script_copied_alone_runs(name, tmp_path, run_script, request):
     assert name in COPIES, f"add a row for {name} to COPIES"
     beside, words, left = COPIES[name]
     if "trained/" in " ".join(words):
-        if "train.py" not in SCRIPTS:
-            pytest.skip("train.py does not exist yet")
         shutil.copytree(request.getfixturevalue("trained"), tmp_path / "trained")
     for file in [name, *(f"{other}.py" for other in beside.split())]:
         shutil.copy(ROOT / file, tmp_path / file)
@@ -424,22 +450,12 @@ def test_quick_start_is_found():
     assert tiny_command(["bpe.py", "--input=a"]) == ["bpe.py", "--input=a", "--vocab_size=300"]
 
 
-def test_readme_quick_start_runs(tmp_path, run_script):
-    if not (ROOT / "README.md").exists():
-        pytest.skip("README.md does not exist yet")
-    commands = quick_start((ROOT / "README.md").read_text(encoding="utf-8"))
-    assert any(words[0] == "train.py" for words in commands), "README's section Quick start has no `python train.py`"
-    for name in SCRIPTS:
-        shutil.copy(ROOT / name, tmp_path / name)
-    # Files that the commands name stand ready: any text does.
-    text = "<|endoftext|>".join(tiny_documents())
-    for name in {"corpus.txt", *re.findall(r"[\w/.-]+\.txt", json.dumps(commands))}:
-        (tmp_path / name).write_text(text, encoding="utf-8")
-    for words in commands:
-        assert words[0] in TINY, f"add a row for {words[0]} to TINY"
-        done = run_script(*tiny_command(words), cwd=tmp_path, root=tmp_path)
-        assert done.returncode == 0, f"python {' '.join(words)}: {done.stderr}"
-        assert done.stdout.strip()
+def test_readme_quick_start_runs(quick):
+    folder, done = quick
+    assert any(words[0] == "train.py" for words, _ in done), "README's section Quick start has no `python train.py`"
+    for words, process in done:
+        assert process.returncode == 0, f"python {' '.join(words)}: {process.stderr}"
+        assert process.stdout.strip()
 
 
 # ------------------------------------------------------------------------------------------------------- words and examples
@@ -452,6 +468,7 @@ FORBIDDEN = re.compile(r"/(?:work|root)/|/tmp/(?!\*)\w|\bissues? #?\d|\.\./" + r
 def project_files(root=ROOT):
     for folder, folders, files in os.walk(root):
         folders[:] = [name for name in folders if name not in {".git", "data", "__pycache__"} and not name.startswith(("out", ".venv", ".pytest"))]
+        files = [name for name in files if name != ".git"]  # a worktree's is a file
         yield from (os.path.join(folder, name) for name in files if os.path.splitext(name)[1] in TEXT)
 
 

@@ -154,19 +154,19 @@ def reference_groups(gpt, o):
 @pytest.mark.parametrize("changes", [
     dict(grad_clip=0.0), dict(grad_clip=0.05, bias=True), dict(grad_clip=1.0, tie_embeddings=True, warmup_iters=5)])
 def test_a_run_with_adamw_is_torch_adamw(changes, double):
-    """100 steps: same losses, gradient norms and weights as torch.optim.AdamW with parameter groups on the same batches."""
-    run = shaken(make(optimizer="adamw", max_iters=100, weight_decay=0.3, beta1=0.8, beta2=0.99, schedule="cosine", **changes))
+    """40 steps: same losses, gradient norms and weights as torch.optim.AdamW with parameter groups on the same batches."""
+    run = shaken(make(optimizer="adamw", max_iters=40, weight_decay=0.3, beta1=0.8, beta2=0.99, schedule="cosine", **changes))
     o, tokens = run.o, random_ids(3000)
     gpt = copy.deepcopy(run.gpt)
     optimizer = torch.optim.AdamW(reference_groups(gpt, o), lr=1.0, betas=(0.8, 0.99), eps=1e-8)
-    for step in range(100):
+    for step in range(40):
         _, starts = train.batch_starts(o.seed, step, 4, [len(tokens)], T)
         x = torch.from_numpy(np.stack([tokens[start:start + T + 1] for start in starts]).astype(np.int64))
         expected = F.cross_entropy(gpt(x[:, :-1]).flatten(0, 1), x[:, 1:].flatten())
         optimizer.zero_grad()
         expected.backward()
         norm = nn.utils.clip_grad_norm_(gpt.parameters(), o.grad_clip or 1e9)
-        done = (step - o.warmup_iters) / (100 - o.warmup_iters)
+        done = (step - o.warmup_iters) / (40 - o.warmup_iters)
         warm = min(1, (step + 1) / (o.warmup_iters + 1))
         for group in optimizer.param_groups:
             assert group["params"]
