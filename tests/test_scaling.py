@@ -1,10 +1,13 @@
 """Tests of scaling.py: known laws found again, an optimiser beside scipy's, a ledger whose runs are a stub of train.py."""
+import contextlib
 import csv
 import hashlib
 import importlib.util
 import itertools
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -622,11 +625,7 @@ def test_sweep(ledger, tmp_path, capsys):
 def test_mup_finds_each_width_its_best_rate(ledger, capsys):
     """With the stub the best rate is 0.02 at every width, so nothing drifts and nothing is lost."""
     book = ledger()
-    with open(book.folder.parent / "stub.py", "a") as file:
-        file.write("")
-    prices = {width: (width * 1000, 6000 * width) for width in (32, 64, 128, 256)}
-    import os
-    os.environ["PRICES"] = json.dumps(prices)
+    os.environ["PRICES"] = json.dumps({width: (width * 1000, 6000 * width) for width in (32, 64, 128, 256)})
     scaling.mup(book.o, book)
     out = capsys.readouterr().out
     assert out.count("drift of the best learning rate: +0.00") + out.count("drift of the best learning rate: -0.00") == 2
@@ -708,6 +707,36 @@ def test_the_target_run_is_trained_by_check(ledger, tmp_path, monkeypatch, capsy
     assert json.dumps(ledger.calls()[-1]["n_embd"]) == json.dumps(str(stored["options"]["n_embd"]))
     calls = len(ledger.calls())
     assert "inside the interval" in go(f"--check={tmp_path / 'target'}") and len(ledger.calls()) == calls  # read, not run
+
+
+@pytest.mark.parametrize("kills", [6, pytest.param(50, marks=pytest.mark.slow)])
+def test_kills_at_random_moments(kills, ledger, tmp_path):
+    """kill -9 again and again: no row is lost, none is charged twice, and the end is that of a study left alone."""
+    settings = dict(budgets="2e9,6e9", sizes=3, tuned=1, workers=2)
+    alone = ledger(**settings, output=str(tmp_path / "alone"))
+    scaling.study(alone.o, alone)
+    o = ledger(**settings).o
+    ledger(output=str(tmp_path / "other"))  # frees the lock
+    random, before = np.random.default_rng(kills), set()
+    for _ in range(kills):
+        child = os.fork()
+        if not child:
+            sys.stdout = open(os.devnull, "w")
+            with contextlib.suppress(BaseException):
+                scaling.study(o, scaling.Ledger(o))
+            os._exit(0)
+        time.sleep(random.uniform(0.05, 1.5))
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        path = tmp_path / "study/runs.jsonl"
+        rows = [json.loads(line) for line in path.read_bytes().splitlines() if line.endswith(b"}")] if path.exists() else []
+        keys = {row["key"] for row in rows}
+        assert len(keys) == len(rows) and before <= keys
+        before = keys
+    book = ledger(**settings)
+    scaling.study(book.o, book)
+    assert book.rows.keys() == alone.rows.keys() and book.left() == alone.left()
 
 
 @pytest.mark.slow
