@@ -35,6 +35,8 @@ import json
 import lzma
 import math
 import os
+import pkgutil
+import pydoc
 import re
 import shutil
 import subprocess
@@ -45,6 +47,7 @@ import threading
 import time
 import unicodedata
 import urllib.request
+import warnings
 import zipfile
 import zlib
 from collections import Counter
@@ -97,6 +100,7 @@ class Options:
     eval_data: str = ""  # decontaminate: files and folders of evaluation sets (jsonl, csv, txt), a comma list
     max_document_bytes: int = 100000000  # longer documents are dropped
     report: str = ""  # write a page about what each step removed, such as report.html
+    crawl: str = ""  # write a small crawl and conversations into this folder, from the standard library, and stop
     look: int = 0  # print so many random documents, as they were and what became of them
 
 
@@ -1919,6 +1923,69 @@ def look(files: list[Path], o: Options) -> None:
             print("".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text))
 
 
+# --- a crawl to begin with: the standard library's documentation as the web would have it ----------------------------
+
+# Importing these does something, or opens windows.
+NOT_IMPORTED = {"antigravity", "this", "idlelib", "lib2to3", "test", "tkinter", "turtle", "turtledemo"}
+PAGE = """<!DOCTYPE html><html><head><meta charset="utf-8"><title>{title}</title><script>var visits = 1 < 2;</script></head>
+<body><nav><a href="/">Home</a> <a href="/shop">Shop</a> <a href="/login">Sign in</a> <a href="/help">Help</a></nav>
+<div class="cookies">We use cookies to improve your visit. <a href="#">Accept all</a> <a href="#">Settings</a></div>
+<main>{content}</main><aside><h3>You may also like</h3><a href="/1">Ten tips</a> <a href="/2">Our prices</a></aside>
+<footer>Write to webmaster@pages.example or call +1 212 555 0100. Copyright. <a href="/terms">Terms</a></footer></body></html>
+"""
+
+
+def documented_modules() -> Iterator:
+    """The standard library's modules that can be imported here, and those one level below."""
+    names = [name for name in sorted(sys.stdlib_module_names - NOT_IMPORTED) if not name.startswith("_")]
+    for name in names:
+        with contextlib.suppress(Exception, SystemExit), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what is deprecated
+            module = importlib.import_module(name)
+            below = pkgutil.iter_modules(getattr(module, "__path__", ()))
+            names += [f"{name}.{each.name}" for each in below if "." not in name and not each.name.startswith("_")]
+            yield module
+
+
+def questions(module) -> Iterator[dict]:
+    """A conversation for each of a module's functions and classes whose documentation begins with a sentence."""
+    for name, thing in inspect.getmembers(module, lambda thing: inspect.isroutine(thing) or inspect.isclass(thing)):
+        text = inspect.getdoc(thing) if getattr(thing, "__module__", "") == module.__name__ else ""
+        first = " ".join((text or "").split("\n\n")[0].split())
+        if re.fullmatch(r"[A-Z][^.]{20,160}\.", first) and not name.startswith("_"):
+            yield dict(prompt=f"What does {module.__name__}.{name} do?", response=first)
+
+
+def write_crawl(folder: Path) -> None:
+    """Write FOLDER/pages.warc.gz and chats.jsonl.
+
+    The pages are those that pydoc renders, in the middle of what a web site puts around a text. Some stand there twice,
+    as on a mirror with another frame; some say nothing: what the steps of a pipeline are for.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    pages, chats = [], []
+    for i, module in enumerate(documented_modules()):
+        content, name = pydoc.html.docmodule(module), module.__name__
+        pages.append((f"https://docs.example/{name}.html", PAGE.format(title=name, content=content)))
+        if i % 7 == 0:
+            again = PAGE.format(title=f"{name} (mirror)", content=f"<p>Mirrored page.</p>{content}")
+            pages.append((f"https://mirror.example/{name}", again))
+            pages.append((f"https://shop.example/{i}", PAGE.format(title="Sale", content="<p>Buy now! Best price!</p>" * 9)))
+        chats += questions(module)
+    head = {"WARC-Type": "response", "Content-Type": "application/http; msgtype=response"}
+    head["http"] = "HTTP/1.1 200 OK\r\nContent-Type: text/html; charset=utf-8\r\n"
+    write_warc(folder / "pages.warc.gz", (
+        ({**head, "WARC-Target-URI": url}, page.encode(errors="replace")) for url, page in pages
+    ))
+    with bpe.replacing(folder / "chats.jsonl") as file:
+        file.writelines(json.dumps(chat).encode() + b"\n" for chat in chats)
+    print(f"{folder}/pages.warc.gz: {len(pages):,} pages; {folder}/chats.jsonl: {len(chats):,} questions with answers\n"
+          f"next: python data.py --input={folder}/pages.warc.gz --steps={','.join(PATH)} --report=report.html")
+
+
+PATH = ("extract", "length", "pii", "dedup", "tokenise")  # steps of the README's path
+
+
 # --- the whole -------------------------------------------------------------------------------------------------------
 
 
@@ -2103,6 +2170,8 @@ def xz_bits_per_byte(folder: str) -> dict[str, float]:
 
 def main() -> None:
     o = options(Options, sys.argv[1:])
+    if o.crawl:
+        return write_crawl(Path(o.crawl))
     if o.train_language or o.train_classifier or o.train_ngrams:
         return train_filter(o)
     if not o.shard and not o.merge and o.steps != "tokenise":  # under torchrun, or of an array job
