@@ -97,14 +97,15 @@ class Options(Config):
 
 # ---- data: what step s trains on is a pure function of (seed, s)
 
-def open_tokens(path: Path) -> np.ndarray:
+def open_tokens(path: Path, kinds: tuple = ("uint16", "uint32")) -> np.ndarray:
     """Map a token file into memory. Raises OSError, or ValueError where it holds something else."""
     try:
         tokens = np.load(path, mmap_mode="r", allow_pickle=False)
-        good = tokens.ndim == 1 and tokens.dtype in (np.uint16, np.uint32) and len(tokens) > 1
+        good = tokens.ndim == 1 and tokens.dtype.name in kinds and len(tokens) > 1
     except (ValueError, EOFError, AttributeError) as error:
         raise ValueError(f"{path} is not a .npy file of tokens, or is truncated") from error
-    require(good, f"{path} holds {tokens.dtype} {tokens.shape}; token files are 1-D uint16 or uint32, 2 tokens or more")
+    wanted = f"1-D {' or '.join(kinds)}, 2 tokens or more"
+    require(good, f"{path} holds {tokens.dtype} {tokens.shape}; token files are {wanted}")
     return tokens
 
 
@@ -124,7 +125,7 @@ def open_source(folder: Path, side: str) -> Source:
     tokens, path = open_tokens(folder / f"{side}.npy"), folder / f"{side}_mask.npy"
     mask = np.broadcast_to(np.True_, tokens.shape)  # of one byte
     if path.exists():
-        mask = np.load(path, mmap_mode="r", allow_pickle=False)
+        mask = open_tokens(path, ("bool", "uint8", "int8", "int32", "int64"))
     require(mask.shape == tokens.shape, f"{path} and {side}.npy must have one length")
     return Source(tokens, mask)
 
@@ -1036,16 +1037,21 @@ def options(kind: type, words: list[str]):
 
 def run(main: Callable[[], None]) -> None:
     """Call main; a mistake of the user's ends in one line and exit code 1 (`python -X dev` shows the traceback)."""
+    def check(event, args):
+        if event == "open" and Path(str(args[0])).is_fifo():
+            raise ValueError(f"{args[0]} is a pipe, which may wait for ever: give a file")
+    sys.addaudithook(check)
     try:
         main()
+        sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # the reader of our output left, as in `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (OSError, ValueError) as error:
-        if sys.flags.dev_mode:
+    except (OSError, ValueError, MemoryError, RuntimeError) as error:
+        if sys.flags.dev_mode or isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+        sys.stdout = sys.stderr  # Python flushes it: not one on a full disk, or whose reader left, as in `| head`
+        line = f"{Path(sys.argv[0]).name}: {str(error) or 'out of memory'}"
+        sys.exit(0 if isinstance(error, BrokenPipeError) else line)
 
 
 def take_up(o: Options, words: list[str]) -> tuple[Options, dict]:
