@@ -1051,8 +1051,10 @@ def read_items(o: Options, tokenizer: bpe.Tokenizer, block: int) -> list:
     forms = {imitation_loss: demonstration, preference_loss: preference, policy_loss: asked}
     items, notes = [], Counter()
     form = forms[objective(o)]
-    for row, texts in sample.read_rows(lambda row: (row, form(row)), Path(o.data)):
-        item = [tokenised(tokenizer, messages, o) | dict(row=row) for messages in texts]
+    def read(row):
+        require(o.verifier != "judge" or "response" in row, "there is no response for the judge to compare with")
+        return [tokenised(tokenizer, messages, o) | dict(row=row) for messages in form(row)]
+    for item in sample.read_rows(read, Path(o.data)):
         notes["cut to the model's block"] += any(len(s["ids"]) > block for s in item)
         for s in item:
             s["ids"], s["mask"] = s["ids"][:block], s["mask"][:block]
@@ -1346,16 +1348,19 @@ def shown(record: dict) -> str:
 
 def align(words: list[str]) -> tuple[dict, dict]:
     """One run as the command line asks for it; returns the first and the last record of its log."""
+    o, checkpoint = options(Options, words), {}
+    path = Path(o.output) / "ckpt.pt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = train.claim(path.parent)  # open as long as this function runs
+    if o.resume and path.exists():
+        checkpoint = load_checkpoint(path)
+        require("trained" in checkpoint, f"{path} is of another run than one of align.py")
+        stored = checkpoint["train"] | dict(output=o.output)  # the folder may have moved
+        words = [f"--{key}={stored[key]}" for key in stored] + words
     o = options(Options, words)
     require(o.algorithm in ALGORITHMS, f"--algorithm={o.algorithm}: choose from {', '.join(ALGORITHMS)}")
     o = options(Options, ALGORITHMS[o.algorithm].split() + words)
     o.verifier = o.verifier or "refuse" * (o.task == "refuse")
-    path, checkpoint = Path(o.output) / "ckpt.pt", {}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if o.resume and path.exists():
-        checkpoint = load_checkpoint(path)
-        stored = checkpoint["train"] | dict(output=o.output)  # the folder may have moved
-        o = options(Options, [f"--{key}={stored[key]}" for key in stored] + words)
     gpt, tokenizer = sample.load(o.ckpt, o.device)
     require(tokenizer, f"{o.ckpt} has no tokenizer: it takes and gives no text")
     items = read_items(o, tokenizer, gpt.config.block_size)
@@ -1369,7 +1374,8 @@ def align(words: list[str]) -> tuple[dict, dict]:
     records = [dict(options=vars(o), command=words)]
     if p.step and log.exists():
         lines = filter(lambda line: line.endswith("}"), log.read_text().splitlines())  # the last may be cut short
-        records = [row for row in map(json.loads, lines) if row.get("step", -1) < p.step]
+        with bpe.blaming(f"{log} is damaged"):
+            records = [row for row in map(json.loads, lines) if row.get("step", -1) < p.step]
     write_rows(log, records)
     while True:
         last = p.step >= o.max_iters
@@ -1397,6 +1403,7 @@ def align(words: list[str]) -> tuple[dict, dict]:
     first, final = records[1], records[-1]
     changes = [f"{key} {first[key]:.4g} -> {final[key]:.4g}" for key in first if key.startswith("val_")]
     print(", ".join(changes))
+    lock.close()
     return first, final
 
 
@@ -1413,7 +1420,7 @@ def examine(o: Options):
         return print(shown(grade(gpt, tokenizer, items, o, scorer(o, tokenizer))))
     judge, path = Judge(o), Path(o.output) / "winrate.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    held = [json.loads(line) for line in open(path)] if path.exists() else []  # an earlier run was stopped
+    held = sample.read_rows(dict, path) if path.exists() else []  # an earlier run was stopped
     samples = respond(gpt, tokenizer, [q["prompt"] for [q] in items], o, "held", 0.0)
     for s, [q] in list(zip(samples, items))[len(held):]:
         row = q["row"]
@@ -1423,8 +1430,7 @@ def examine(o: Options):
             file.write(json.dumps(held[-1]) + "\n")
     value, low, high = sample.summary([[row["score"], 1] for row in held])
     ties = sum(row["score"] == 0.5 for row in held)
-    more = f"{ties} ties, {judge.unclear} unclear verdicts"
-    print(f"win rate {value:.1%} ({low:.1%} to {high:.1%}) of {len(held)}, {more}")
+    print(f"win rate {value:.1%} ({low:.1%} to {high:.1%}) of {len(held)}, {ties} ties, {judge.unclear} unclear")
 
 
 def label(o: Options):
@@ -1441,8 +1447,7 @@ def label(o: Options):
         chosen = next((line for line in lines if line in ("a", "b", "tie")), "")
         if not chosen:
             return
-        row = dict(history=history, chosen=chosen)
-        row |= dict(response_a=a["text"], response_b=b["text"])
+        row = dict(history=history, chosen=chosen, response_a=a["text"], response_b=b["text"])
         with open(path, "a") as file:
             file.write(json.dumps(row) + "\n")
 
@@ -1699,7 +1704,7 @@ def main():
         label(o)
     elif o.eval:
         examine(o)
-    elif o.algorithm:
+    elif o.algorithm or o.resume and (Path(o.output) / "ckpt.pt").exists():
         align(sys.argv[1:])
     else:
         demonstrate(o)

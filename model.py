@@ -1110,10 +1110,12 @@ def load_checkpoint(path: str | os.PathLike) -> dict:
     with open(path, "rb") as file:
         try:
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+            version = f"{checkpoint.get('version')}"  # whatever it is, also a tensor
         except Exception as error:  # truncated archives and forbidden pickles fail in many ways
             raise ValueError(f"{path} is not a checkpoint, or is truncated; nothing in it was executed") from error
-    version = isinstance(checkpoint, dict) and checkpoint.get("version")
-    require(version == CHECKPOINT_VERSION, f"{path} is not a checkpoint of format {CHECKPOINT_VERSION}")
+    require(version == f"{CHECKPOINT_VERSION}", f"{path} is not a checkpoint of format {CHECKPOINT_VERSION}")
+    for name in "config weights train progress optimizer tokenizer".split():
+        require(isinstance(checkpoint.get(name) or {}, dict), f"{path} does not fit: its entry {name} is no dict")
     return checkpoint
 
 
@@ -1122,8 +1124,8 @@ def from_checkpoint(checkpoint: dict) -> GPT:
     try:
         model = GPT(Config(**checkpoint["config"]))
         model.load_state_dict(checkpoint["weights"])
-    except (KeyError, TypeError, RuntimeError) as error:  # an unknown field, weights of other names or shapes
-        raise ValueError(f"the checkpoint does not fit this model.py: {str(error).splitlines()[-1].strip()}") from error
+    except Exception as error:  # unknown fields, weights of other names, shapes or kinds: it fails in many ways
+        raise ValueError(f"checkpoint does not fit model.py: {str(error).strip().rpartition(chr(10))[2]}") from error
     return model
 
 
@@ -1193,8 +1195,7 @@ def hf_config(theirs: dict) -> Config:
     for name, value in theirs.items():
         known = name in names.values() or HF_KNOWN.fullmatch(f"{name}={value}")
         require(known, f"config.json: {name}={value} is not computed here")
-    there = {name for name, value in theirs.items() if value is not None}
-    given = {own: theirs[name] for own, name in names.items() if name in there}
+    given = {own: theirs[name] for own, name in names.items() if theirs.get(name) is not None}
     given["mixer"] = "window" if given.get("window") else "attention"
     return dataclasses.replace(options(Config, HF_KINDS[kind].split()), **given)
 
@@ -1261,9 +1262,7 @@ def import_hf(folder: str | os.PathLike) -> GPT:
         named = hf_views(gpt, theirs["model_type"]).items()
         views = {name.removeprefix(stem): view for name, view in named}
         index = folder / "model.safetensors.index.json"
-        files = ["model.safetensors"]
-        if index.exists():
-            files = json.loads(index.read_text())["weight_map"].values()
+        files = json.loads(index.read_text())["weight_map"].values() if index.exists() else ["model.safetensors"]
         constant = re.compile(r".*(\.attn\.(masked_)?bias|inv_freq)" + r"|lm_head\.weight" * gpt.config.tie_embeddings)
         for file in sorted({*files}):
             for name, tensor in read_safetensors(folder / file):

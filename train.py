@@ -612,8 +612,7 @@ class Run:
             self.gpt = model.from_checkpoint({**checkpoint, "config": vars(config)})
         self.gpt.to(self.device)
         self.flops = 3 * cost["forward_flops"] // o.block_size  # of a token
-        start = dict(step=0, tokens=0, seconds=0.0)
-        start |= dict(loss=0.0, count=0, best=math.inf, grad_norm=0.0)
+        start = dict(step=0, tokens=0, seconds=0.0, loss=0.0, count=0, best=math.inf, grad_norm=0.0)
         start |= dict(pace=0.0, scale=1.0, noise=[0.0, 0.0])
         self.progress = SimpleNamespace(**start | checkpoint.get("progress", {}))
         if o.ckpt:  # a branch has a best of its own
@@ -906,10 +905,11 @@ def begin(o: Options, step: int, corpus: str):
     versions = [sys.version, torch.__version__]
     about = dict(options=vars(o), command=sys.argv, versions=versions, source=source_texts(), corpus=corpus)
     old = Path(o.ckpt).parent / "log.jsonl" if o.ckpt else log
-    lines = old.read_text().splitlines() if step and old.exists() else [json.dumps(about)]
+    lines = old.read_bytes().splitlines() if step and old.exists() else [json.dumps(about).encode()]
     with replacing(log) as file:
-        for line in filter(lambda line: line.endswith("}"), lines):  # the last one may have been cut short
-            file.write(f"{line}\n".encode() if json.loads(line).get("step", -1) < step else b"")
+        for line in filter(lambda line: line.endswith(b"}"), lines):  # the last one may have been cut short
+            found = re.match(rb'{"step": (\d+)', line)  # a damaged line stays
+            file.write(line + b"\n" if not found or int(found[1]) < step else b"")
 
 
 # ---- what can be seen of a run
