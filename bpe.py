@@ -102,7 +102,8 @@ def options(kind: type, words: list[str]):
     for field in dataclasses.fields(kind):
         def read(text, of=field.type):
             value = ("false", "true").index(text.lower()) if of is bool else float(text) if of is int else of(text)
-            return of(value) if of is str or abs(value) < float("inf") and of(value) == value else float("none")
+            most = float("inf" if of is float else 2**63)
+            return of(value) if of is str or abs(value) < most and of(value) == value else float("none")
         read.__name__ = field.type.__name__  # argparse names it where the text is not of this type
         parser.add_argument(f"--{field.name}", type=read, default=field.default, nargs="?",
                             const=field.type is bool or "", help=argparse.SUPPRESS)
@@ -131,8 +132,7 @@ def run(main: Callable[[], None]) -> None:
         if sys.flags.dev_mode or isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
         sys.stdout = sys.stderr  # Python flushes it: not one on a full disk, or whose reader left, as in `| head`
-        line = f"{Path(sys.argv[0]).name}: {str(error) or 'out of memory'}"
-        sys.exit(0 if isinstance(error, BrokenPipeError) else line)
+        sys.exit(0 if isinstance(error, BrokenPipeError) else f"{Path(sys.argv[0]).name}: {str(error) or 'no memory'}")
 
 
 @contextlib.contextmanager
@@ -602,13 +602,13 @@ def train(
     texts = chunks((text + END for text in documents), pattern, BLOCK, END)
     for part in parallel(count_pieces, texts, workers or os.cpu_count(), pattern, names, max_chunk_bytes):
         counts.update(part)
-    if not counts:
-        raise ValueError("there is no text to train on")
     left_out = [piece for piece, number in counts.items() if not piece or number < min_count]
     if left_out:
         print(f"left out of training: {len(left_out):,} of {len(counts):,} distinct pieces", file=sys.stderr)
     for piece in left_out:
         del counts[piece]
+    if not counts:
+        raise ValueError("there is no text to train on, or all of it is left out")
     vocab, merges = TRAINERS[kind](counts, vocab_size - len(names))
     specials = {name: i for i, name in enumerate(names, len(vocab))}
     if kind == "bpe" and len(vocab) + len(names) < vocab_size:

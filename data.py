@@ -112,7 +112,8 @@ def options(kind: type, words: list[str]):
     for field in dataclasses.fields(kind):
         def read(text, of=field.type):
             value = ("false", "true").index(text.lower()) if of is bool else float(text) if of is int else of(text)
-            return of(value) if of is str or abs(value) < float("inf") and of(value) == value else float("none")
+            most = float("inf" if of is float else 2**63)
+            return of(value) if of is str or abs(value) < most and of(value) == value else float("none")
         read.__name__ = field.type.__name__  # argparse names it where the text is not of this type
         parser.add_argument(f"--{field.name}", type=read, default=field.default, nargs="?",
                             const=field.type is bool or "", help=argparse.SUPPRESS)
@@ -141,8 +142,7 @@ def run(main: Callable[[], None]) -> None:
         if sys.flags.dev_mode or isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
         sys.stdout = sys.stderr  # Python flushes it: not one on a full disk, or whose reader left, as in `| head`
-        line = f"{Path(sys.argv[0]).name}: {str(error) or 'out of memory'}"
-        sys.exit(0 if isinstance(error, BrokenPipeError) else line)
+        sys.exit(0 if isinstance(error, BrokenPipeError) else f"{Path(sys.argv[0]).name}: {str(error) or 'no memory'}")
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------

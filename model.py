@@ -1097,7 +1097,7 @@ def save_checkpoint(path: str | os.PathLike, model: GPT, **rest) -> None:
 
     `weights` among the rest stand for the model's own, such as a copy that no longer changes.
     """
-    whole = dict(version=CHECKPOINT_VERSION, config=dataclasses.asdict(model.config), weights=model.state_dict()) | rest
+    whole = dict(version=CHECKPOINT_VERSION, config=vars(model.config), weights=model.state_dict()) | rest
     with replacing(path) as file:
         try:
             torch.save(whole, file)
@@ -1109,7 +1109,7 @@ def load_checkpoint(path: str | os.PathLike) -> dict:
     """Read a checkpoint's dict onto the CPU. Nothing in it is executed. Raises OSError or ValueError."""
     with open(path, "rb") as file:
         try:
-            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+            checkpoint = torch.load(file, "cpu", weights_only=True)
             version = f"{checkpoint.get('version')}"  # whatever it is, also a tensor
         except Exception as error:  # truncated archives and forbidden pickles fail in many ways
             raise ValueError(f"{path} is not a checkpoint, or is truncated; nothing in it was executed") from error
@@ -1311,7 +1311,8 @@ def options(kind: type, words: list[str]):
     for field in dataclasses.fields(kind):
         def read(text, of=field.type):
             value = ("false", "true").index(text.lower()) if of is bool else float(text) if of is int else of(text)
-            return of(value) if of is str or abs(value) < float("inf") and of(value) == value else float("none")
+            most = float("inf" if of is float else 2**63)
+            return of(value) if of is str or abs(value) < most and of(value) == value else float("none")
         read.__name__ = field.type.__name__  # argparse names it where the text is not of this type
         parser.add_argument(f"--{field.name}", type=read, default=field.default, nargs="?",
                             const=field.type is bool or "", help=argparse.SUPPRESS)
@@ -1340,8 +1341,7 @@ def run(main: Callable[[], None]) -> None:
         if sys.flags.dev_mode or isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
         sys.stdout = sys.stderr  # Python flushes it: not one on a full disk, or whose reader left, as in `| head`
-        line = f"{Path(sys.argv[0]).name}: {str(error) or 'out of memory'}"
-        sys.exit(0 if isinstance(error, BrokenPipeError) else line)
+        sys.exit(0 if isinstance(error, BrokenPipeError) else f"{Path(sys.argv[0]).name}: {str(error) or 'no memory'}")
 
 
 def main() -> None:
