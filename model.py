@@ -1125,7 +1125,7 @@ def from_checkpoint(checkpoint: dict) -> GPT:
         model = GPT(Config(**checkpoint["config"]))
         model.load_state_dict(checkpoint["weights"])
     except Exception as error:  # unknown fields, weights of other names, shapes or kinds: it fails in many ways
-        raise ValueError(f"checkpoint does not fit model.py: {str(error).strip().rpartition(chr(10))[2]}") from error
+        raise ValueError(f"checkpoint does not fit model.py: {str(error).strip().rpartition(chr(10))[2]}")
     return model
 
 
