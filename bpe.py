@@ -170,7 +170,8 @@ def blaming(what: str) -> Iterator[None]:
     """An error in the content of a file becomes a ValueError that begins with `what`, which names the file."""
     try:
         yield
-    except (ValueError, LookupError, TypeError, AttributeError, EOFError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, EOFError,
+            gzip.zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"{what}: {error}") from None
 
 
@@ -181,7 +182,7 @@ def opened(path: Path, mode: str = "rb", **how):
 
 def is_text(path: Path) -> bool:
     """Whether a file has no NUL among its first bytes, as binary files and UTF-16 have."""
-    with opened(path) as file:
+    with blaming(f"{path} is damaged"), opened(path) as file:
         return b"\0" not in file.read(8192)
 
 
@@ -1006,9 +1007,8 @@ def main():
     tokenizer = train_on_files(o) if o.tokenizer in TRAINERS else load(o.tokenizer)
     show(tokenizer, o.show)
     if o.dump:
-        lines = [f"{i}\t{visible(token)}\n" for i, token in enumerate(tokenizer.vocab)]
         with replacing(o.dump) as file:
-            file.write("".join(lines).encode())
+            file.writelines(f"{i}\t{visible(token)}\n".encode() for i, token in enumerate(tokenizer.vocab))
 
 
 if __name__ == "__main__":

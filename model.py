@@ -1102,7 +1102,7 @@ def save_checkpoint(path: str | os.PathLike, model: GPT, **rest) -> None:
         try:
             torch.save(whole, file)
         except RuntimeError as error:  # torch's writer turns a full disk into this
-            raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
+            raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}")
 
 
 def load_checkpoint(path: str | os.PathLike) -> dict:
@@ -1112,7 +1112,7 @@ def load_checkpoint(path: str | os.PathLike) -> dict:
             checkpoint = torch.load(file, "cpu", weights_only=True)
             version = f"{checkpoint.get('version')}"  # whatever it is, also a tensor
         except Exception as error:  # truncated archives and forbidden pickles fail in many ways
-            raise ValueError(f"{path} is not a checkpoint, or is truncated; nothing in it was executed") from error
+            raise ValueError(f"{path} is not a checkpoint, or is truncated; nothing in it was executed")
     require(version == f"{CHECKPOINT_VERSION}", f"{path} is not a checkpoint of format {CHECKPOINT_VERSION}")
     for name in "config weights train progress optimizer tokenizer".split():
         require(isinstance(checkpoint.get(name) or {}, dict), f"{path} does not fit: its entry {name} is no dict")
@@ -1272,8 +1272,8 @@ def import_hf(folder: str | os.PathLike) -> GPT:
                     finite = all(map(math.isfinite, tensor.aminmax()))  # isfinite() would take a copy
                     require(finite, f"{file}: {name} has entries that are not finite")
                     view.copy_(tensor)
-    except (KeyError, TypeError, AttributeError) as error:  # JSON of another form
-        raise ValueError(f"{folder} is no model of HuggingFace's, or is mislabelled: {error!r}") from error
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:  # of another form
+        raise ValueError(f"{folder} is no model of HuggingFace's, or is mislabelled: {error!r:.200}")
     require(not views, f"{folder} lacks {', '.join(views)}")
     return gpt
 

@@ -705,7 +705,7 @@ def read_rows(read: Callable, path: Path) -> list[tuple]:
             for row in csv.reader(file) if path.suffix == ".csv" else map(json.loads, file):
                 items.append(read(row))
         except Exception as error:  # of any kind, as a row may hold anything
-            raise ValueError(f"{path}, row {len(items) + 1} is damaged: {error!r}") from error
+            raise ValueError(f"{path}, row {len(items) + 1} is damaged: {error!r:.200}") from error
     return items
 
 
