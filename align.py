@@ -1304,14 +1304,7 @@ class Trainer:
                 torch.save(trained, file)
 
 
-def grade(
-    gpt: GPT,
-    tokenizer: bpe.Tokenizer,
-    items: list,
-    o: Options,
-    score: Callable,
-    n: int = 1,
-) -> dict:
+def grade(gpt: GPT, tokenizer: bpe.Tokenizer, items: list, o: Options, score: Callable, n: int = 1) -> dict:
     """Shares of the prompts that are answered right, by the strict and the lenient reading; and how.
 
     With n above 1 responses are drawn: `any` is the share of prompts with a right one among n, `vote` that of prompts
@@ -1361,6 +1354,10 @@ def align(words: list[str]) -> tuple[dict, dict]:
     require(o.algorithm in ALGORITHMS, f"--algorithm={o.algorithm}: choose from {', '.join(ALGORITHMS)}")
     o = options(Options, ALGORITHMS[o.algorithm].split() + words)
     o.verifier = o.verifier or "refuse" * (o.task == "refuse")
+    for name in ("batch_size", "group", "epochs", "minibatches", "max_new_tokens", "max_iters", "eval_interval"):
+        require(getattr(o, name) > 0, f"--{name}={getattr(o, name)} must be 1 or more")
+    for name in ("micro_batch", "eval_rows", "lora", "staleness", "overlong", "seed", "warmup_iters", "decay_from"):
+        require(getattr(o, name) >= 0, f"--{name}={getattr(o, name)} must not be negative")
     gpt, tokenizer = sample.load(o.ckpt, o.device)
     require(tokenizer, f"{o.ckpt} has no tokenizer: it takes and gives no text")
     items = read_items(o, tokenizer, gpt.config.block_size)
