@@ -1339,6 +1339,14 @@ def shown(record: dict) -> str:
     return "  ".join(f"{key} {value:.4g}" for key, value in record.items())
 
 
+def check_numbers(o: Options) -> None:
+    """Raise ValueError for a number that cannot be."""
+    for name in ("batch_size", "group", "epochs", "minibatches", "max_new_tokens", "max_iters", "eval_interval"):
+        require(getattr(o, name) > 0, f"--{name}={getattr(o, name)} must be 1 or more")
+    for name in ("micro_batch", "eval_rows", "lora", "staleness", "overlong", "seed", "warmup_iters", "decay_from"):
+        require(getattr(o, name) >= 0, f"--{name}={getattr(o, name)} must not be negative")
+
+
 def align(words: list[str]) -> tuple[dict, dict]:
     """One run as the command line asks for it; returns the first and the last record of its log."""
     o, checkpoint = options(Options, words), {}
@@ -1354,10 +1362,7 @@ def align(words: list[str]) -> tuple[dict, dict]:
     require(o.algorithm in ALGORITHMS, f"--algorithm={o.algorithm}: choose from {', '.join(ALGORITHMS)}")
     o = options(Options, ALGORITHMS[o.algorithm].split() + words)
     o.verifier = o.verifier or "refuse" * (o.task == "refuse")
-    for name in ("batch_size", "group", "epochs", "minibatches", "max_new_tokens", "max_iters", "eval_interval"):
-        require(getattr(o, name) > 0, f"--{name}={getattr(o, name)} must be 1 or more")
-    for name in ("micro_batch", "eval_rows", "lora", "staleness", "overlong", "seed", "warmup_iters", "decay_from"):
-        require(getattr(o, name) >= 0, f"--{name}={getattr(o, name)} must not be negative")
+    check_numbers(o)
     gpt, tokenizer = sample.load(o.ckpt, o.device)
     require(tokenizer, f"{o.ckpt} has no tokenizer: it takes and gives no text")
     items = read_items(o, tokenizer, gpt.config.block_size)
@@ -1370,8 +1375,8 @@ def align(words: list[str]) -> tuple[dict, dict]:
     p, log = trainer.progress, path.with_name("log.jsonl")
     records = [dict(options=vars(o), command=words)]
     if p.step and log.exists():
-        lines = filter(lambda line: line.endswith("}"), log.read_text().splitlines())  # the last may be cut short
         with bpe.blaming(f"{log} is damaged"):
+            lines = filter(lambda line: line.endswith("}"), log.read_text().splitlines())  # the last may be cut short
             records = [row for row in map(json.loads, lines) if row.get("step", -1) < p.step]
     write_rows(log, records)
     while True:
