@@ -32,7 +32,6 @@ import re
 import shutil
 import signal
 import socket
-import stat
 import subprocess
 import sys
 import tempfile
@@ -56,7 +55,7 @@ CODE = {}  # path -> compiled script
 
 def serve() -> None:
     """Answer requests, each a JSON list of runs that begin together, on stdin; in a child this function returns the one
-    to do. Raises SystemExit at the end of stdin.
+    to do. The process ends at the end of stdin.
     """
     requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     for name in ("numpy", "regex", "torch", "multiprocessing.spawn", "multiprocessing.synchronize", "multiprocessing.queues",
@@ -80,9 +79,10 @@ def serve() -> None:
                 become(job)
                 return job
             children[pid] = i
-        answers.write(json.dumps(watch(jobs, children)).encode() + b"\n")
-        answers.flush()
-    sys.exit()
+        with contextlib.suppress(BrokenPipeError):  # who asked is gone, and stdin has an end
+            answers.write(json.dumps(watch(jobs, children)).encode() + b"\n")
+            answers.flush()
+    os._exit(0)  # without taking torch down, which has words about it
 
 
 def become(job: dict) -> None:
@@ -640,13 +640,6 @@ def change(script: str, number: int, seed: int, rng: random.Random, root: Path) 
     row, name = rows[number % len(rows)]
     program = CHANGE.replace("ROOT", repr(str(root)))
     return Case(f"{name}: changed", row.words.split(), job=dict(stdin=row.stdin, change=(program, name, str(rng.random()))))
-
-
-def clean_seconds(script: str, row: Tiny, memory: dict, do: Callable[[Tiny], float]) -> float:
-    """How long a run takes undisturbed, measured once."""
-    if (script, row.words) not in memory:
-        memory[script, row.words] = do(row)
-    return memory[script, row.words]
 
 
 def stop(script: str, number: int, seed: int, rng: random.Random, root: Path) -> Case:
