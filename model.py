@@ -1114,7 +1114,7 @@ def load_checkpoint(path: str | os.PathLike) -> dict:
         except Exception as error:  # truncated archives and forbidden pickles fail in many ways
             raise ValueError(f"{path} is not a checkpoint, or is truncated; nothing in it was executed")
     require(version == f"{CHECKPOINT_VERSION}", f"{path} is not a checkpoint of format {CHECKPOINT_VERSION}")
-    for name in "config weights train progress optimizer tokenizer".split():
+    for name in "config weights train progress optimizer".split():
         require(isinstance(checkpoint.get(name, {}), dict), f"{path} does not fit: its entry {name} is no dict")
     return checkpoint
 
