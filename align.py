@@ -1051,8 +1051,10 @@ def read_items(o: Options, tokenizer: bpe.Tokenizer, block: int) -> list:
     forms = {imitation_loss: demonstration, preference_loss: preference, policy_loss: asked}
     items, notes = [], Counter()
     form = forms[objective(o)]
-    for row, texts in sample.read_rows(lambda row: (row, form(row)), Path(o.data)):
-        item = [tokenised(tokenizer, messages, o) | dict(row=row) for messages in texts]
+    def read(row):
+        require(o.verifier != "judge" or "response" in row, "there is no response for the judge to compare with")
+        return [tokenised(tokenizer, messages, o) | dict(row=row) for messages in form(row)]
+    for item in sample.read_rows(read, Path(o.data)):
         notes["cut to the model's block"] += any(len(s["ids"]) > block for s in item)
         for s in item:
             s["ids"], s["mask"] = s["ids"][:block], s["mask"][:block]
@@ -1223,6 +1225,8 @@ class Trainer:
         self.seen.update(updates=1, grad_norm=norm.item())
         p.updates += 1
         for name, weight in self.weights.items():
+            if weight.grad is None:  # of an output layer of its own, where no logit is in the loss
+                continue
             own = name.removeprefix("gpt.")
             role = ROLES.get(self.roles.get(own))
             change = train.OPTIMIZERS[o.optimizer] if role and role.muon else train.adamw
@@ -1300,14 +1304,7 @@ class Trainer:
                 torch.save(trained, file)
 
 
-def grade(
-    gpt: GPT,
-    tokenizer: bpe.Tokenizer,
-    items: list,
-    o: Options,
-    score: Callable,
-    n: int = 1,
-) -> dict:
+def grade(gpt: GPT, tokenizer: bpe.Tokenizer, items: list, o: Options, score: Callable, n: int = 1) -> dict:
     """Shares of the prompts that are answered right, by the strict and the lenient reading; and how.
 
     With n above 1 responses are drawn: `any` is the share of prompts with a right one among n, `vote` that of prompts
@@ -1342,18 +1339,30 @@ def shown(record: dict) -> str:
     return "  ".join(f"{key} {value:.4g}" for key, value in record.items())
 
 
+def check_numbers(o: Options) -> None:
+    """Raise ValueError for a number that cannot be."""
+    for name in ("batch_size", "group", "epochs", "minibatches", "max_new_tokens", "max_iters", "eval_interval"):
+        require(getattr(o, name) > 0, f"--{name}={getattr(o, name)} must be 1 or more")
+    for name in ("micro_batch", "eval_rows", "lora", "staleness", "overlong", "seed", "warmup_iters", "decay_from"):
+        require(getattr(o, name) >= 0, f"--{name}={getattr(o, name)} must not be negative")
+
+
 def align(words: list[str]) -> tuple[dict, dict]:
     """One run as the command line asks for it; returns the first and the last record of its log."""
+    o, checkpoint = options(Options, words), {}
+    path = Path(o.output) / "ckpt.pt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = train.claim(path.parent)  # open as long as this function runs
+    if o.resume and path.exists():
+        checkpoint = load_checkpoint(path)
+        require("trained" in checkpoint, f"{path} is of another run than one of align.py")
+        stored = checkpoint["train"] | dict(output=o.output)  # the folder may have moved
+        words = [f"--{key}={stored[key]}" for key in stored] + words
     o = options(Options, words)
     require(o.algorithm in ALGORITHMS, f"--algorithm={o.algorithm}: choose from {', '.join(ALGORITHMS)}")
     o = options(Options, ALGORITHMS[o.algorithm].split() + words)
     o.verifier = o.verifier or "refuse" * (o.task == "refuse")
-    path, checkpoint = Path(o.output) / "ckpt.pt", {}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if o.resume and path.exists():
-        checkpoint = load_checkpoint(path)
-        stored = checkpoint["train"] | dict(output=o.output)  # the folder may have moved
-        o = options(Options, [f"--{key}={stored[key]}" for key in stored] + words)
+    check_numbers(o)
     gpt, tokenizer = sample.load(o.ckpt, o.device)
     require(tokenizer, f"{o.ckpt} has no tokenizer: it takes and gives no text")
     items = read_items(o, tokenizer, gpt.config.block_size)
@@ -1366,8 +1375,9 @@ def align(words: list[str]) -> tuple[dict, dict]:
     p, log = trainer.progress, path.with_name("log.jsonl")
     records = [dict(options=vars(o), command=words)]
     if p.step and log.exists():
-        lines = filter(lambda line: line.endswith("}"), log.read_text().splitlines())  # the last may be cut short
-        records = [row for row in map(json.loads, lines) if row.get("step", -1) < p.step]
+        with bpe.blaming(f"{log} is damaged"):
+            lines = filter(lambda line: line.endswith("}"), log.read_text().splitlines())  # the last may be cut short
+            records = [row for row in map(json.loads, lines) if row.get("step", -1) < p.step]
     write_rows(log, records)
     while True:
         last = p.step >= o.max_iters
@@ -1395,6 +1405,7 @@ def align(words: list[str]) -> tuple[dict, dict]:
     first, final = records[1], records[-1]
     changes = [f"{key} {first[key]:.4g} -> {final[key]:.4g}" for key in first if key.startswith("val_")]
     print(", ".join(changes))
+    lock.close()
     return first, final
 
 
@@ -1411,7 +1422,7 @@ def examine(o: Options):
         return print(shown(grade(gpt, tokenizer, items, o, scorer(o, tokenizer))))
     judge, path = Judge(o), Path(o.output) / "winrate.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    held = [json.loads(line) for line in open(path)] if path.exists() else []  # an earlier run was stopped
+    held = sample.read_rows(dict, path) if path.exists() else []  # an earlier run was stopped
     samples = respond(gpt, tokenizer, [q["prompt"] for [q] in items], o, "held", 0.0)
     for s, [q] in list(zip(samples, items))[len(held):]:
         row = q["row"]
@@ -1421,8 +1432,7 @@ def examine(o: Options):
             file.write(json.dumps(held[-1]) + "\n")
     value, low, high = sample.summary([[row["score"], 1] for row in held])
     ties = sum(row["score"] == 0.5 for row in held)
-    more = f"{ties} ties, {judge.unclear} unclear verdicts"
-    print(f"win rate {value:.1%} ({low:.1%} to {high:.1%}) of {len(held)}, {more}")
+    print(f"win rate {value:.1%} ({low:.1%} to {high:.1%}) of {len(held)}, {ties} ties, {judge.unclear} unclear")
 
 
 def label(o: Options):
@@ -1439,8 +1449,7 @@ def label(o: Options):
         chosen = next((line for line in lines if line in ("a", "b", "tie")), "")
         if not chosen:
             return
-        row = dict(history=history, chosen=chosen)
-        row |= dict(response_a=a["text"], response_b=b["text"])
+        row = dict(history=history, chosen=chosen, response_a=a["text"], response_b=b["text"])
         with open(path, "a") as file:
             file.write(json.dumps(row) + "\n")
 
@@ -1657,7 +1666,8 @@ def options(kind: type, words: list[str]):
     for field in dataclasses.fields(kind):
         def read(text, of=field.type):
             value = ("false", "true").index(text.lower()) if of is bool else float(text) if of is int else of(text)
-            return of(value) if of is str or abs(value) < float("inf") and of(value) == value else float("none")
+            most = float("inf" if of is float else 2**63)
+            return of(value) if of is str or abs(value) < most and of(value) == value else float("none")
         read.__name__ = field.type.__name__  # argparse names it where the text is not of this type
         parser.add_argument(f"--{field.name}", type=read, default=field.default, nargs="?",
                             const=field.type is bool or "", help=argparse.SUPPRESS)
@@ -1673,16 +1683,20 @@ def options(kind: type, words: list[str]):
 
 def run(main: Callable[[], None]) -> None:
     """Call main; a mistake of the user's ends in one line and exit code 1 (`python -X dev` shows the traceback)."""
+    def check(event, args):
+        if event == "open" and Path(str(args[0])).is_fifo():
+            raise ValueError(f"{args[0]} is a pipe, which may wait for ever: give a file")
+    sys.addaudithook(check)
     try:
         main()
+        sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # the reader of our output left, as in `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (OSError, ValueError) as error:
-        if sys.flags.dev_mode:
+    except (OSError, ValueError, MemoryError, RuntimeError) as error:
+        if sys.flags.dev_mode or isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+        sys.stdout = sys.stderr  # Python flushes it: not one on a full disk, or whose reader left, as in `| head`
+        sys.exit(0 if isinstance(error, BrokenPipeError) else f"{Path(sys.argv[0]).name}: {str(error) or 'no memory'}")
 
 
 def main():
@@ -1692,7 +1706,7 @@ def main():
         label(o)
     elif o.eval:
         examine(o)
-    elif o.algorithm:
+    elif o.algorithm or o.resume and (Path(o.output) / "ckpt.pt").exists():
         align(sys.argv[1:])
     else:
         demonstrate(o)

@@ -102,7 +102,8 @@ def options(kind: type, words: list[str]):
     for field in dataclasses.fields(kind):
         def read(text, of=field.type):
             value = ("false", "true").index(text.lower()) if of is bool else float(text) if of is int else of(text)
-            return of(value) if of is str or abs(value) < float("inf") and of(value) == value else float("none")
+            most = float("inf" if of is float else 2**63)
+            return of(value) if of is str or abs(value) < most and of(value) == value else float("none")
         read.__name__ = field.type.__name__  # argparse names it where the text is not of this type
         parser.add_argument(f"--{field.name}", type=read, default=field.default, nargs="?",
                             const=field.type is bool or "", help=argparse.SUPPRESS)
@@ -118,16 +119,20 @@ def options(kind: type, words: list[str]):
 
 def run(main: Callable[[], None]) -> None:
     """Call main; a mistake of the user's ends in one line and exit code 1 (`python -X dev` shows the traceback)."""
+    def check(event, args):
+        if event == "open" and Path(str(args[0])).is_fifo():
+            raise ValueError(f"{args[0]} is a pipe, which may wait for ever: give a file")
+    sys.addaudithook(check)
     try:
         main()
+        sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # the reader of our output left, as in `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (OSError, ValueError) as error:
-        if sys.flags.dev_mode:
+    except (OSError, ValueError, MemoryError, RuntimeError) as error:
+        if sys.flags.dev_mode or isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+        sys.stdout = sys.stderr  # Python flushes it: not one on a full disk, or whose reader left, as in `| head`
+        sys.exit(0 if isinstance(error, BrokenPipeError) else f"{Path(sys.argv[0]).name}: {str(error) or 'no memory'}")
 
 
 @contextlib.contextmanager
@@ -165,7 +170,8 @@ def blaming(what: str) -> Iterator[None]:
     """An error in the content of a file becomes a ValueError that begins with `what`, which names the file."""
     try:
         yield
-    except (ValueError, LookupError, TypeError, AttributeError, EOFError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, EOFError,
+            gzip.zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"{what}: {error}") from None
 
 
@@ -176,7 +182,7 @@ def opened(path: Path, mode: str = "rb", **how):
 
 def is_text(path: Path) -> bool:
     """Whether a file has no NUL among its first bytes, as binary files and UTF-16 have."""
-    with opened(path) as file:
+    with blaming(f"{path} is damaged"), opened(path) as file:
         return b"\0" not in file.read(8192)
 
 
@@ -597,13 +603,13 @@ def train(
     texts = chunks((text + END for text in documents), pattern, BLOCK, END)
     for part in parallel(count_pieces, texts, workers or os.cpu_count(), pattern, names, max_chunk_bytes):
         counts.update(part)
-    if not counts:
-        raise ValueError("there is no text to train on")
     left_out = [piece for piece, number in counts.items() if not piece or number < min_count]
     if left_out:
         print(f"left out of training: {len(left_out):,} of {len(counts):,} distinct pieces", file=sys.stderr)
     for piece in left_out:
         del counts[piece]
+    if not counts:
+        raise ValueError("there is no text to train on, or all of it is left out")
     vocab, merges = TRAINERS[kind](counts, vocab_size - len(names))
     specials = {name: i for i, name in enumerate(names, len(vocab))}
     if kind == "bpe" and len(vocab) + len(names) < vocab_size:
@@ -982,9 +988,7 @@ def train_on_files(o: Options) -> Tokenizer:
         specials,
         o.workers,
         counts,
-        o.min_count,
-        o.max_chunk_bytes,
-    )
+        o.min_count, o.max_chunk_bytes)
     tokenizer.save(o.output)
     train_bpe(counts, 256 + o.trace, trace=True)  # the first ones once more
     if errors:
@@ -1003,9 +1007,8 @@ def main():
     tokenizer = train_on_files(o) if o.tokenizer in TRAINERS else load(o.tokenizer)
     show(tokenizer, o.show)
     if o.dump:
-        lines = [f"{i}\t{visible(token)}\n" for i, token in enumerate(tokenizer.vocab)]
         with replacing(o.dump) as file:
-            file.write("".join(lines).encode())
+            file.writelines(f"{i}\t{visible(token)}\n".encode() for i, token in enumerate(tokenizer.vocab))
 
 
 if __name__ == "__main__":

@@ -1400,7 +1400,8 @@ def options(kind: type, words: list[str]):
     for field in dataclasses.fields(kind):
         def read(text, of=field.type):
             value = ("false", "true").index(text.lower()) if of is bool else float(text) if of is int else of(text)
-            return of(value) if of is str or abs(value) < float("inf") and of(value) == value else float("none")
+            most = float("inf" if of is float else 2**63)
+            return of(value) if of is str or abs(value) < most and of(value) == value else float("none")
         read.__name__ = field.type.__name__  # argparse names it where the text is not of this type
         parser.add_argument(f"--{field.name}", type=read, default=field.default, nargs="?",
                             const=field.type is bool or "", help=argparse.SUPPRESS)
@@ -1416,16 +1417,20 @@ def options(kind: type, words: list[str]):
 
 def run(main: Callable[[], None]) -> None:
     """Call main; a mistake of the user's ends in one line and exit code 1 (`python -X dev` shows the traceback)."""
+    def check(event, args):
+        if event == "open" and Path(str(args[0])).is_fifo():
+            raise ValueError(f"{args[0]} is a pipe, which may wait for ever: give a file")
+    sys.addaudithook(check)
     try:
         main()
+        sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # the reader of our output left, as in `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (OSError, ValueError) as error:
-        if sys.flags.dev_mode:
+    except (OSError, ValueError, MemoryError, RuntimeError) as error:
+        if sys.flags.dev_mode or isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+        sys.stdout = sys.stderr  # Python flushes it: not one on a full disk, or whose reader left, as in `| head`
+        sys.exit(0 if isinstance(error, BrokenPipeError) else f"{Path(sys.argv[0]).name}: {str(error) or 'no memory'}")
 
 
 # ---- collectives against torch's, by size

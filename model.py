@@ -1097,23 +1097,25 @@ def save_checkpoint(path: str | os.PathLike, model: GPT, **rest) -> None:
 
     `weights` among the rest stand for the model's own, such as a copy that no longer changes.
     """
-    whole = dict(version=CHECKPOINT_VERSION, config=dataclasses.asdict(model.config), weights=model.state_dict()) | rest
+    whole = dict(version=CHECKPOINT_VERSION, config=vars(model.config), weights=model.state_dict()) | rest
     with replacing(path) as file:
         try:
             torch.save(whole, file)
         except RuntimeError as error:  # torch's writer turns a full disk into this
-            raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
+            raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}")
 
 
 def load_checkpoint(path: str | os.PathLike) -> dict:
     """Read a checkpoint's dict onto the CPU. Nothing in it is executed. Raises OSError or ValueError."""
     with open(path, "rb") as file:
         try:
-            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+            checkpoint = torch.load(file, "cpu", weights_only=True)
+            version = f"{checkpoint.get('version')}"  # whatever it is, also a tensor
         except Exception as error:  # truncated archives and forbidden pickles fail in many ways
-            raise ValueError(f"{path} is not a checkpoint, or is truncated; nothing in it was executed") from error
-    version = isinstance(checkpoint, dict) and checkpoint.get("version")
-    require(version == CHECKPOINT_VERSION, f"{path} is not a checkpoint of format {CHECKPOINT_VERSION}")
+            raise ValueError(f"{path} is not a checkpoint, or is truncated; nothing in it was executed")
+    require(version == f"{CHECKPOINT_VERSION}", f"{path} is not a checkpoint of format {CHECKPOINT_VERSION}")
+    for name in "config weights train progress optimizer".split():
+        require(isinstance(checkpoint.get(name, {}), dict), f"{path} does not fit: its entry {name} is no dict")
     return checkpoint
 
 
@@ -1122,8 +1124,8 @@ def from_checkpoint(checkpoint: dict) -> GPT:
     try:
         model = GPT(Config(**checkpoint["config"]))
         model.load_state_dict(checkpoint["weights"])
-    except (KeyError, TypeError, RuntimeError) as error:  # an unknown field, weights of other names or shapes
-        raise ValueError(f"the checkpoint does not fit this model.py: {str(error).splitlines()[-1].strip()}") from error
+    except Exception as error:  # unknown fields, weights of other names, shapes or kinds: it fails in many ways
+        raise ValueError(f"checkpoint does not fit model.py: {str(error).strip().rpartition(chr(10))[2]}")
     return model
 
 
@@ -1193,8 +1195,7 @@ def hf_config(theirs: dict) -> Config:
     for name, value in theirs.items():
         known = name in names.values() or HF_KNOWN.fullmatch(f"{name}={value}")
         require(known, f"config.json: {name}={value} is not computed here")
-    there = {name for name, value in theirs.items() if value is not None}
-    given = {own: theirs[name] for own, name in names.items() if name in there}
+    given = {own: theirs[name] for own, name in names.items() if theirs.get(name) is not None}
     given["mixer"] = "window" if given.get("window") else "attention"
     return dataclasses.replace(options(Config, HF_KINDS[kind].split()), **given)
 
@@ -1261,9 +1262,7 @@ def import_hf(folder: str | os.PathLike) -> GPT:
         named = hf_views(gpt, theirs["model_type"]).items()
         views = {name.removeprefix(stem): view for name, view in named}
         index = folder / "model.safetensors.index.json"
-        files = ["model.safetensors"]
-        if index.exists():
-            files = json.loads(index.read_text())["weight_map"].values()
+        files = json.loads(index.read_text())["weight_map"].values() if index.exists() else ["model.safetensors"]
         constant = re.compile(r".*(\.attn\.(masked_)?bias|inv_freq)" + r"|lm_head\.weight" * gpt.config.tie_embeddings)
         for file in sorted({*files}):
             for name, tensor in read_safetensors(folder / file):
@@ -1273,8 +1272,8 @@ def import_hf(folder: str | os.PathLike) -> GPT:
                     finite = all(map(math.isfinite, tensor.aminmax()))  # isfinite() would take a copy
                     require(finite, f"{file}: {name} has entries that are not finite")
                     view.copy_(tensor)
-    except (KeyError, TypeError, AttributeError) as error:  # JSON of another form
-        raise ValueError(f"{folder} is no model of HuggingFace's, or is mislabelled: {error!r}") from error
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:  # of another form
+        raise ValueError(f"{folder} is no model of HuggingFace's, or is mislabelled: {error!r:.200}")
     require(not views, f"{folder} lacks {', '.join(views)}")
     return gpt
 
@@ -1312,7 +1311,8 @@ def options(kind: type, words: list[str]):
     for field in dataclasses.fields(kind):
         def read(text, of=field.type):
             value = ("false", "true").index(text.lower()) if of is bool else float(text) if of is int else of(text)
-            return of(value) if of is str or abs(value) < float("inf") and of(value) == value else float("none")
+            most = float("inf" if of is float else 2**63)
+            return of(value) if of is str or abs(value) < most and of(value) == value else float("none")
         read.__name__ = field.type.__name__  # argparse names it where the text is not of this type
         parser.add_argument(f"--{field.name}", type=read, default=field.default, nargs="?",
                             const=field.type is bool or "", help=argparse.SUPPRESS)
@@ -1328,16 +1328,20 @@ def options(kind: type, words: list[str]):
 
 def run(main: Callable[[], None]) -> None:
     """Call main; a mistake of the user's ends in one line and exit code 1 (`python -X dev` shows the traceback)."""
+    def check(event, args):
+        if event == "open" and Path(str(args[0])).is_fifo():
+            raise ValueError(f"{args[0]} is a pipe, which may wait for ever: give a file")
+    sys.addaudithook(check)
     try:
         main()
+        sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # the reader of our output left, as in `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (OSError, ValueError) as error:
-        if sys.flags.dev_mode:
+    except (OSError, ValueError, MemoryError, RuntimeError) as error:
+        if sys.flags.dev_mode or isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+        sys.stdout = sys.stderr  # Python flushes it: not one on a full disk, or whose reader left, as in `| head`
+        sys.exit(0 if isinstance(error, BrokenPipeError) else f"{Path(sys.argv[0]).name}: {str(error) or 'no memory'}")
 
 
 def main() -> None:

@@ -97,14 +97,15 @@ class Options(Config):
 
 # ---- data: what step s trains on is a pure function of (seed, s)
 
-def open_tokens(path: Path) -> np.ndarray:
+def open_tokens(path: Path, kinds: tuple = ("uint16", "uint32")) -> np.ndarray:
     """Map a token file into memory. Raises OSError, or ValueError where it holds something else."""
     try:
         tokens = np.load(path, mmap_mode="r", allow_pickle=False)
-        good = tokens.ndim == 1 and tokens.dtype in (np.uint16, np.uint32) and len(tokens) > 1
+        good = tokens.ndim == 1 and tokens.dtype.name in kinds and len(tokens) > 1
     except (ValueError, EOFError, AttributeError) as error:
         raise ValueError(f"{path} is not a .npy file of tokens, or is truncated") from error
-    require(good, f"{path} holds {tokens.dtype} {tokens.shape}; token files are 1-D uint16 or uint32, 2 tokens or more")
+    wanted = f"1-D {' or '.join(kinds)}, 2 tokens or more"
+    require(good, f"{path} holds {tokens.dtype} {tokens.shape}; token files are {wanted}")
     return tokens
 
 
@@ -124,7 +125,7 @@ def open_source(folder: Path, side: str) -> Source:
     tokens, path = open_tokens(folder / f"{side}.npy"), folder / f"{side}_mask.npy"
     mask = np.broadcast_to(np.True_, tokens.shape)  # of one byte
     if path.exists():
-        mask = np.load(path, mmap_mode="r", allow_pickle=False)
+        mask = open_tokens(path, ("bool", "uint8", "int8", "int32", "int64"))
     require(mask.shape == tokens.shape, f"{path} and {side}.npy must have one length")
     return Source(tokens, mask)
 
@@ -614,8 +615,7 @@ class Run:
             self.gpt = model.from_checkpoint({**checkpoint, "config": vars(config)})
         self.gpt.to(self.device)
         self.flops = 3 * cost["forward_flops"] // o.block_size  # of a token
-        start = dict(step=0, tokens=0, seconds=0.0)
-        start |= dict(loss=0.0, count=0, best=math.inf, grad_norm=0.0)
+        start = dict(step=0, tokens=0, seconds=0.0, loss=0.0, count=0, best=math.inf, grad_norm=0.0)
         start |= dict(pace=0.0, scale=1.0, noise=[0.0, 0.0])
         self.progress = SimpleNamespace(**start | checkpoint.get("progress", {}))
         if o.ckpt:  # a branch has a best of its own
@@ -908,10 +908,11 @@ def begin(o: Options, step: int, corpus: str):
     versions = [sys.version, torch.__version__]
     about = dict(options=vars(o), command=sys.argv, versions=versions, source=source_texts(), corpus=corpus)
     old = Path(o.ckpt).parent / "log.jsonl" if o.ckpt else log
-    lines = old.read_text().splitlines() if step and old.exists() else [json.dumps(about)]
+    lines = old.read_bytes().splitlines() if step and old.exists() else [json.dumps(about).encode()]
     with replacing(log) as file:
-        for line in filter(lambda line: line.endswith("}"), lines):  # the last one may have been cut short
-            file.write(f"{line}\n".encode() if json.loads(line).get("step", -1) < step else b"")
+        for line in filter(lambda line: line.endswith(b"}"), lines):  # the last one may have been cut short
+            found = re.match(rb'{"step": (\d+)', line)  # a damaged line stays
+            file.write(line + b"\n" if not found or int(found[1]) < step else b"")
 
 
 # ---- what can be seen of a run
@@ -1023,7 +1024,8 @@ def options(kind: type, words: list[str]):
     for field in dataclasses.fields(kind):
         def read(text, of=field.type):
             value = ("false", "true").index(text.lower()) if of is bool else float(text) if of is int else of(text)
-            return of(value) if of is str or abs(value) < float("inf") and of(value) == value else float("none")
+            most = float("inf" if of is float else 2**63)
+            return of(value) if of is str or abs(value) < most and of(value) == value else float("none")
         read.__name__ = field.type.__name__  # argparse names it where the text is not of this type
         parser.add_argument(f"--{field.name}", type=read, default=field.default, nargs="?",
                             const=field.type is bool or "", help=argparse.SUPPRESS)
@@ -1039,16 +1041,20 @@ def options(kind: type, words: list[str]):
 
 def run(main: Callable[[], None]) -> None:
     """Call main; a mistake of the user's ends in one line and exit code 1 (`python -X dev` shows the traceback)."""
+    def check(event, args):
+        if event == "open" and Path(str(args[0])).is_fifo():
+            raise ValueError(f"{args[0]} is a pipe, which may wait for ever: give a file")
+    sys.addaudithook(check)
     try:
         main()
+        sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # the reader of our output left, as in `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (OSError, ValueError) as error:
-        if sys.flags.dev_mode:
+    except (OSError, ValueError, MemoryError, RuntimeError) as error:
+        if sys.flags.dev_mode or isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+        sys.stdout = sys.stderr  # Python flushes it: not one on a full disk, or whose reader left, as in `| head`
+        sys.exit(0 if isinstance(error, BrokenPipeError) else f"{Path(sys.argv[0]).name}: {str(error) or 'no memory'}")
 
 
 def take_up(o: Options, words: list[str]) -> tuple[Options, dict]:
