@@ -1373,6 +1373,8 @@ def align(words: list[str]) -> tuple[dict, dict]:
     if trainer.reference and o.loss in PREFERENCES:  # once for all steps
         annotate(trainer.reference, sum(items + held, []), trainer.micro, ref="logp")
     p, log = trainer.progress, path.with_name("log.jsonl")
+    if log.exists() and not checkpoint:
+        train.set_aside(path.parent)
     records = [dict(options=vars(o), command=words)]
     if p.step and log.exists():
         with bpe.blaming(f"{log} is damaged"):
@@ -1398,15 +1400,22 @@ def align(words: list[str]) -> tuple[dict, dict]:
         except (KeyboardInterrupt, OSError):  # such as a judge that is down
             trainer.save()
             raise
-    if items[0][0]["prompt"]:
+    lock.close()
+    conclude(trainer, held, records[1], records[-1])
+    return records[1], records[-1]
+
+
+def conclude(trainer: Trainer, held: list, first: dict, final: dict):
+    """Print responses to three prompts that were held out, what changed since the first record, and what is next."""
+    o, tokenizer = trainer.o, trainer.tokenizer
+    if held[0][0]["prompt"]:
         shows = [item[0]["prompt"] for item in held[:3]]
         for ids, s in zip(shows, respond(trainer.policy.gpt, tokenizer, shows, o, "show")):
             print(f"{tokenizer.decode(ids)!r} -> {s['text']!r}")
-    first, final = records[1], records[-1]
     changes = [f"{key} {first[key]:.4g} -> {final[key]:.4g}" for key in first if key.startswith("val_")]
     print(", ".join(changes))
-    lock.close()
-    return first, final
+    if o.loss != "reward":
+        print(f"next: python sample.py --ckpt={o.output}/ckpt.pt --chat --template={o.template}")
 
 
 # ---- grading a checkpoint, asking people

@@ -390,6 +390,7 @@ ENDS = {"li": ["li"], "td": ["td", "th"], "th": ["td", "th"], "tr": ["tr", "td",
 # Kinds of blocks, with what stands before the text in Markdown.
 KINDS = {f"h{n}": "#" * n + " " for n in range(1, 7)} | {"li": "- ", "blockquote": "> ", "td": "", "th": "", "pre": ""}
 BOXES = set("div article main body td".split())  # elements that may hold the whole main content
+WHOLE = 0.8  # share of the page's text that a cell of a layout must have for that
 ALWAYS = set("html body main article".split())  # elements whose class is not looked at
 # Words in name, class, id and role of elements that hold no main content: what designers call them, of no one site.
 NOISE = set("""address aside dialog figcaption form ad ads advert advertisement also author bio breadcrumb
@@ -579,8 +580,8 @@ def extract(page: bytes | str, main: bool = True) -> str:
     for element in elements[:0:-1]:
         element.parent.score += NEAR * element.score
     best = max((element for element in elements if not element.noise), key=lambda element: element.score)
-    while best.parent and best.name not in BOXES:
-        best = best.parent  # one long paragraph or section is a part
+    while best.parent and (best.name not in BOXES or best.name == "td" and best.prose < WHOLE * elements[0].prose):
+        best = best.parent  # one long paragraph or section is a part, and so is a cell of many with much text
     best.main = True
     for element in elements[1:]:
         element.main |= element.parent.main and not element.noise
@@ -1932,11 +1933,12 @@ def look(files: list[Path], o: Options) -> None:
 
 # Importing these does something, or opens windows.
 NOT_IMPORTED = {"antigravity", "this", "idlelib", "lib2to3", "test", "tkinter", "turtle", "turtledemo"}
-PAGE = """<!DOCTYPE html><html><head><meta charset="utf-8"><title>{title}</title><script>var visits = 1 < 2;</script></head>
-<body><nav><a href="/">Home</a> <a href="/shop">Shop</a> <a href="/login">Sign in</a> <a href="/help">Help</a></nav>
+PAGE = """<!DOCTYPE html>
+<html><head><meta charset="utf-8"><title>{title}</title><script>var visits = 1 < 2;</script></head><body>
+<nav><a href="/">Home</a> <a href="/shop">Shop</a> <a href="/login">Sign in</a> <a href="/help">Help</a></nav>
 <div class="cookies">We use cookies to improve your visit. <a href="#">Accept all</a> <a href="#">Settings</a></div>
 <main>{content}</main><aside><h3>You may also like</h3><a href="/1">Ten tips</a> <a href="/2">Our prices</a></aside>
-<footer>Write to webmaster@pages.example or call +1 212 555 0100. Copyright. <a href="/terms">Terms</a></footer></body></html>
+<footer>Write to webmaster@pages.example or call +1 212 555 0100. <a href="/terms">Terms</a></footer></body></html>
 """
 
 
@@ -1974,8 +1976,8 @@ def write_crawl(folder: Path) -> None:
         pages.append((f"https://docs.example/{name}.html", PAGE.format(title=name, content=content)))
         if i % 7 == 0:
             again = PAGE.format(title=f"{name} (mirror)", content=f"<p>Mirrored page.</p>{content}")
-            pages.append((f"https://mirror.example/{name}", again))
-            pages.append((f"https://shop.example/{i}", PAGE.format(title="Sale", content="<p>Buy now! Best price!</p>" * 9)))
+            offer = PAGE.format(title="Sale", content="<p>Buy now! Best price!</p>" * 9)
+            pages += [(f"https://mirror.example/{name}", again), (f"https://shop.example/{i}", offer)]
         chats += questions(module)
     head = {"WARC-Type": "response", "Content-Type": "application/http; msgtype=response"}
     head["http"] = "HTTP/1.1 200 OK\r\nContent-Type: text/html; charset=utf-8\r\n"

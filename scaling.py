@@ -599,7 +599,10 @@ class Ledger:
         # Row by row in memory, line by line on the disk; `paid` is what a row was charged.
         self.rows = {}
         if self.path.exists():
-            self.rows = {row["key"]: row for row in rows_of(self.path)}
+            for row in rows_of(self.path):
+                whole = {"key", "paid", "N", "D", "C", "loss", "options"} <= row.keys()
+                require(whole, f"{self.path} is no ledger of a study, or is damaged")
+                self.rows[row["key"]] = row
         with replacing(self.path) as file:  # without a last line that a kill cut short
             file.writelines(json.dumps(row).encode() + b"\n" for row in self.rows.values())
         self.writing = threading.Lock()
@@ -614,8 +617,11 @@ class Ledger:
             done = subprocess.run([sys.executable, HERE / "data.py", *words], capture_output=True, text=True)
             require(done.returncode == 0, done.stderr.strip())
         self.data = str(data)
-        tokens = np.load(data / "train.npy", mmap_mode="r", allow_pickle=False)
-        self.vocab_size = 1 + int(tokens.max())
+        try:
+            tokens = np.load(data / "train.npy", mmap_mode="r", allow_pickle=False)
+            self.vocab_size = 1 + int(tokens.max())
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"{data / 'train.npy'} is not a .npy file of tokens, or is truncated") from error
 
     def run(self, **hyperparameters) -> float:
         """The loss of a run of train.py with these options (max_iters is its length); inf if it diverged."""
@@ -867,6 +873,7 @@ def valley(ledger: Ledger, plans: list[dict], near: int, count: int) -> dict:
 
 def outline(o: Options, ledger: Ledger) -> None:
     """Print what a study will do first at each budget, and its price; it adds runs where a best is not bracketed."""
+    # The first runs alone: how many will be added beyond an edge nobody knows before.
     price = 0
     print(f"{'FLOPs':>10}  {'runs':>4}  {'of sizes N':25}  {'tokens a parameter':18}  {'FLOPs in all':>12}")
     for i, C in enumerate(ledger.budgets()):
@@ -915,6 +922,7 @@ def study(o: Options, ledger: Ledger) -> None:
 
 def grid(text: str) -> list[dict]:
     """The points of "learning_rate:1e-3..1e-1:5,optimizer:muon,adamw": one dict a point. Raises ValueError."""
+    # A comma parts values as well as axes: a piece with a name and a colon begins an axis, all others add to it.
     axes, name = {}, ""
     for part in text.split(","):
         head, colon, value = part.partition(":")
@@ -973,6 +981,7 @@ def mup(o: Options, ledger: Ledger) -> None:
     for init in ("gpt2", "mup"):
         lines, best_rates = {}, []
         first = near = 4
+        # Few steps of small batches, so that the rate matters; depth and head width are the same at all widths.
         for width in (32, 64, 128, 256):
             fixed = dict(
                 init=init, base_width=32, n_embd=width, n_layer=2, n_head=width // 32, ngram=0, block_size=64,
@@ -1003,7 +1012,7 @@ def compare_runs(o: Options) -> None:
     curves = {}
     names = ("val_loss", "tokens", "flops", "seconds")
     for folder in o.runs.split(","):
-        rows = [row for row in rows_of(Path(folder) / "log.jsonl") if "val_loss" in row]
+        rows = [row for row in rows_of(Path(folder) / "log.jsonl") if set(names) <= row.keys()]
         require(rows, f"{folder}/log.jsonl holds no evaluation yet")
         curves[folder] = np.array([[row[name] for name in names] for row in rows], float).T  # (4, evaluations)
     target = o.to_loss or max(losses.min() for losses, *_ in curves.values())
@@ -1145,7 +1154,12 @@ def predict(fits: dict, o: Options, ledger: Ledger | None, sha256: str) -> str:
 def check(o: Options) -> None:
     """Compare the last loss of the run in the folder --check with the preregistered one; first train it if need be."""
     path = Path(o.output) / "prediction.json"
-    stored = json.loads(path.read_bytes())
+    try:
+        stored = json.loads(path.read_bytes())
+        value, low, high = map(float, stored["loss"])
+        wanted = float(stored["FLOPs"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is no prediction, or is damaged") from error
     log = Path(o.check) / "log.jsonl"
     if not log.exists():
         require("options" in stored, f"{log} is not there, and {path} does not say how to train it")
@@ -1153,13 +1167,12 @@ def check(o: Options) -> None:
         error = Ledger(o).launch(stored["options"], Path(o.check))
         require(not error, error)
     # A run of other FLOPs would say nothing of the prediction, however good its loss.
-    last = rows_of(log)[-1]
-    wanted, used = stored["FLOPs"], last["flops"]
+    rows = [row for row in rows_of(log) if {"flops", "val_loss"} <= row.keys()]
+    require(rows, f"{log} holds no evaluation yet")
+    used, loss = float(rows[-1]["flops"]), float(rows[-1]["val_loss"])
     require(abs(used / wanted - 1) < 0.05, f"{o.check} took {used:.3g} FLOPs; the prediction is for {wanted:.3g}")
-    loss = last["val_loss"]
-    value, low, high = stored["loss"]
     inside = "inside" if low <= loss <= high else "outside"
-    print(f"predicted {value:.4f} ({low:.4f} to {high:.4f}) on {stored['time']}")
+    print(f"predicted {value:.4f} ({low:.4f} to {high:.4f}) on {stored.get('time')}")
     print(f"measured  {loss:.4f}, {loss / value - 1:+.2%}, {inside} the interval")
 
 
@@ -1169,6 +1182,7 @@ def write_page(o: Options, runs: Runs, said: list[str], sha256: str) -> None:
     versions = f"Python {platform.python_version()}, numpy {np.__version__}, {cores}"
     command = shlex.join(["python", "scaling.py", *sys.argv[1:]])
     names = ("learning_rate", "batch_size", "seed")
+    # Whoever reads the page can run the command, compare the hash, and refit the same rows.
     lines = [
         "# A scaling study",
         "",
@@ -1233,6 +1247,7 @@ def draw_study(path: str, runs: Runs, fits: dict, target: float) -> None:
         valleys.plot(np.exp(n), np.polyval(powers, n - middle), "-", color="grey", linewidth=1)
     C = np.geomspace(main.C[0], max(3 * main.C[-1], target), 40)
     for name in ("parametric", "isoflop", "envelope"):
+        # Only the parametric law says how low the loss will be; all of them say which size.
         found = [fits[name].predict(c) for c in C if name in fits]
         for axes, key in ((sizes, "N"), (losses, "loss")):
             band = [each[key] for each in found if key in each]
@@ -1307,6 +1322,8 @@ def main() -> None:
     require(found, "--plot needs matplotlib: pip install matplotlib")
     require("{command}" in o.launch, "--launch has no {command} in it")
     require(o.resamples >= 20, "--resamples: an interval needs 20 or more")
+    require(o.sizes >= 3, "--sizes: a valley needs 3 or more")
+    require(min(o.n_seeds, o.batch_size, o.block_size) > 0, "--n_seeds, --batch_size, --block_size: 1 or more")
     if o.runs:
         return compare_runs(o)
     Path(o.output).mkdir(parents=True, exist_ok=True)

@@ -893,6 +893,16 @@ def claim(folder: Path):
     return lock
 
 
+def set_aside(folder: Path):
+    """Move an earlier run's checkpoints and log to FOLDER/previous."""
+    previous = folder / "previous"
+    previous.mkdir(exist_ok=True)
+    for name in ("ckpt.pt", "best.pt", "adapters.pt", "log.jsonl"):
+        if (folder / name).exists():
+            os.replace(folder / name, previous / name)
+    print(f"the earlier run in {folder} moved to {previous} (--resume would have gone on with it)")
+
+
 def begin(o: Options, step: int, corpus: str):
     """Begin log.jsonl with a record about the run; a resumed run keeps the records before `step` and redoes the rest.
 
@@ -901,10 +911,7 @@ def begin(o: Options, step: int, corpus: str):
     """
     folder, log = Path(o.output), Path(o.output) / "log.jsonl"
     if log.exists() and (not step or o.ckpt):
-        (folder / "previous").mkdir(exist_ok=True)
-        for path in filter(Path.exists, (folder / "ckpt.pt", folder / "best.pt", log)):
-            os.replace(path, folder / "previous" / path.name)
-        print(f"the earlier run in {folder} moved to {folder / 'previous'} (--resume would have gone on with it)")
+        set_aside(folder)
     versions = [sys.version, torch.__version__]
     about = dict(options=vars(o), command=sys.argv, versions=versions, source=source_texts(), corpus=corpus)
     old = Path(o.ckpt).parent / "log.jsonl" if o.ckpt else log

@@ -67,6 +67,7 @@ def run_main(monkeypatch, capsys):
         with monkeypatch.context() as patch, warnings.catch_warnings(record=True) as seen:
             patch.chdir(cwd)
             patch.setattr(sys, "argv", [name, *map(str, words)])
+            patch.setattr(sys, "addaudithook", lambda hook: None)  # which nothing takes away again
             patch.setitem(sys.modules, "__main__", module)  # its docstring is the help
             try:
                 module.run(module.main)

@@ -45,8 +45,8 @@ def test_conversations_are_what_the_documentation_says(crawl):
     assert not any("_" == row["prompt"].rpartition(".")[2][0] for row in rows)
 
 
-def test_copies_and_empty_pages_do_not_stay(crawl, tmp_path):
-    data.prepare(input=str(crawl / "pages.warc.gz"), output=str(tmp_path / "data"), steps=",".join(data.PATH), vocab_size=300, workers=1)
+def test_copies_and_empty_pages_do_not_stay(crawl, tmp_path, run_main):
+    run_main("data.py", f"--input={crawl / 'pages.warc.gz'}", f"--steps={','.join(data.PATH)}", "--vocab_size=300", "--workers=1", cwd=tmp_path)
     kept = [json.loads(line) for line in (tmp_path / "data/documents.jsonl").read_text().splitlines()]
     lost = [json.loads(line) for line in (tmp_path / "data/removed.jsonl").read_text().splitlines()]
     assert len(kept) + len(lost) == len(MODULES) + 4 and not any("Buy now" in row["text"] for row in kept)

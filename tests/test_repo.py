@@ -26,13 +26,13 @@ from conftest import ROOT, tiny_documents
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
 CEILING = {
     "bpe.py": 700,
-    "data.py": 1580,
+    "data.py": 1630,
     "model.py": 970,
-    "train.py": 870,
+    "train.py": 880,
     "kernels.py": 1720,
     "ddp.py": 1210,
-    "scaling.py": 1000,
-    "align.py": 1300,
+    "scaling.py": 1010,
+    "align.py": 1310,
     "sample.py": 1140,
 }
 # Who may import whom: at the top of the file, and on demand inside a function.
