@@ -539,12 +539,16 @@ class Envelope(Powers):
         c = np.linspace(begin, end, 200)
         heights = [np.interp(c, *curve, left=math.inf, right=math.inf) for curve in curves]
         heights = np.stack(heights)  # (R, 200)
-        c, heights = c[np.isfinite(heights).any(0)], heights[:, np.isfinite(heights).any(0)]
+        covered = np.isfinite(heights).any(0)
+        c = c[covered]
+        heights = heights[:, covered]
         # Runs are drawn anew with repetition here: a weight would not move the lowest of some curves.
         random = np.random.default_rng(o.seed)
         chosen = random.integers(len(runs), size=(o.resamples + 1, len(runs)))  # (S, R), with repetition
         chosen[0] = np.arange(len(runs))  # the fit itself
         best = np.stack([some[heights[some].argmin(0)] for some in chosen])  # (S, 200)
+        reached = np.stack([np.isfinite(heights[some].min(0)) for some in chosen])
+        best = np.where(reached, best, best[0])  # no run that was drawn is as long
         self.fit(c, np.log(runs.N)[best].T, runs.flops_each())
 
 
@@ -997,7 +1001,9 @@ def mup(o: Options, ledger: Ledger) -> None:
             lines[f"width {width}"] = [(row["options"]["learning_rate"], loss_of(row)) for row in rows]
             middle = min(max(near, 1), len(plans) - 2)
             three = [min(99, loss_of(ledger.rows[plan["key"]])) for plan in plans[middle - 1:middle + 2]]
-            p2, p1, _ = parabola(np.arange(-1, 2), np.array(three), np.ones((1, 3)))[0]
+            offsets = np.arange(-1, 2)
+            coefficients = parabola(offsets, np.array(three), np.ones((1, 3)))
+            p2, p1, _ = coefficients[0]
             best_rates.append(RATES[middle] - p1 / 2 / p2)
             print(f"{init:5} width {width:4}: best learning rate {2 ** best_rates[-1]:.4f}, loss {loss_of(best):.4f}, "
                   f"lost with that of width 32: {loss_of(moved) - loss_of(best):.4f}", flush=True)
