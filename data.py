@@ -1964,15 +1964,20 @@ def questions(module) -> Iterator[dict]:
 
 
 def write_crawl(folder: Path) -> None:
-    """Write FOLDER/pages.warc.gz and chats.jsonl.
+    """Write FOLDER/pages.warc.gz and chats.jsonl, and held/*.txt, of modules that are not in the other two.
 
     The pages are those that pydoc renders, in the middle of what a web site puts around a text. Some stand there twice,
     as on a mirror with another frame; some say nothing: what the steps of a pipeline are for.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "held").mkdir(parents=True, exist_ok=True)
     pages, chats = [], []
     for i, module in enumerate(documented_modules()):
-        content, name = pydoc.html.docmodule(module), module.__name__
+        name = module.__name__
+        if i % 20 == 3:
+            with bpe.replacing(folder / "held" / f"{name}.txt") as file:
+                file.write(pydoc.plain(pydoc.render_doc(module)).encode(errors="replace"))
+            continue
+        content = pydoc.html.docmodule(module)
         pages.append((f"https://docs.example/{name}.html", PAGE.format(title=name, content=content)))
         if i % 7 == 0:
             again = PAGE.format(title=f"{name} (mirror)", content=f"<p>Mirrored page.</p>{content}")
@@ -1987,10 +1992,11 @@ def write_crawl(folder: Path) -> None:
     with bpe.replacing(folder / "chats.jsonl") as file:
         file.writelines(json.dumps(chat).encode() + b"\n" for chat in chats)
     print(f"{folder}/pages.warc.gz: {len(pages):,} pages; {folder}/chats.jsonl: {len(chats):,} questions with answers\n"
-          f"next: python data.py --input={folder}/pages.warc.gz --steps={','.join(PATH)} --report=report.html")
+          f"next: python data.py --input={folder}/pages.warc.gz --steps={','.join(PATH)} --eval_data={folder}/held "
+          "--vocab_size=2048 --val_fraction=0.05 --report=report.html")
 
 
-PATH = ("extract", "length", "pii", "dedup", "tokenise")  # steps of the README's path
+PATH = ("extract", "length", "pii", "dedup", "decontaminate", "tokenise")  # steps of the README's path
 
 
 # --- the whole -------------------------------------------------------------------------------------------------------

@@ -611,9 +611,9 @@ class Ledger:
             file.writelines(json.dumps(row).encode() + b"\n" for row in self.rows.values())
         self.writing = threading.Lock()
         self.workers = o.workers or min(8, os.cpu_count() or 1)
-        self.open()
+        self.prepare()
 
-    def open(self) -> None:
+    def prepare(self) -> None:
         """Find or make the token files of the runs."""
         data = Path(self.o.data or self.folder / "tokens")
         if not self.o.data:
@@ -709,6 +709,8 @@ class Ledger:
                 file.write(json.dumps(row).encode() + b"\n")
                 file.flush()
                 os.fsync(file.fileno())
+            for name in ("ckpt.pt", "best.pt"):  # the log says all that a study needs
+                (self.folder / "runs" / row["key"] / name).unlink(missing_ok=True)
             spent = 1 - self.left() / self.o.total
             print(f"C {row['C']:8.3g}  N {row['N']:10,.0f}  D {row['D']:12,.0f}  loss {loss_of(row):7.4f}  "
                   f"{row.get('seconds', 0):6.1f} s  {spent:4.0%} spent", flush=True)
@@ -722,8 +724,6 @@ class Ledger:
             plan, words = self.branch(plan, folder)
         error = self.launch(options, folder, *words)
         curve = [row for row in rows_of(folder / "log.jsonl") if "val_loss" in row]
-        for name in ("ckpt.pt", "best.pt"):
-            (folder / name).unlink(missing_ok=True)  # the log says all that a study needs
         if error:
             return dict(plan, loss=None)
         last = curve[-1]
@@ -777,7 +777,8 @@ class Ledger:
 
 class Table(Ledger):
     """The same over a table of past runs: its rows are the answers, and what they cost is charged."""
-    def open(self):
+
+    def prepare(self):
         """Read the table."""
         self.past = read_runs(Path(self.o.table))
 
