@@ -359,7 +359,7 @@ class Law:
         found = minimise(residual, starts, weights, DELTA, steps=60)
         costs = huber(residual(found), DELTA).sum(1)
         least = huber(self.residual(self.p[:1]), DELTA).sum()
-        rise = (costs / least - 1) * (len(self.runs) - len(self.names))
+        rise = (costs / max(least, 1e-30) - 1) * (len(self.runs) - len(self.names))
         good = values[rise <= 2.71]  # neighbours: the cost has one valley
         return [float(value), float(good.min()), float(good.max())]
 
@@ -621,11 +621,17 @@ class Ledger:
             done = subprocess.run([sys.executable, HERE / "data.py", *words], capture_output=True, text=True)
             require(done.returncode == 0, done.stderr.strip())
         self.data = str(data)
+        path = data / "tokenizer.json"  # its vocabulary is that of train.py's models
         try:
-            tokens = np.load(data / "train.npy", mmap_mode="r", allow_pickle=False)
-            self.vocab_size = 1 + int(tokens.max())
-        except (ValueError, EOFError) as error:
-            raise ValueError(f"{data / 'train.npy'} is not a .npy file of tokens, or is truncated") from error
+            if path.exists():
+                self.vocab_size = len(json.loads(path.read_bytes())["vocab"])
+                return
+            ids = []
+            for path in (data / "train.npy", data / "val.npy"):
+                ids.append(int(np.load(path, mmap_mode="r", allow_pickle=False).max()))
+            self.vocab_size = 1 + max(ids)
+        except (ValueError, EOFError, TypeError, LookupError) as error:
+            raise ValueError(f"{path} is damaged: {str(error)[:100]}") from error
 
     def run(self, **hyperparameters) -> float:
         """The loss of a run of train.py with these options (max_iters is its length); inf if it diverged."""
@@ -729,6 +735,8 @@ class Ledger:
         last = curve[-1]
         return dict(
             plan,
+            D=last["tokens"],
+            C=last["flops"],
             loss=last["val_loss"],
             bpb=last["bpb"],
             seconds=last["seconds"],
@@ -1016,12 +1024,17 @@ def mup(o: Options, ledger: Ledger) -> None:
 
 def compare_runs(o: Options) -> None:
     """A table of the runs in some folders of train.py: what each took to reach one loss; with --plot their curves."""
+    # By default the loss is the least that the worst of them reached, so that all have an answer.
     curves = {}
     names = ("val_loss", "tokens", "flops", "seconds")
     for folder in o.runs.split(","):
         rows = [row for row in rows_of(Path(folder) / "log.jsonl") if set(names) <= row.keys()]
         require(rows, f"{folder}/log.jsonl holds no evaluation yet")
-        curves[folder] = np.array([[row[name] for name in names] for row in rows], float).T  # (4, evaluations)
+        try:
+            columns = np.array([[row[name] for name in names] for row in rows], float).T  # (4, evaluations)
+        except (ValueError, TypeError):
+            raise ValueError(f"{folder}/log.jsonl is damaged") from None
+        curves[folder] = columns
     target = o.to_loss or max(losses.min() for losses, *_ in curves.values())
     print(f"to a validation loss of {target:.4f}:")
     print(f"{'run':24} {'least loss':>10} {'tokens':>14} {'FLOPs':>10} {'seconds':>9}")
@@ -1131,6 +1144,7 @@ def predict(fits: dict, o: Options, ledger: Ledger | None, sha256: str) -> str:
     if abs(off) > 0.01:
         said.append(f"isoflop's N is {off:+.0%} from the parametric law's: its parabolas are symmetric and see one\n"
                     "budget at a time, the law's valleys are not and see all budgets")
+    # Days and memory are arithmetic, not measurements: peak times --mfu, and 16 bytes a parameter.
     count, _, kind = o.machine.rpartition("x")
     known = kind in MACHINES and (count or "1").isdigit()
     require(known, f"--machine={o.machine}: write 8xh100 or such; there are {', '.join(MACHINES)}")
@@ -1168,6 +1182,7 @@ def check(o: Options) -> None:
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} is no prediction, or is damaged") from error
     log = Path(o.check) / "log.jsonl"
+    # Nothing of the study is asked again: the options, the price and the interval are those that were written down.
     if not log.exists():
         require("options" in stored, f"{log} is not there, and {path} does not say how to train it")
         print(f"training for {stored['C']:.4g} FLOPs in {o.check}", flush=True)

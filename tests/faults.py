@@ -298,10 +298,10 @@ RUNS = {
     "ddp": [Tiny("--merge=parts --output=merged.pt", "parts/part-0.pt parts/part-1.pt"),
             Tiny("--plan --gpus=16 --params=1e9"), Tiny("--show_schedule --mesh=pp2 --micro=2"),
             Tiny("--ranks=2 --steps=1 --only=ddp")],
-    "scaling": [Tiny("--fit=runs.csv --predict=1e13 --resamples=3", "runs.csv"),
-                Tiny("--fit=runs.jsonl --resamples=3 --output=study", "runs.jsonl"),
-                Tiny("--check=run --output=study", "study/prediction.json run/log.jsonl"),
-                Tiny("--plan --data=tokens --output=study --budgets=1e11,2e11 --sizes=2", "tokens/train.npy study/runs.jsonl")],
+    "scaling": [Tiny("--fit=runs.csv --predict=1e13 --resamples=20", "runs.csv"),
+                Tiny("--fit=runs.jsonl --resamples=20 --output=study", "runs.jsonl"),
+                Tiny("--check=run --output=study", "study/prediction.json run/log.jsonl"), Tiny("--runs=run", "run/log.jsonl"),
+                Tiny("--plan --data=tokens --output=study --budgets=1e11,2e11 --sizes=3", "tokens/train.npy study/runs.jsonl")],
     "sample": [
         Tiny("--ckpt=run/ckpt.pt --prompt=the --max_new_tokens=4 --device=cpu", "run/ckpt.pt"),
         Tiny("--ckpt=run/ckpt.pt --draft=plain.pt --prompt=the --max_new_tokens=4 --device=cpu", "plain.pt"),
@@ -343,7 +343,7 @@ MAKE = [
     ("align", f"--algorithm=sft --ckpt=run/ckpt.pt --data=chats.jsonl --output=tuned {ALIGN}"),
     ("sample", "--ckpt=run/ckpt.pt --eval=ppl,hellaswag,mmlu,gsm8k --eval_data=exams --output=eval.json --shots=1 "
                "--n_samples=2 --max_new_tokens=4 --device=cpu"),
-    ("scaling", "--fit=runs.csv --predict=6.09e7 --preregister --resamples=3 --output=study"),
+    ("scaling", "--fit=runs.csv --predict=6.09e7 --preregister --resamples=20 --output=study"),
 ]
 
 
@@ -390,7 +390,7 @@ def write_inputs(folder: Path) -> None:
                                    "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}}),
         "runs.csv": "N,D,loss\n" + "".join(f"{N},{D},{2 + 60 / N**0.3 + 300 / D**0.4}\n"
                                            for N in (10**5, 10**6, 10**7) for D in (10**7, 10**8, 10**9)),
-        "study/runs.jsonl": json.dumps(dict(key="a", N=10**4, C=1e9, D=10**5, loss=3.0, options={})) + "\n",
+        "study/runs.jsonl": json.dumps(dict(key="a", N=10**4, C=1e9, paid=1e9, D=10**5, loss=3.0, options={})) + "\n",
         "runs.jsonl": "".join(json.dumps(dict(N=N, D=D, loss=2 + 60 / N**0.3 + 300 / D**0.4)) + "\n"
                               for N in (10**5, 10**6, 10**7) for D in (10**7, 10**8, 10**9)),
     }

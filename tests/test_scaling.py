@@ -400,7 +400,8 @@ def ledger(tmp_path, monkeypatch):
     """A function that opens a ledger (options) whose runs are the stub; .calls() are the runs that were started."""
     (tmp_path / "stub.py").write_text(STUB)
     (tmp_path / "tokens").mkdir()
-    np.save(tmp_path / "tokens/train.npy", np.arange(512, dtype=np.uint16))
+    for side in ("train", "val"):
+        np.save(tmp_path / f"tokens/{side}.npy", np.arange(512, dtype=np.uint16))
     monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
     monkeypatch.setattr(scaling, "WIDTHS", scaling.WIDTHS[:9])
     opened = []
@@ -430,6 +431,21 @@ def test_price_is_the_accounting(ledger):
     assert plan["N"] == sum(p.numel() for name, p in gpt.named_parameters() if p.ndim == 2 and not name.startswith(tables))
     step = 3 * model.account(gpt.config, 1)["forward_flops"] * plan["options"]["batch_size"]
     assert plan["C"] == plan["options"]["max_iters"] * step and abs(plan["C"] / 1e9 - 1) < 0.5 * step / 1e9
+
+
+def test_the_vocabulary_is_the_tokenizers(ledger, tmp_path):
+    """As train.py has it: the tokenizer's where there is one, of which the text may not use all."""
+    assert ledger().vocab_size == 512
+    (tmp_path / "tokens/tokenizer.json").write_text(json.dumps(dict(vocab=["a"] * 700)))
+    assert ledger().vocab_size == 700
+    for damaged in ("{", "[]", "{}", ""):
+        (tmp_path / "tokens/tokenizer.json").write_text(damaged)
+        with pytest.raises(ValueError, match="tokenizer.json is damaged"):
+            ledger()
+    (tmp_path / "tokens/tokenizer.json").unlink()
+    (tmp_path / "tokens/val.npy").write_bytes((tmp_path / "tokens/val.npy").read_bytes()[:200])
+    with pytest.raises(ValueError, match="val.npy is damaged"):
+        ledger()
 
 
 def test_the_training_api(ledger):
