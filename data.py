@@ -1954,13 +1954,19 @@ def documented_modules() -> Iterator:
             yield module
 
 
+def documentation(module) -> Iterator[tuple[str, str]]:
+    """(name, what is written about it) of a module's own functions and classes."""
+    for name, thing in inspect.getmembers(module, lambda thing: inspect.isroutine(thing) or inspect.isclass(thing)):
+        if getattr(thing, "__module__", "") == module.__name__ and not name.startswith("_"):
+            yield f"{module.__name__}.{name}", inspect.getdoc(thing) or ""
+
+
 def questions(module) -> Iterator[dict]:
     """A conversation for each of a module's functions and classes whose documentation begins with a sentence."""
-    for name, thing in inspect.getmembers(module, lambda thing: inspect.isroutine(thing) or inspect.isclass(thing)):
-        text = inspect.getdoc(thing) if getattr(thing, "__module__", "") == module.__name__ else ""
-        first = " ".join((text or "").split("\n\n")[0].split())
-        if re.fullmatch(r"[A-Z][^.]{20,160}\.", first) and not name.startswith("_"):
-            yield dict(prompt=f"What does {module.__name__}.{name} do?", response=first)
+    for name, text in documentation(module):
+        first = " ".join(text.split("\n\n")[0].split())
+        if re.fullmatch(r"[A-Z][^.]{20,160}\.", first):
+            yield dict(prompt=f"What does {name} do?", response=first)
 
 
 def write_crawl(folder: Path) -> None:
@@ -1975,7 +1981,8 @@ def write_crawl(folder: Path) -> None:
         name = module.__name__
         if i % 20 == 3:
             with bpe.replacing(folder / "held" / f"{name}.txt") as file:
-                file.write(pydoc.plain(pydoc.render_doc(module)).encode(errors="replace"))
+                text = "\n\n".join([module.__doc__ or "", *(text for _, text in documentation(module))])
+                file.write(text.encode(errors="replace"))
             continue
         content = pydoc.html.docmodule(module)
         pages.append((f"https://docs.example/{name}.html", PAGE.format(title=name, content=content)))
