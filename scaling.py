@@ -755,7 +755,7 @@ class Ledger:
         before = [row["start"] for row in self.rows.values() if row.get("trunk") == name]
         before = max(before, default=0)
         trunk = self.folder / "runs" / name
-        words = [f"--decay_from={start}"]
+        words = ["--schedule=wsd", f"--decay_from={start}"]
         if start < before or self.launch(options, trunk, "--schedule=constant"):
             return plan, words
         if not (folder / "ckpt.pt").exists():
@@ -998,7 +998,7 @@ def mup(o: Options, ledger: Ledger) -> None:
         for width in (32, 64, 128, 256):
             fixed = dict(
                 init=init, base_width=32, n_embd=width, n_layer=2, n_head=width // 32, ngram=0, block_size=64,
-                optimizer="adamw", weight_decay=0.0, batch_size=8, max_iters=150, warmup_iters=10,
+                optimizer="adamw", weight_decay=0.0, batch_size=8, max_iters=150, warmup_iters=10, eval_tokens=2**15,
             )
             plans = [ledger.plan(**fixed, learning_rate=2.0**k) for k in RATES]
             best = valley(ledger, plans, near, 5)

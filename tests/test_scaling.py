@@ -581,7 +581,7 @@ def test_one_stable_run_for_all_lengths(ledger, tmp_path):
     row, = book.ask([long])
     assert row["start"] == 150 and row["paid"] == long["C"] * 125 / 200 and row["C"] == long["C"]
     trunk, branch = ledger.calls()[2:]
-    assert trunk["schedule"] == "constant" and trunk["max_iters"] == "150" and "schedule" not in branch
+    assert trunk["schedule"] == "constant" and trunk["max_iters"] == "150" and branch["schedule"] == "wsd"
     assert branch["decay_from"] == "150" and branch["ckpt"] == trunk["output"] + "/ckpt.pt"
     row, = book.ask([late])  # the stable run is past its branch
     assert "trunk" not in row and row["paid"] == late["C"] and "ckpt" not in ledger.calls()[-1]
@@ -753,6 +753,26 @@ def test_kills_at_random_moments(kills, ledger, tmp_path):
     book = ledger(**settings)
     scaling.study(book.o, book)
     assert book.rows.keys() == alone.rows.keys() and book.left() == alone.left()
+
+
+@pytest.mark.slow
+def test_branches_of_train_py_are_whole_runs(tmp_path, monkeypatch, run_script):
+    """With train.py itself: a run that branches off a stable one has the loss of one that was trained at one go."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tokens").mkdir()
+    for side, seed in (("train", 0), ("val", 1)):
+        tokens = np.random.default_rng(seed).integers(64, size=5000).cumsum() % 64
+        np.save(tmp_path / f"tokens/{side}.npy", tokens.astype(np.uint16))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    book = scaling.Ledger(scaling.Options(data="tokens", reuse=0.5, ngram=0, block_size=16, workers=1))
+    for steps, start in ((8, 4), (20, 10)):
+        row, = book.ask([book.plan(n_embd=32, max_iters=steps)])
+        assert row["start"] == start and row["D"] == steps * 8 * 16 and row["curve"][-1][0] == row["C"]
+        words = [*scaling.words_of(row["options"]), f"--output=whole{steps}", f"--decay_from={start}"]
+        done = run_script("train.py", *words, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        last = json.loads((tmp_path / f"whole{steps}/log.jsonl").read_text().splitlines()[-1])
+        assert (last["val_loss"], last["flops"]) == (row["loss"], row["C"])
 
 
 @pytest.mark.slow
