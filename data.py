@@ -54,6 +54,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
+from types import ModuleType
 from typing import BinaryIO, Callable, Iterable, Iterator
 from urllib.parse import urlsplit
 
@@ -145,7 +146,8 @@ def run(main: Callable[[], None]) -> None:
     except (OSError, ValueError, MemoryError, RuntimeError) as error:
         if sys.flags.dev_mode or isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
-        sys.stdout = sys.stderr  # Python flushes it: not one on a full disk, or whose reader left, as in `| head`
+        if not getattr(error, "filename", "-"):  # stdout's disk is full, or its reader left, as in `| head`
+            sys.stdout = sys.stderr  # for Python flushes it at the end
         sys.exit(0 if isinstance(error, BrokenPipeError) else f"{Path(sys.argv[0]).name}: {str(error) or 'no memory'}")
 
 
@@ -1933,7 +1935,7 @@ def look(files: list[Path], o: Options) -> None:
 
 # Importing these does something, or opens windows.
 NOT_IMPORTED = {"antigravity", "this", "idlelib", "lib2to3", "test", "tkinter", "turtle", "turtledemo"}
-PAGE = """<!DOCTYPE html>
+FRAME = """<!DOCTYPE html>
 <html><head><meta charset="utf-8"><title>{title}</title><script>var visits = 1 < 2;</script></head><body>
 <nav><a href="/">Home</a> <a href="/shop">Shop</a> <a href="/login">Sign in</a> <a href="/help">Help</a></nav>
 <div class="cookies">We use cookies to improve your visit. <a href="#">Accept all</a> <a href="#">Settings</a></div>
@@ -1942,7 +1944,7 @@ PAGE = """<!DOCTYPE html>
 """
 
 
-def documented_modules() -> Iterator:
+def documented_modules() -> Iterator[ModuleType]:
     """The standard library's modules that can be imported here, and those one level below."""
     names = [name for name in sorted(sys.stdlib_module_names - NOT_IMPORTED) if not name.startswith("_")]
     for name in names:
@@ -1954,14 +1956,14 @@ def documented_modules() -> Iterator:
             yield module
 
 
-def documentation(module) -> Iterator[tuple[str, str]]:
+def documentation(module: ModuleType) -> Iterator[tuple[str, str]]:
     """(name, what is written about it) of a module's own functions and classes."""
     for name, thing in inspect.getmembers(module, lambda thing: inspect.isroutine(thing) or inspect.isclass(thing)):
         if getattr(thing, "__module__", "") == module.__name__ and not name.startswith("_"):
             yield f"{module.__name__}.{name}", inspect.getdoc(thing) or ""
 
 
-def questions(module) -> Iterator[dict]:
+def questions(module: ModuleType) -> Iterator[dict]:
     """A conversation for each of a module's functions and classes whose documentation begins with a sentence."""
     for name, text in documentation(module):
         first = " ".join(text.split("\n\n")[0].split())
@@ -1985,10 +1987,10 @@ def write_crawl(folder: Path) -> None:
                 file.write(text.encode(errors="replace"))
             continue
         content = pydoc.html.docmodule(module)
-        pages.append((f"https://docs.example/{name}.html", PAGE.format(title=name, content=content)))
+        pages.append((f"https://docs.example/{name}.html", FRAME.format(title=name, content=content)))
         if i % 7 == 0:
-            again = PAGE.format(title=f"{name} (mirror)", content=f"<p>Mirrored page.</p>{content}")
-            offer = PAGE.format(title="Sale", content="<p>Buy now! Best price!</p>" * 9)
+            again = FRAME.format(title=f"{name} (mirror)", content=f"<p>Mirrored page.</p>{content}")
+            offer = FRAME.format(title="Sale", content="<p>Buy now! Best price!</p>" * 9)
             pages += [(f"https://mirror.example/{name}", again), (f"https://shop.example/{i}", offer)]
         chats += questions(module)
     head = {"WARC-Type": "response", "Content-Type": "application/http; msgtype=response"}

@@ -1429,7 +1429,8 @@ def run(main: Callable[[], None]) -> None:
     except (OSError, ValueError, MemoryError, RuntimeError) as error:
         if sys.flags.dev_mode or isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
-        sys.stdout = sys.stderr  # Python flushes it: not one on a full disk, or whose reader left, as in `| head`
+        if not getattr(error, "filename", "-"):  # stdout's disk is full, or its reader left, as in `| head`
+            sys.stdout = sys.stderr  # for Python flushes it at the end
         sys.exit(0 if isinstance(error, BrokenPipeError) else f"{Path(sys.argv[0]).name}: {str(error) or 'no memory'}")
 
 

@@ -1110,10 +1110,13 @@ def load_checkpoint(path: str | os.PathLike) -> dict:
     with open(path, "rb") as file:
         try:
             checkpoint = torch.load(file, "cpu", weights_only=True)
-            version = f"{checkpoint.get('version')}"  # whatever it is, also a tensor
-        except Exception as error:  # truncated archives and forbidden pickles fail in many ways
+        except Exception:  # truncated archives and forbidden pickles fail in many ways
             raise ValueError(f"{path} is not a checkpoint, or is truncated; nothing in it was executed")
-    require(version == f"{CHECKPOINT_VERSION}", f"{path} is not a checkpoint of format {CHECKPOINT_VERSION}")
+    version = None
+    if isinstance(checkpoint, dict):
+        version = checkpoint.get("version")
+    good = type(version) is int and version == CHECKPOINT_VERSION  # it may be anything, also a tensor
+    require(good, f"{path} is not a checkpoint of format {CHECKPOINT_VERSION}")
     for name in "config weights train progress optimizer".split():
         require(isinstance(checkpoint.get(name, {}), dict), f"{path} does not fit: its entry {name} is no dict")
     return checkpoint
@@ -1340,7 +1343,8 @@ def run(main: Callable[[], None]) -> None:
     except (OSError, ValueError, MemoryError, RuntimeError) as error:
         if sys.flags.dev_mode or isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
-        sys.stdout = sys.stderr  # Python flushes it: not one on a full disk, or whose reader left, as in `| head`
+        if not getattr(error, "filename", "-"):  # stdout's disk is full, or its reader left, as in `| head`
+            sys.stdout = sys.stderr  # for Python flushes it at the end
         sys.exit(0 if isinstance(error, BrokenPipeError) else f"{Path(sys.argv[0]).name}: {str(error) or 'no memory'}")
 
 

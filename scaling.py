@@ -610,6 +610,7 @@ class Ledger:
         with replacing(self.path) as file:  # without a last line that a kill cut short
             file.writelines(json.dumps(row).encode() + b"\n" for row in self.rows.values())
         self.writing = threading.Lock()
+        self.children = []
         self.workers = o.workers or min(8, os.cpu_count() or 1)
         self.prepare()
 
@@ -703,7 +704,13 @@ class Ledger:
         reason = f"{len(todo)} runs cost {cost:.3g} FLOPs; of --total={self.o.total:g} {left:.3g} are left"
         require(cost <= left, reason)
         with ThreadPoolExecutor(self.workers) as pool:  # threads that wait for processes
-            list(pool.map(self.settle, todo.values()))
+            try:
+                list(pool.map(self.settle, todo.values()))
+            except KeyboardInterrupt:
+                pool.shutdown(wait=False, cancel_futures=True)
+                for child in self.children:  # they save what they have, and --resume goes on from it
+                    child.terminate()
+                raise
         return [self.rows[plan["key"]] for plan in plans]
 
     def settle(self, plan: dict) -> None:
@@ -774,12 +781,17 @@ class Ledger:
         threads = (os.cpu_count() or 1) // self.workers
         environment = {"OMP_NUM_THREADS": str(max(1, threads)), **os.environ}
         while True:  # standard error is read for the reason; the log has all else
-            done = subprocess.run(command, capture_output=True, text=True, env=environment)
-            if "another run is training" not in done.stderr:
+            pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            child = subprocess.Popen(command, env=environment, **pipes)
+            self.children.append(child)
+            _, said = child.communicate()
+            self.children.remove(child)
+            if "another run is training" not in said:
                 break
             time.sleep(1)
-        error = done.stderr.strip().splitlines()[-1:] if done.returncode else []
-        require(not error or "not finite" in error[0], f"the run in {folder} failed: {error}")
+        error = said.strip().splitlines()[-1:] if child.returncode else []
+        failed = child.returncode and not (error and "not finite" in error[0])
+        require(not failed, f"the run in {folder} failed: {''.join(error) or child.returncode}")
         return "".join(error)
 
 
@@ -823,7 +835,7 @@ class Table(Ledger):
         return dict(plan, paid=plan["C"])
 
 
-def alike(stored, asked) -> bool:
+def alike(stored: object, asked: object) -> bool:
     """Whether a table's value is the one asked for; numbers may be written in another way."""
     try:
         return math.isclose(float(stored), float(asked), rel_tol=1e-6)
@@ -1334,7 +1346,8 @@ def run(main: Callable[[], None]) -> None:
     except (OSError, ValueError, MemoryError, RuntimeError) as error:
         if sys.flags.dev_mode or isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
-        sys.stdout = sys.stderr  # Python flushes it: not one on a full disk, or whose reader left, as in `| head`
+        if not getattr(error, "filename", "-"):  # stdout's disk is full, or its reader left, as in `| head`
+            sys.stdout = sys.stderr  # for Python flushes it at the end
         sys.exit(0 if isinstance(error, BrokenPipeError) else f"{Path(sys.argv[0]).name}: {str(error) or 'no memory'}")
 
 

@@ -101,7 +101,7 @@ def open_tokens(path: Path, kinds: tuple = ("uint16", "uint32")) -> np.ndarray:
     """Map a token file into memory. Raises OSError, or ValueError where it holds something else."""
     try:
         tokens = np.load(path, mmap_mode="r", allow_pickle=False)
-        good = tokens.ndim == 1 and tokens.dtype.name in kinds and len(tokens) > 1
+        good = tokens.ndim == 1 and tokens.dtype in map(np.dtype, kinds) and len(tokens) > 1
     except (ValueError, EOFError, AttributeError) as error:
         raise ValueError(f"{path} is not a .npy file of tokens, or is truncated") from error
     wanted = f"1-D {' or '.join(kinds)}, 2 tokens or more"
@@ -1060,7 +1060,8 @@ def run(main: Callable[[], None]) -> None:
     except (OSError, ValueError, MemoryError, RuntimeError) as error:
         if sys.flags.dev_mode or isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
-        sys.stdout = sys.stderr  # Python flushes it: not one on a full disk, or whose reader left, as in `| head`
+        if not getattr(error, "filename", "-"):  # stdout's disk is full, or its reader left, as in `| head`
+            sys.stdout = sys.stderr  # for Python flushes it at the end
         sys.exit(0 if isinstance(error, BrokenPipeError) else f"{Path(sys.argv[0]).name}: {str(error) or 'no memory'}")
 
 

@@ -25,15 +25,15 @@ from conftest import ROOT, tiny_documents
 
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
 CEILING = {
-    "bpe.py": 700,
-    "data.py": 1630,
-    "model.py": 970,
+    "bpe.py": 705,
+    "data.py": 1640,
+    "model.py": 975,
     "train.py": 880,
     "kernels.py": 1720,
-    "ddp.py": 1210,
-    "scaling.py": 1030,
+    "ddp.py": 1215,
+    "scaling.py": 1040,
     "align.py": 1310,
-    "sample.py": 1140,
+    "sample.py": 1145,
 }
 # Who may import whom: at the top of the file, and on demand inside a function.
 OURS = {"bpe.py": ("", ""), "data.py": ("bpe", ""), "model.py": ("", "kernels"), "train.py": ("model", "bpe data ddp kernels"),
@@ -185,8 +185,9 @@ def test_a_file_stays_under_its_ceiling(name):
 def test_the_ceiling_bites():
     good = '"""Words."""\n# more words\n' + "x = 1\n" * 8
     assert too_much("bpe.py", good) == []
-    assert too_much("scaling.py", good + "x = 1  # a\n" * 392) == []
-    assert too_much("scaling.py", good + "x = 1  # a\n" * 393) == ["401 code lines"]
+    most = CEILING["scaling.py"]
+    assert too_much("scaling.py", good + "x = 1  # a\n" * (most - 8)) == []
+    assert too_much("scaling.py", good + "x = 1  # a\n" * (most - 7)) == [f"{most + 1} code lines"]
     assert too_much("bpe.py", good + "x = 1\n" * 9) == ["less than 18% comments and docstrings"]
     assert too_much("bpe.py", '"""Words."""\nx = 1; y = 2\n') == ["a semicolon"]
     assert too_much("bpe.py", good + "#" * 121) == ["wider than 120"]
