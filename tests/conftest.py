@@ -1,8 +1,10 @@
 """Fixtures that all test files share. Tests write only below tmp_path."""
+import contextlib
 import functools
 import importlib
 import inspect
 import os
+import signal
 import subprocess
 import sys
 import warnings
@@ -16,6 +18,11 @@ sys.path.insert(0, str(ROOT))
 if not any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")):
     # no GPU: Triton interprets, its own functions too, which asks to be told before anybody imports it
     os.environ["TRITON_INTERPRET"] = "1"
+
+# A shell lets what it starts in the background ignore Ctrl-C, which the processes of tests would inherit.
+with contextlib.suppress(ValueError):  # not the main thread
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Each script's options() asks for the source of its dataclass, for which inspect parses the whole file: here once a class.
 inspect.getsource = functools.cache(inspect.getsource)
