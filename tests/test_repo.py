@@ -473,6 +473,23 @@ def project_files(root=ROOT):
         yield from (os.path.join(folder, name) for name in files if os.path.splitext(name)[1] in TEXT)
 
 
+TOP = {*SCRIPTS, "LICENSE", "README.md", "pyproject.toml", "requirements.txt", ".gitignore", ".ci", "plots", "tests"}
+
+
+def strangers(names):
+    """Tracked files that have no place in the house, such as what a test or a run left behind."""
+    return [name for name in names if name.split("/")[0] not in TOP or name.endswith((".jsonl", ".pt", ".npy", ".whl"))]
+
+
+def test_no_file_is_there_by_accident():
+    done = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip("this is no clone")
+    assert strangers(done.stdout.splitlines()) == []
+    assert strangers(["runs/a/log.jsonl", "lock", "torch.whl", "tests/out.pt", "train.py", "tests/test_repo.py"]) == [
+        "runs/a/log.jsonl", "lock", "torch.whl", "tests/out.pt"]
+
+
 def forbidden_words(root=ROOT):
     out = []
     for path in project_files(root):
