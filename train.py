@@ -197,8 +197,8 @@ class InChunks(torch.autograd.Function):
 class Objective(nn.Module):
     """(tokens (B, T), targets (B, T)) -> (loss sum in nats, count); targets of -1 do not count.
 
-    In training the sum holds what the layers add, such as the balance of experts, and `z_loss` times the square of
-    log sum exp(logits), which keeps logits from drifting (Chowdhery et al. 2022).
+    In training the sum holds what the layers add, such as the balance of experts, what the heads of --ahead lose, and
+    `z_loss` times the square of log sum exp(logits), which keeps logits from drifting (Chowdhery et al. 2022).
     """
 
     fused = None  # output layer and cross-entropy in one, with --kernels
@@ -216,22 +216,27 @@ class Objective(nn.Module):
             loss = loss + self.z_loss * (squares * (targets >= 0)).sum()
         return loss
 
-    def forward(self, tokens, targets):
-        x = self.gpt.hidden(tokens).flatten(0, 1)  # (B T, C)
-        targets = targets.flatten()
+    def total(self, x, targets):
+        """The loss of all rows x (B, T, C), where they are many some at a time."""
+        x, targets = x.flatten(0, 1), targets.flatten()
         rows = (8 if x.is_cuda else 1) * LOGITS // self.gpt.config.vocab_size + 1
         if self.fused and self.training and not (self.z_loss or self.gpt.config.softcap):
             kind = x.device.type
             half = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-            loss = self.fused(x.to(half), self.gpt.head.weight.to(half), targets)
-        elif torch.compiler.is_compiling():  # which would compile each chunk anew, and fuses the whole
-            loss = self.rows(x, targets)
-        elif len(x) > rows and self.training:
+            return self.fused(x.to(half), self.gpt.head.weight.to(half), targets)
+        if torch.compiler.is_compiling():  # which would compile each chunk anew, and fuses the whole
+            return self.rows(x, targets)
+        if len(x) > rows and self.training:
             head = self.gpt.head.parameters()
-            loss = InChunks.apply(self.rows, rows, x, targets, *head)
-        else:
-            loss = sum(map(self.rows, x.split(rows), targets.split(rows)))
-        count = (targets >= 0).sum()
+            return InChunks.apply(self.rows, rows, x, targets, *head)
+        return sum(map(self.rows, x.split(rows), targets.split(rows)))
+
+    def forward(self, tokens, targets):
+        x = self.gpt.hidden(tokens)
+        loss, count = self.total(x, targets), (targets >= 0).sum()
+        for further, layer in enumerate(self.gpt.ahead if self.training else (), 1):
+            told = (x + layer(x))[:, :-further]
+            loss = loss + self.gpt.config.ahead_loss * self.total(told, targets[:, further:])
         return loss + count * self.gpt.extra_loss(), count
 
 

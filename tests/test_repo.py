@@ -27,8 +27,8 @@ SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
 CEILING = {
     "bpe.py": 705,
     "data.py": 1640,
-    "model.py": 975,
-    "train.py": 880,
+    "model.py": 1025,
+    "train.py": 885,
     "kernels.py": 1720,
     "ddp.py": 1215,
     "scaling.py": 1040,

@@ -406,6 +406,8 @@ def test_an_update_by_role(double):
 class Fixed(nn.Module):
     """A model that answers with given logits."""
 
+    ahead = ()
+
     def __init__(self, logits):
         super().__init__()
         self.logits, self.head = nn.Parameter(logits), nn.Identity()
@@ -476,6 +478,24 @@ def test_chunks_of_the_output_layer(words, z_loss, double, monkeypatch):
     plain = train.Objective(run.gpt)(x, targets)[0].item()
     assert found[0][0] - plain == pytest.approx(z_loss * extra, rel=1e-9, abs=1e-9)
     assert train.Objective(run.gpt, z_loss).eval()(x, targets)[0].item() == pytest.approx(plain, rel=1e-12)
+
+
+def test_heads_further_ahead(double):
+    """What each of them loses on the token after the next, by hand; in evaluation they are silent."""
+    run = shaken(make(n_layer=1, ahead=2, ahead_loss=0.25))
+    gpt, x, targets = run.gpt, torch.randint(V, (3, T)), torch.randint(-1, V, (3, T))
+    objective = train.Objective(gpt)
+    x_last, expected = gpt.hidden(x).detach(), objective.eval()(x, targets)[0].item()
+    assert expected == pytest.approx(brute_loss(gpt(x).detach(), targets)[0], rel=1e-9)
+    for further in (1, 2):
+        logits = gpt.head(x_last + gpt.ahead[further - 1](x_last)).detach()
+        shifted = torch.full_like(targets, -1)
+        shifted[:, :-further] = targets[:, further:]
+        expected += 0.25 * brute_loss(logits, shifted)[0]
+    loss, count = objective.train()(x, targets)
+    assert loss.item() == pytest.approx(expected, rel=1e-9) and count == (targets >= 0).sum()
+    loss.backward()
+    assert all(layer.weight.grad.abs().max() > 1e-3 for layer in gpt.ahead)
 
 
 # ------------------------------------------------------------------------------------------------------------ schedules
