@@ -25,11 +25,11 @@ import sys
 import tempfile
 import textwrap
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Callable, Iterator
 
 import numpy as np
 import torch
@@ -67,7 +67,7 @@ class Options:
     machine: str = "h100"  # plan: a key of MACHINES
 
 
-def require(holds: bool, reason: str) -> None:
+def require(holds: object, reason: str) -> None:
     """Raise ValueError(reason) unless `holds`."""
     if not holds:
         raise ValueError(reason)

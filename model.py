@@ -20,9 +20,10 @@ import os
 import re
 import sys
 import textwrap
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, Callable, Iterator, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode
 CHECKPOINT_VERSION = 1
 
 
-def require(holds: bool, reason: str) -> None:
+def require(holds: object, reason: str) -> None:
     """Raise ValueError(reason) unless `holds`."""
     if not holds:
         raise ValueError(reason)
@@ -1165,7 +1166,7 @@ def save_checkpoint(path: str | os.PathLike, model: GPT, **rest) -> None:
         try:
             torch.save(whole, file)
         except RuntimeError as error:  # torch's writer turns a full disk into this
-            raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}")
+            raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
 
 
 def load_checkpoint(path: str | os.PathLike) -> dict:
@@ -1173,8 +1174,8 @@ def load_checkpoint(path: str | os.PathLike) -> dict:
     with open(path, "rb") as file:
         try:
             checkpoint = torch.load(file, "cpu", weights_only=True)
-        except Exception:  # truncated archives and forbidden pickles fail in many ways
-            raise ValueError(f"{path} is not a checkpoint, or is truncated; nothing in it was executed")
+        except Exception as error:  # truncated archives and forbidden pickles fail in many ways
+            raise ValueError(f"{path} is not a checkpoint, or is truncated; nothing in it was executed") from error
     version = None
     if isinstance(checkpoint, dict):
         version = checkpoint.get("version")
@@ -1191,7 +1192,8 @@ def from_checkpoint(checkpoint: dict) -> GPT:
         model = GPT(Config(**checkpoint["config"]))
         model.load_state_dict(checkpoint["weights"])
     except Exception as error:  # unknown fields, weights of other names, shapes or kinds: it fails in many ways
-        raise ValueError(f"checkpoint does not fit model.py: {str(error).strip().rpartition(chr(10))[2]}")
+        reason = str(error).strip().rpartition("\n")[2]
+        raise ValueError(f"checkpoint does not fit model.py: {reason}") from error
     return model
 
 
@@ -1339,7 +1341,7 @@ def import_hf(folder: str | os.PathLike) -> GPT:
                     require(finite, f"{file}: {name} has entries that are not finite")
                     view.copy_(tensor)
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:  # of another form
-        raise ValueError(f"{folder} is no model of HuggingFace's, or is mislabelled: {error!r:.200}")
+        raise ValueError(f"{folder} is no model of HuggingFace's, or is mislabelled: {error!r:.200}") from error
     require(not views, f"{folder} lacks {', '.join(views)}")
     return gpt
 

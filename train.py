@@ -26,10 +26,11 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -1111,7 +1112,7 @@ def main():
         ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the arithmetic on them
     ckpt = Path(o.output) / "ckpt.pt"
     ckpt.parent.mkdir(parents=True, exist_ok=True)
-    lock = claim(ckpt.parent) if ranks()[0] == 0 else None
+    _lock = claim(ckpt.parent) if ranks()[0] == 0 else None
     if o.resume or o.init_from:
         o, checkpoint = take_up(o, words)
     if o.leaderboard and not o.minutes:

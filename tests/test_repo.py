@@ -20,14 +20,13 @@ import tokenize
 
 import numpy as np
 import pytest
-
 from conftest import ROOT, tiny_documents
 
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
 CEILING = {
     "bpe.py": 705,
     "data.py": 1640,
-    "model.py": 1025,
+    "model.py": 1030,
     "train.py": 885,
     "kernels.py": 1720,
     "ddp.py": 1215,
@@ -131,7 +130,8 @@ def tokens_of(source):
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         name = tokenize.tok_name[token.type]
         if name in ("FSTRING_START", "TSTRING_START"):
-            first = first if depth else token
+            if not depth:
+                first = token
             depth += 1
         elif name in ("FSTRING_END", "TSTRING_END"):
             depth -= 1
@@ -468,7 +468,7 @@ FORBIDDEN = re.compile(r"/(?:work|root)/|/tmp/(?!\*)\w|\bissues? #?\d|\.\./" + r
 
 def project_files(root=ROOT):
     for folder, folders, files in os.walk(root):
-        folders[:] = [name for name in folders if name not in {".git", "data", "__pycache__"} and not name.startswith(("out", ".venv", ".pytest"))]
+        folders[:] = [name for name in folders if name not in {".git", "data", "__pycache__"} and not name.startswith(("out", ".venv", ".pytest", ".ruff", ".mypy"))]
         files = [name for name in files if name != ".git"]  # a worktree's is a file
         yield from (os.path.join(folder, name) for name in files if os.path.splitext(name)[1] in TEXT)
 

@@ -22,13 +22,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from torch import nn
 from torch.nn import functional as F
 
 import bpe
 import model
 import train
-from conftest import ROOT
 
 V, T = 50, 16
 SHAPE = dict(n_layer=1, n_embd=16, block_size=T, batch_size=4, ngram=0, device="cpu")
@@ -103,9 +103,9 @@ def filled(**changes):
     return train.recipe(train.Options(**{**SHAPE, "vocab_size": V, **changes}), 3000, V, 1e10)
 
 
-def make(checkpoint={}, tokenizer=NO_TOKENIZER, **changes):
+def make(checkpoint=(), tokenizer=NO_TOKENIZER, **changes):
     o = filled(**changes)
-    return train.Run(o, o.vocab_size, tokenizer, checkpoint)
+    return train.Run(o, o.vocab_size, tokenizer, dict(checkpoint))
 
 
 def shaken(run):
@@ -1055,8 +1055,8 @@ def test_text_is_not_tokenised_again_on_resume(launch, corpus, monkeypatch, tmp_
     first = launch(*words, data=corpus)
     assert first.code == 0, first.message
     written = (tmp_path / "out/train.npy").stat().st_mtime_ns
-    for words in (["--resume", "--max_iters=3"], words):
-        again = launch(*words, data=corpus)
+    for others in (["--resume", "--max_iters=3"], words):
+        again = launch(*others, data=corpus)
         assert again.code == 0, again.message
         assert (tmp_path / "out/train.npy").stat().st_mtime_ns == written and "reus" in again.out
     assert model.load_checkpoint(tmp_path / "out/ckpt.pt")["tokenizer"]["kind"] == "char"
