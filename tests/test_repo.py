@@ -511,3 +511,13 @@ def test_no_file_mentions_a_workplace(tmp_path):
 def test_docstring_examples(name):
     found = doctest.testmod(importlib.import_module(name[:-3]))
     assert found.failed == 0
+
+
+def test_ruff_finds_nothing(tmp_path):
+    """With the rules of pyproject.toml; and it does find an unused name in a file of the same folder (the twin)."""
+    pytest.importorskip("ruff", reason="ruff is not installed")
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    (tmp_path / "new.py").write_text("import os\n")
+    for folder, code in ((ROOT, 0), (tmp_path, 1)):
+        done = subprocess.run([sys.executable, "-m", "ruff", "check", "--no-cache", "--output-format=concise", folder], text=True, capture_output=True)
+        assert done.returncode == code, done.stdout
