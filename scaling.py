@@ -776,7 +776,7 @@ class Ledger:
         A run that a killed study left behind may still be at work there; it is waited for.
         """
         command = [sys.executable, str(HERE / "train.py"), *words_of(options)]
-        command += [f"--output={folder}", "--resume", *words]
+        command += [f"--output={folder}", "--resume", "--sample_tokens=0", *words]
         command = shlex.split(self.o.launch.replace("{command}", shlex.join(command)))
         threads = (os.cpu_count() or 1) // self.workers
         environment = {"OMP_NUM_THREADS": str(max(1, threads)), **os.environ}

@@ -91,7 +91,7 @@ class Options(Config):
     parallel: str = ""  # split by ddp.py: ddp, zero1, zero2, fsdp, tp, pp, cp, ep, or a mesh such as dp2,tp2
     parts: bool = False  # with --parallel: each rank writes its part of ckpt.pt to OUTPUT/parts, for ddp.py --merge
     noise_scale: bool = False  # measure the critical batch size; needs two micro-batches or ranks
-    sample_tokens: int = 0  # tokens that the model writes at each evaluation
+    sample_tokens: int = -1  # tokens that the model writes at each evaluation (-1: 200 at the end alone)
     profile: bool = False  # print where the time of a step goes, write OUTPUT/trace.json, then stop
     leaderboard: bool = False  # the default data for 2 minutes (or --minutes): prints a row for a table of results
 
@@ -499,7 +499,7 @@ def refuse(o: Options, sources: list[Source]):
         require(getattr(o, name) in table, f"--{name}={getattr(o, name)}: choose from {', '.join(table)}")
     least = dict(batch_size=ranks()[1], max_iters=1, eval_interval=1, eval_tokens=2)
     for name in ("seed", "micro_batch", "warmup_iters", "learning_rate", "weight_decay", "grad_clip", "z_loss",
-                 "decay_from", "sample_tokens", *least):
+                 "decay_from", *least):
         value = getattr(o, name)
         require(value >= least.get(name, 0), f"--{name}={value} must be at least {least.get(name, 0)}")
     require(max(o.beta1, o.beta2, o.momentum) < 1, "--beta1, --beta2 and --momentum must be below 1")
@@ -1006,7 +1006,7 @@ def train_loop(training: Run, sources: list, val: list, mix: list, peak: float) 
                     record |= data.xz_bits_per_byte(o.output)
                 with open(Path(o.output) / "log.jsonl", "a") as file:
                     file.write(json.dumps(record) + "\n")
-            if o.sample_tokens and training.tokenizer.vocab:
+            if o.sample_tokens > 0 and training.tokenizer.vocab:
                 training.written()
                 show_sample(ckpt, o.sample_tokens)
         if last:
@@ -1158,7 +1158,7 @@ def main():
     if o.parts:
         print(f"next: python ddp.py --merge={ckpt.parent / 'parts'} --output={ckpt}")
     elif tokenizer.vocab:
-        show_sample(ckpt, 200)
+        show_sample(ckpt, 200 if o.sample_tokens < 0 else 0)
         print(f"next: python sample.py --ckpt={ckpt} --prompt='{'The' if o.data else 'def'}'")
     if dist.is_initialized():
         dist.barrier()  # else a thread of gloo may free its last tensor while Python ends, which aborts the process

@@ -126,7 +126,7 @@ QUESTIONS = {  # what README's list of experiments asks in one shape
 def variants(data, rows, iters, seeds, part):
     """Train each variant on the same tokens for the same steps and print a row of a table: medians, and the range of bits a byte."""
     shape = [f"--data={data}", "--ngram=0", "--n_layer=2", "--n_head=2", "--n_embd=64", "--block_size=128", "--batch_size=8",
-             f"--max_iters={iters}", f"--eval_interval={iters}", "--eval_tokens=65536", "--device=cpu"]
+             f"--max_iters={iters}", f"--eval_interval={iters}", "--eval_tokens=65536", "--device=cpu", "--sample_tokens=0"]
     print("| variant | options | parameters | bits per byte | tokens/s | cache, bytes a token |\n|---|---|---|---|---|---|")
     number, parts = map(int, part.split("/"))
     for name, words in list(rows.items())[number - 1::parts]:

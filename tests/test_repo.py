@@ -473,7 +473,7 @@ def project_files(root=ROOT):
         yield from (os.path.join(folder, name) for name in files if os.path.splitext(name)[1] in TEXT)
 
 
-TOP = {*SCRIPTS, "LICENSE", "README.md", "pyproject.toml", "requirements.txt", ".gitignore", ".ci", "plots", "tests"}
+TOP = {*SCRIPTS, "LICENSE", "CHANGES.md", "README.md", "pyproject.toml", "requirements.txt", ".gitignore", ".ci", "plots", "tests"}
 
 
 def strangers(names):

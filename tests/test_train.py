@@ -1002,7 +1002,11 @@ def test_samples_at_each_evaluation(launch, corpus, tmp_path, monkeypatch):
         (words[2:], model.load_checkpoint(tmp_path / "out/ckpt.pt")["step"])))
     assert launch("--max_iters=5", "--eval_interval=2", "--sample_tokens=9", "--tokenizer=char", data=corpus).code == 0
     words = [f"--ckpt={tmp_path}/out/ckpt.pt", "--max_new_tokens=9"]
-    assert calls == [(words, 2), (words, 4), (words, 5), ([words[0], "--max_new_tokens=200"], 5)]
+    assert calls == [(words, 2), (words, 4), (words, 5)]
+    assert launch("--max_iters=5", "--resume", "--sample_tokens=-1", data=corpus).code == 0
+    assert calls[3:] == [([words[0], "--max_new_tokens=200"], 5)]  # what the default is: at the end alone
+    assert launch("--max_iters=5", "--resume", "--sample_tokens=0", "--tokenizer=char", data=corpus).code == 0
+    assert not calls[4:]
 
 
 def test_resume_of_a_finished_run_and_longer(launch, tmp_path):
