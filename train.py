@@ -812,7 +812,7 @@ class Run:
         o, p = self.o, self.progress
         rank, world = ranks()
         totals, n_bytes = torch.zeros(2, dtype=torch.float64), 0  # on the CPU, for not every device has float64
-        self.gpt.eval()
+        self.objective.eval()
         for source in sources:
             starts = np.arange(0, len(source.tokens) - 1, o.block_size)
             if self.split:  # all ranks take part in all windows, so the last batch is filled up with nothing
@@ -828,7 +828,7 @@ class Run:
                 part = starts[i:i + 16]
                 totals += torch.stack(self.loss([source], 0 * part, part)).cpu()
             n_bytes += int(self.bytes_of[source.tokens[1:]] @ (source.mask[1:] > 0))
-        self.gpt.train()
+        self.objective.train()
         sum_over_ranks([] if self.split else [totals])
         nats, count = totals.tolist()
         noise = dict(noise_scale=p.noise[0] / p.noise[1]) if o.noise_scale else {}
