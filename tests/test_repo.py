@@ -26,9 +26,9 @@ from conftest import ROOT, tiny_documents
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
 CEILING = {
     "bpe.py": 705,
-    "data.py": 1640,
+    "data.py": 1770,
     "model.py": 975,
-    "train.py": 880,
+    "train.py": 885,
     "kernels.py": 1720,
     "ddp.py": 1215,
     "scaling.py": 1040,
