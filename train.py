@@ -26,10 +26,11 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -91,7 +92,7 @@ class Options(Config):
     parallel: str = ""  # split by ddp.py: ddp, zero1, zero2, fsdp, tp, pp, cp, ep, or a mesh such as dp2,tp2
     parts: bool = False  # with --parallel: each rank writes its part of ckpt.pt to OUTPUT/parts, for ddp.py --merge
     noise_scale: bool = False  # measure the critical batch size; needs two micro-batches or ranks
-    sample_tokens: int = 0  # tokens that the model writes at each evaluation
+    sample_tokens: int = -1  # tokens that the model writes at each evaluation (-1: 200 at the end alone)
     profile: bool = False  # print where the time of a step goes, write OUTPUT/trace.json, then stop
     leaderboard: bool = False  # the default data for 2 minutes (or --minutes): prints a row for a table of results
 
@@ -198,8 +199,8 @@ class InChunks(torch.autograd.Function):
 class Objective(nn.Module):
     """(tokens (B, T), targets (B, T)) -> (loss sum in nats, count); targets of -1 do not count.
 
-    In training the sum holds what the layers add, such as the balance of experts, and `z_loss` times the square of
-    log sum exp(logits), which keeps logits from drifting (Chowdhery et al. 2022).
+    In training the sum holds what the layers add, such as the balance of experts, what the heads of --ahead lose, and
+    `z_loss` times the square of log sum exp(logits), which keeps logits from drifting (Chowdhery et al. 2022).
     """
 
     fused = None  # output layer and cross-entropy in one, with --kernels
@@ -217,22 +218,27 @@ class Objective(nn.Module):
             loss = loss + self.z_loss * (squares * (targets >= 0)).sum()
         return loss
 
-    def forward(self, tokens, targets):
-        x = self.gpt.hidden(tokens).flatten(0, 1)  # (B T, C)
-        targets = targets.flatten()
+    def total(self, x, targets):
+        """The loss of all rows x (B, T, C), where they are many some at a time."""
+        x, targets = x.flatten(0, 1), targets.flatten()
         rows = (8 if x.is_cuda else 1) * LOGITS // self.gpt.config.vocab_size + 1
         if self.fused and self.training and not (self.z_loss or self.gpt.config.softcap):
             kind = x.device.type
             half = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-            loss = self.fused(x.to(half), self.gpt.head.weight.to(half), targets)
-        elif torch.compiler.is_compiling():  # which would compile each chunk anew, and fuses the whole
-            loss = self.rows(x, targets)
-        elif len(x) > rows and self.training:
+            return self.fused(x.to(half), self.gpt.head.weight.to(half), targets)
+        if torch.compiler.is_compiling():  # which would compile each chunk anew, and fuses the whole
+            return self.rows(x, targets)
+        if len(x) > rows and self.training:
             head = self.gpt.head.parameters()
-            loss = InChunks.apply(self.rows, rows, x, targets, *head)
-        else:
-            loss = sum(map(self.rows, x.split(rows), targets.split(rows)))
-        count = (targets >= 0).sum()
+            return InChunks.apply(self.rows, rows, x, targets, *head)
+        return sum(map(self.rows, x.split(rows), targets.split(rows)))
+
+    def forward(self, tokens, targets):
+        x = self.gpt.hidden(tokens)
+        loss, count = self.total(x, targets), (targets >= 0).sum()
+        for further, layer in enumerate(self.gpt.ahead if self.training else (), 1):
+            told = (x + layer(x))[:, :-further]
+            loss = loss + self.gpt.config.ahead_loss * self.total(told, targets[:, further:])
         return loss + count * self.gpt.extra_loss(), count
 
 
@@ -494,7 +500,7 @@ def refuse(o: Options, sources: list[Source]):
         require(getattr(o, name) in table, f"--{name}={getattr(o, name)}: choose from {', '.join(table)}")
     least = dict(batch_size=ranks()[1], max_iters=1, eval_interval=1, eval_tokens=2)
     for name in ("seed", "micro_batch", "warmup_iters", "learning_rate", "weight_decay", "grad_clip", "z_loss",
-                 "decay_from", "sample_tokens", *least):
+                 "decay_from", *least):
         value = getattr(o, name)
         require(value >= least.get(name, 0), f"--{name}={value} must be at least {least.get(name, 0)}")
     require(max(o.beta1, o.beta2, o.momentum) < 1, "--beta1, --beta2 and --momentum must be below 1")
@@ -1007,7 +1013,7 @@ def train_loop(training: Run, sources: list, val: list, mix: list, peak: float) 
                     record |= data.xz_bits_per_byte(o.output)
                 with open(Path(o.output) / "log.jsonl", "a") as file:
                     file.write(json.dumps(record) + "\n")
-            if o.sample_tokens and training.tokenizer.vocab:
+            if o.sample_tokens > 0 and training.tokenizer.vocab:
                 training.written()
                 show_sample(ckpt, o.sample_tokens)
         if last:
@@ -1113,7 +1119,7 @@ def main():
         ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the arithmetic on them
     ckpt = Path(o.output) / "ckpt.pt"
     ckpt.parent.mkdir(parents=True, exist_ok=True)
-    lock = claim(ckpt.parent) if ranks()[0] == 0 else None
+    _lock = claim(ckpt.parent) if ranks()[0] == 0 else None
     if o.resume or o.init_from:
         o, checkpoint = take_up(o, words)
     if o.leaderboard and not o.minutes:
@@ -1161,7 +1167,7 @@ def main():
     if o.parts:
         print(f"next: python ddp.py --merge={ckpt.parent / 'parts'} --output={ckpt}")
     elif tokenizer.vocab:
-        show_sample(ckpt, 200)
+        show_sample(ckpt, 200 if o.sample_tokens < 0 else 0)
         print(f"next: python sample.py --ckpt={ckpt} --prompt='{'The' if o.data else 'def'}'")
     if dist.is_initialized():
         dist.barrier()  # else a thread of gloo may free its last tensor while Python ends, which aborts the process

@@ -18,11 +18,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
 import bpe
 import data
 import sample
-from conftest import ROOT
 
 STEPS = "extract,length,pii,urls,exact,lines,dedup,tokenise"
 

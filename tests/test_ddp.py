@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import ROOT
+from test_train import free_port, two_processes
 from torch import nn
 
 import ddp
-from conftest import ROOT
 from model import GPT, Config
-from test_train import free_port, two_processes
 
 EXACT = 1e-9
 
