@@ -2,17 +2,18 @@
 
 Usage: python tests/bench_helps.py [--pages=FOLDER] [--seeds=3] [-- options for train.py]
 
-The pages are those of `data.py --crawl`; with --pages also the pages FOLDER/*.html.gz with FOLDER/ground-truth.json (for
+The pages are a third of those of `data.py --crawl`; with --pages also FOLDER/*.html.gz with FOLDER/ground-truth.json (of
 each page "articleBody", its article as people cut it out), as a second source. Held out are the crawl's texts of modules
 that have no page in it, and the articles of every third page of FOLDER, whose pages are taken out. Pages that share 13
 words in a row with held-out text (the step decontaminate) are taken out of all rows.
 
 A row is what data.py makes of the pages with its steps, then train.py, once for each seed. All rows have the same
 tokenizer, which is trained on the visible text of the pages, the same held-out tokens, the same model and number of
-tokens. The first row is the markup itself, the second all that a browser shows. A step is compared with the row that it
-builds on, seed by seed: it helps if the bits per byte fall for every seed. One that does not is left out of the rows
-behind it. Of two sources all rows draw half of the tokens each, so that a step does not change their shares; the last
-row draws by their sizes in tokens, which is what mixing is compared with.
+tokens. The first row is the markup itself, the second all that a browser shows, the others begin with the step extract.
+A row is compared, seed by seed, with the last one before it that helped: its step helps if the bits per byte fall for
+every seed. One that does not is left out of the rows behind it, but for extract, as filters and deduplication read what
+it gives. Of two sources all rows draw half of the tokens each, so that a step does not change their shares; the last row
+draws by their sizes in tokens, which is what mixing is compared with.
 """
 import argparse
 import gzip
@@ -91,7 +92,7 @@ def tokens_of(folder: Path, name: str, steps: str) -> Path:
     """The token files that data.py makes of a source; `steps` may be "markup" or "visible"."""
     inner, output = steps in ("markup", "visible"), folder / f"{name}-{steps}".replace(",", "-")
     source = folder / (f"{name}-{steps}.jsonl" if inner else f"{name}-checked/documents.jsonl")
-    rest = "tokenise" if inner else f"{steps},tokenise".removeprefix("extract,")
+    rest = "tokenise" if inner else f"{steps},tokenise".removeprefix("extract,")  # which is done
     call("data.py", f"--input={source}", f"--output={output}", f"--tokenizer={folder / 'tokenizer.json'}",
          "--val_fraction=1e-9", f"--steps={rest}")
     return output
@@ -112,8 +113,8 @@ def compare(folder: Path, names: list[str], seeds: int, model: list[str]) -> Non
     print(f"| data | documents | tokens | epochs of {', '.join(names)} | bits per byte, {seeds} seeds | against | change by seed "
           "| helped |\n|---|---|---|---|---|---|---|---|", flush=True)
     for step in ["markup", "visible", *STEPS, *["by tokens"] * len(half)]:
-        kept = "" if steps in ("markup", "visible") else steps
-        now = steps if step == "by tokens" else f"{kept},{step}".strip(",")
+        kept = "extract" if steps in ("markup", "visible") else steps
+        now = {"by tokens": steps, "markup": step, "visible": step, "extract": step}.get(step, f"{kept},{step}")
         folders = [tokens_of(folder, name, now) for name in names]
         sizes = [json.loads((path / "manifest.json").read_text())["train"] for path in folders]
         mix = [] if step == "by tokens" else half

@@ -778,6 +778,16 @@ def test_mutated_files_are_counted(tmp_path):
     fuzz(tmp_path, range(3))
 
 
+def test_mutated_conversations_are_counted():
+    rng, counts = random.Random(0), Counter()
+    for i in range(2000):
+        raw = mutated(rng, json.dumps(rng.choice(LAYOUTS + MALFORMED)[0]).encode())
+        row = data.do_document({"raw": raw, "kind": "row", "headers": {}, "origin": str(i)}, [], ["read", "pii"], data.Options(steps="chat"), counts)
+        assert row is None or not row["reason"].startswith("error"), raw
+    steps = data.nested(counts)
+    assert balanced(steps, "pii") and steps["read"]["in"] == 2000 and steps["read"]["kept"] > 20
+
+
 @pytest.mark.slow
 def test_many_mutated_files_are_counted(tmp_path):
     fuzz(tmp_path, range(100, 1100))
