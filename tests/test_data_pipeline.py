@@ -15,6 +15,7 @@ import time
 import tracemalloc
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -709,8 +710,16 @@ def test_where_shares_do_not_matter_the_interval_says_so():
     assert (found["high"] - found["low"]).min() > 0.5
 
 
-def test_a_mixture_learnt_by_runs_of_train(tmp_path, run_script, run_main):
+def test_a_mixture_learnt_by_runs_of_train(tmp_path, run_main, monkeypatch):
     """Of two sources one is like the target: it gets nearly all. No run is done twice, and train.py reads the file."""
+    calls = []
+
+    def launch(command, **_):  # the process of a run, in this one
+        calls.append(command[2:])
+        assert command[:2] == [sys.executable, ROOT / "train.py"]
+        return run_main("train.py", *command[2:], cwd=tmp_path)
+
+    monkeypatch.setattr(data, "subprocess", SimpleNamespace(run=launch))
     rng = np.random.default_rng(0)
     for name, size in (("a", 2000), ("b", 3000), ("t", 500)):
         (tmp_path / name).mkdir()
@@ -720,14 +729,14 @@ def test_a_mixture_learnt_by_runs_of_train(tmp_path, run_script, run_main):
     tiny = "--vocab_size=40 --n_layer=1 --n_embd=16 --ngram=0 --block_size=16 --batch_size=8 --max_iters=40 --learning_rate=0.01"
     words = ["--mix=a,b", "--eval_data=t", f"--train={tiny}", "--runs=4", "--output=mix"]
     done = run_main("data.py", *words, cwd=tmp_path)
-    assert done.returncode == 0 and done.stdout.count("ends at") == 4, done.stderr
+    assert done.returncode == 0 and len(calls) == 4, done.stderr
     recipe = json.loads((tmp_path / "mix/mix.json").read_text())
     assert recipe["shares"]["b"] > 0.9 and recipe["low"].keys() == {"a", "b"}
     rows = (tmp_path / "mix/mix.jsonl").read_text().splitlines()
     (tmp_path / "mix/mix.jsonl").write_text("".join(f"{row}\n" for row in rows[:3]))  # killed before the last
-    again = run_main("data.py", *words, cwd=tmp_path)
-    assert again.stdout.count("ends at") == 1 and json.loads((tmp_path / "mix/mix.json").read_text()) == recipe
-    done = run_script("train.py", "--data=a,b", "--mix=mix/mix.json", "--eval_data=t", *tiny.split(), cwd=tmp_path)
+    assert run_main("data.py", *words, cwd=tmp_path).returncode == 0 and calls[3][:-1] == calls[4][:-1] and len(calls) == 5
+    assert json.loads((tmp_path / "mix/mix.json").read_text()) == recipe
+    done = run_main("train.py", "--data=a,b", "--mix=mix/mix.json", "--eval_data=t", *tiny.split(), cwd=tmp_path)
     assert done.returncode == 0 and "500 for validation" in done.stdout, done.stderr
     log = [json.loads(line) for line in open(tmp_path / "out/log.jsonl")]
     assert log[0]["options"]["mix"] == ",".join(str(recipe["shares"][name]) for name in "ab")
