@@ -25,9 +25,9 @@ from conftest import ROOT, tiny_documents
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
 CEILING = {
     "bpe.py": 705,
-    "data.py": 1640,
+    "data.py": 1770,
     "model.py": 1040,
-    "train.py": 885,
+    "train.py": 890,
     "kernels.py": 1720,
     "ddp.py": 1215,
     "scaling.py": 1040,
