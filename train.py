@@ -387,6 +387,21 @@ def join_ranks(o: Options):
     dist.init_process_group(backend, store=store, rank=rank, world_size=world)
 
 
+def agree(**own) -> None:
+    """Raise ValueError, on all ranks alike, unless all were started with the same.
+
+    Else they would wait for messages that never come, or train two models.
+    """
+    every = [own]
+    if dist.is_initialized():
+        every *= dist.get_world_size()
+        dist.all_gather_object(every, own)
+    for rank, other in enumerate(every):
+        for name, value in other.items():
+            first = every[0].get(name)
+            require(value == first, f"rank {rank} was started with {name}={value}, rank 0 with {name}={first}")
+
+
 def sum_over_ranks(tensors: list[Tensor]):
     """Replace each tensor by its sum over all ranks."""
     for tensor in tensors if dist.is_initialized() else ():
@@ -1109,11 +1124,13 @@ def main():
     lock = claim(ckpt.parent) if ranks()[0] == 0 else None
     if o.resume or o.init_from:
         o, checkpoint = take_up(o, words)
+    agree(step=checkpoint.get("step", 0), **vars(o))
     if o.leaderboard and not o.minutes:
         o.minutes = 2.0
     torch.set_default_dtype(torch.float64 if o.dtype == "float64" else torch.float32)
     folders = prepare_tokens(o)
     sources, val = [[open_source(folder, side) for folder in folders] for side in ("train", "val")]
+    agree(token_files=corpus_hash(sources + val)[:12])
     tokenizer = open_tokenizer(folders)
     own = len(tokenizer.vocab) or o.vocab_size or 1 + max(int(source.tokens.max()) for source in sources + val)
     require(tokenizer.vocab or not o.leaderboard, "--leaderboard needs a tokenizer, for it counts bits a byte")

@@ -4,9 +4,11 @@ The processes are real, over gloo; one world of two and one of four serve all te
 """
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -306,6 +308,51 @@ def test_a_run_goes_on_in_another_form(tokens, tmp_path, run_script, run_main):
     os.remove(parts / "part-1.pt")
     done = run_main(*merge, cwd=tmp_path)
     assert done.returncode == 1 and "1 parts are there, 2 were written" in done.stderr
+
+
+SMALL = ["--n_layer=2", "--n_head=4", "--n_embd=32", "--block_size=32", "--ngram=0", "--vocab_size=64", "--batch_size=8", "--max_iters=4",
+         "--eval_interval=2", "--dtype=float64", "--device=cpu"]
+
+
+def test_torch_fsdp_evaluates_beside_a_checkpoint_that_is_written(tokens, tmp_path, run_main, monkeypatch):
+    """One process under torchrun's variables; the thread that writes must not ask FSDP2 for its parameters (as state_dict does)."""
+    done = run_main("train.py", *SMALL, f"--data={tokens}", f"--output={tmp_path / 'alone'}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    ask = GPT.state_dict
+
+    def state_dict(gpt, *rest, **more):
+        assert threading.current_thread() is threading.main_thread()
+        return ask(gpt, *rest, **more)
+    monkeypatch.setattr(GPT, "state_dict", state_dict)
+    for name, value in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port()).items():
+        monkeypatch.setenv(name, str(value))
+    done = run_main("train.py", *SMALL, f"--data={tokens}", f"--output={tmp_path / 'fsdp'}", "--parallel=torch_fsdp", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    one, two = (torch.load(tmp_path / name / "ckpt.pt", weights_only=True)["weights"] for name in ("alone", "fsdp"))
+    assert max((one[name] - two[name]).abs().max() for name in one) < EXACT
+
+
+@pytest.mark.parametrize("own, other, said", [
+    ([], ["--learning_rate=0.02"], "rank 1 was started with learning_rate=0.02, rank 0 with learning_rate=0.0"),
+    ([], [], "rank 1 was started with token_files="),  # rank 1 finds other tokens under the same name
+    (["--seed=3"], ["--seed=3"], "")])  # a copy of the same tokens
+def test_ranks_with_other_options_or_data_end_in_one_line(own, other, said, tokens, tmp_path):
+    away = tmp_path / "away"
+    shutil.copytree(tokens, away / "tokens")
+    if "token_files" in said:
+        np.save(away / "tokens" / "val.npy", np.load(away / "tokens" / "val.npy")[::-1])
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    words = [sys.executable, str(ROOT / "train.py"), *SMALL, "--data=tokens", "--output=out"]
+    both = [subprocess.Popen([*words, *more], cwd=cwd, env={**env, "RANK": rank, "LOCAL_RANK": rank}, text=True, stderr=subprocess.PIPE)
+            for rank, more, cwd in (("0", own, tmp_path), ("1", other, away))]
+    try:
+        found = [process.communicate(timeout=100)[1] for process in both]
+    finally:
+        for process in both:
+            process.kill()
+    assert [process.returncode for process in both] == [bool(said)] * 2, found
+    for text in found if said else ():
+        assert said in text and len(text.splitlines()) == 1, text
 
 
 def test_train_refuses_what_cannot_be_split(tokens, tmp_path, run_main):

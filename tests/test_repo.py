@@ -27,10 +27,10 @@ SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
 CEILING = {
     "bpe.py": 705,
     "data.py": 1640,
-    "model.py": 975,
-    "train.py": 880,
+    "model.py": 976,
+    "train.py": 890,
     "kernels.py": 1720,
-    "ddp.py": 1215,
+    "ddp.py": 1217,
     "scaling.py": 1040,
     "align.py": 1310,
     "sample.py": 1145,
