@@ -76,6 +76,9 @@ class Options(Config):
     momentum: float = 0.95  # Muon's and SGD's memory of the gradient
     grad_clip: float = 1.0  # largest norm of the gradient (0: any)
     z_loss: float = 0.0  # weight of the squared log of the softmax's denominator in the loss
+    teacher: str = ""  # a checkpoint of the same tokenizer, whose probabilities are learned beside the tokens
+    teacher_weight: float = 0.5  # share of its part in the loss
+    teacher_temperature: float = 1.0  # logits of both are divided by it
     schedule: str = "wsd"  # of the learning rate: wsd, cosine, linear, constant
     warmup_iters: int = 0  # steps in which the learning rate rises
     decay_share: float = 0.6  # share of the steps in which wsd falls
@@ -168,18 +171,18 @@ LOGITS = 2**24  # numbers: above this (on a GPU, 8 times this) the output layer 
 
 
 class InChunks(torch.autograd.Function):
-    """Sum of f(x[i:j], targets[i:j]) over chunks of rows, of which one alone is in memory.
+    """Sum of f(x[i:j], *(y[i:j] for y in others)) over chunks of rows, of which one alone is in memory.
 
     The gradients for x and for the parameters of f are taken with each chunk's loss, and kept instead of its logits.
     """
 
     @staticmethod
-    def forward(ctx, f, rows, x, targets, *parameters):
+    def forward(ctx, f, rows, x, others, *parameters):
         total, parts, sums = 0.0, [], [torch.zeros_like(weight) for weight in parameters]
-        for part, target in zip(x.split(rows), targets.split(rows)):
+        for part, *rest in zip(*(y.split(rows) for y in (x, *others))):
             part = part.detach().requires_grad_()
             with torch.enable_grad():
-                loss = f(part, target)
+                loss = f(part, *rest)
             grad, *grads = torch.autograd.grad(loss, (part, *parameters))
             total += loss.detach()
             parts.append(grad)
@@ -194,23 +197,37 @@ class InChunks(torch.autograd.Function):
         return None, None, x, None, *sums
 
 
+def divergence(logits: Tensor, theirs: Tensor, heat: float) -> Tensor:
+    """KL(teacher || student) of each row in nats, both at a temperature, times its square: logits (R, V) -> (R).
+
+    The square keeps the size of the gradient (Hinton et al. 2015).
+    """
+    own, right = ((x / heat).log_softmax(-1) for x in (logits, theirs))
+    return heat**2 * (right.exp() * (right - own)).sum(-1)
+
+
 class Objective(nn.Module):
     """(tokens (B, T), targets (B, T)) -> (loss sum in nats, count); targets of -1 do not count.
 
     In training the sum holds what the layers add, such as the balance of experts, and `z_loss` times the square of
-    log sum exp(logits), which keeps logits from drifting (Chowdhery et al. 2022).
+    log sum exp(logits), which keeps logits from drifting (Chowdhery et al. 2022). `teacher`: (another model, weight of
+    the divergence from it, temperature); in a tuple, it is no part of this module.
     """
 
     fused = None  # output layer and cross-entropy in one, with --kernels
 
-    def __init__(self, gpt: GPT, z_loss: float = 0.0):
+    def __init__(self, gpt: GPT, z_loss: float = 0.0, teacher: tuple = ()):
         super().__init__()
-        self.gpt, self.z_loss = gpt, z_loss
+        self.gpt, self.z_loss, self.teacher = gpt, z_loss, teacher
 
-    def rows(self, x, targets):
-        """The loss of rows x (R, C) of the last layer."""
+    def rows(self, x, targets, theirs=None):
+        """The loss of rows x (R, C) of the last layer; `theirs` is the teacher's."""
         logits = self.gpt.head(x)  # (R, V)
         loss = F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
+        if theirs is not None:
+            teacher, weight, heat = self.teacher
+            gaps = divergence(logits, teacher.head(theirs), heat)
+            loss = (1 - weight) * loss + weight * (gaps * (targets >= 0)).sum()
         if self.z_loss and self.training:
             squares = logits.logsumexp(-1).square()
             loss = loss + self.z_loss * (squares * (targets >= 0)).sum()
@@ -219,18 +236,22 @@ class Objective(nn.Module):
     def forward(self, tokens, targets):
         x = self.gpt.hidden(tokens).flatten(0, 1)  # (B T, C)
         targets = targets.flatten()
-        rows = (8 if x.is_cuda else 1) * LOGITS // self.gpt.config.vocab_size + 1
-        if self.fused and self.training and not (self.z_loss or self.gpt.config.softcap):
+        others = [targets]
+        if self.teacher and self.training:
+            with torch.no_grad():
+                others.append(self.teacher[0].hidden(tokens).flatten(0, 1))
+        rows = (8 if x.is_cuda else 1) * LOGITS // self.gpt.config.vocab_size // len(others) + 1
+        if self.fused and self.training and not (self.z_loss or self.gpt.config.softcap or self.teacher):
             kind = x.device.type
             half = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
             loss = self.fused(x.to(half), self.gpt.head.weight.to(half), targets)
         elif torch.compiler.is_compiling():  # which would compile each chunk anew, and fuses the whole
-            loss = self.rows(x, targets)
+            loss = self.rows(x, *others)
         elif len(x) > rows and self.training:
             head = self.gpt.head.parameters()
-            loss = InChunks.apply(self.rows, rows, x, targets, *head)
+            loss = InChunks.apply(self.rows, rows, x, others, *head)
         else:
-            loss = sum(map(self.rows, x.split(rows), targets.split(rows)))
+            loss = sum(map(self.rows, *(y.split(rows) for y in (x, *others))))
         count = (targets >= 0).sum()
         return loss + count * self.gpt.extra_loss(), count
 
@@ -516,7 +537,7 @@ def refuse(o: Options, sources: list[Source]):
     if o.parallel:
         require(not o.parts or not o.parallel.startswith("torch"), "--parts is for the forms of ddp.py")
         require(dist.is_initialized(), "--parallel needs processes: torchrun --nproc_per_node=2 train.py ...")
-        for name in ("compile", "kernels", "noise_scale", "z_loss", "dropout"):
+        for name in ("compile", "kernels", "noise_scale", "z_loss", "dropout", "teacher"):
             require(not getattr(o, name), f"--{name} does not go with --parallel")
         require(o.dtype != "float16", "--dtype=float16 does not go with --parallel; bfloat16 does")
     for tokens, _ in sources:
@@ -594,6 +615,22 @@ def open_tokenizer(folders: list[Path]):
     return tokenizer
 
 
+def open_teacher(o: Options, config: Config, tokenizer: object, device: torch.device) -> tuple:
+    """What Objective takes of --teacher; nothing where there is none. Raises OSError or ValueError."""
+    if not o.teacher:
+        return ()
+    require(0 <= o.teacher_weight <= 1, f"--teacher_weight={o.teacher_weight} must be from 0 to 1")
+    require(o.teacher_temperature > 0, f"--teacher_temperature={o.teacher_temperature} must be above 0")
+    checkpoint = model.load_checkpoint(o.teacher)
+    teacher = model.from_checkpoint(checkpoint).to(device).eval().requires_grad_(False)
+    same = (checkpoint.get("tokenizer") or {}) == tokenizer.to_dict()
+    same = same and teacher.config.vocab_size == config.vocab_size
+    require(same, f"--teacher={o.teacher} has another tokenizer than the tokens")
+    room = teacher.config.block_size
+    require(room >= config.block_size, f"--teacher={o.teacher} takes {room} tokens, --block_size={config.block_size}")
+    return teacher, o.teacher_weight, o.teacher_temperature
+
+
 def corpus_hash(sources: list[Source]) -> str:
     """A hash of the type, the length and the beginning of each token file."""
     digest = hashlib.sha256()
@@ -636,7 +673,7 @@ class Run:
         if o.ckpt:  # a branch has a best of its own
             self.progress.best = math.inf
         self.roles, self.rates = self.gpt.roles(), self.gpt.rates(o.optimizer)
-        self.objective = Objective(self.gpt, o.z_loss)
+        self.objective = Objective(self.gpt, o.z_loss, open_teacher(o, config, tokenizer, self.device))
         if o.kernels:
             self.use_kernels()
         self.split = None
@@ -653,6 +690,10 @@ class Run:
             sparse = kind == "cpu" or kind == "cuda" and not dist.is_initialized()
             sparse = sparse and not (o.compile or self.split)
             self.gpt.get_submodule(name.rpartition(".")[0]).sparse = sparse
+        self.masks = {}  # of matrices of which sample.py --prune has set a share to 0, where it stays
+        for name, weight in self.weights.items() if checkpoint.get("pruned") else ():
+            if ROLES[self.roles[name]].muon:
+                self.masks[name] = weight.detach() != 0
         self.state = {name: [] for name in self.weights}
         for name, tensors in checkpoint.get("optimizer", {}).items():
             if name in self.state:
@@ -801,6 +842,8 @@ class Run:
             step(weight, self.state[name], speed * self.rates[name], p.step + 1, o)
         for (factor, decays), names in together.items():
             self.adamw_of(names, speed * factor, o.weight_decay / factor if decays else 0.0)
+        for name, mask in self.masks.items():
+            self.weights[name].mul_(mask)
         self.gpt.zero_grad(set_to_none=True)
         if self.split:
             self.split.spread()
@@ -821,7 +864,7 @@ class Run:
         o, p = self.o, self.progress
         rank, world = ranks()
         totals, n_bytes = torch.zeros(2, dtype=torch.float64), 0  # on the CPU, for not every device has float64
-        self.gpt.eval()
+        self.objective.eval()
         for source in sources:
             starts = np.arange(0, len(source.tokens) - 1, o.block_size)
             if self.split:  # all ranks take part in all windows, so the last batch is filled up with nothing
@@ -837,7 +880,7 @@ class Run:
                 part = starts[i:i + 16]
                 totals += torch.stack(self.loss([source], 0 * part, part)).cpu()
             n_bytes += int(self.bytes_of[source.tokens[1:]] @ (source.mask[1:] > 0))
-        self.gpt.train()
+        self.objective.train()
         sum_over_ranks([] if self.split else [totals])
         nats, count = totals.tolist()
         noise = dict(noise_scale=p.noise[0] / p.noise[1]) if o.noise_scale else {}
@@ -863,6 +906,7 @@ class Run:
             progress=dict(vars(p)),
             train=dict(vars(o)),
             corpus=self.corpus,
+            pruned=bool(self.masks),
             tokenizer=self.tokenizer.to_dict(),
             source=source_texts(),
         )

@@ -28,12 +28,12 @@ CEILING = {
     "bpe.py": 705,
     "data.py": 1640,
     "model.py": 976,
-    "train.py": 890,
+    "train.py": 925,
     "kernels.py": 1720,
     "ddp.py": 1217,
     "scaling.py": 1040,
     "align.py": 1310,
-    "sample.py": 1145,
+    "sample.py": 1207,
 }
 # Who may import whom: at the top of the file, and on demand inside a function.
 OURS = {"bpe.py": ("", ""), "data.py": ("bpe", ""), "model.py": ("", "kernels"), "train.py": ("model", "bpe data ddp kernels"),
