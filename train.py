@@ -656,6 +656,10 @@ class Run:
         cost = model.account(config, 1, o.optimizer)
         most = -(-len(self.rows) // 2) if o.noise_scale else len(self.rows)
         micro = fit_micro_batch(o, cost, most, free_memory(self.device))
+        if o.parallel:  # a rank with less memory: all cut alike, for each part is a message
+            least = torch.tensor(micro)
+            dist.all_reduce(least, dist.ReduceOp.MIN)
+            micro = least.item()
         self.o = dataclasses.replace(o, micro_batch=micro)  # kept: a resumed run must cut, and round, alike
         torch.manual_seed(o.seed)
         self.gpt = GPT(config)
