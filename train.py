@@ -657,8 +657,7 @@ class Run:
         most = -(-len(self.rows) // 2) if o.noise_scale else len(self.rows)
         micro = fit_micro_batch(o, cost, most, free_memory(self.device))
         if o.parallel:  # a rank with less memory: all cut alike, for each part is a message
-            least = torch.tensor(micro)
-            dist.all_reduce(least, dist.ReduceOp.MIN)
+            dist.all_reduce(least := torch.tensor(micro), dist.ReduceOp.MIN)
             micro = least.item()
         self.o = dataclasses.replace(o, micro_batch=micro)  # kept: a resumed run must cut, and round, alike
         torch.manual_seed(o.seed)
@@ -694,10 +693,9 @@ class Run:
             sparse = kind == "cpu" or kind == "cuda" and not dist.is_initialized()
             sparse = sparse and not (o.compile or self.split)
             self.gpt.get_submodule(name.rpartition(".")[0]).sparse = sparse
-        self.masks = {}  # of matrices of which sample.py --prune has set a share to 0, where it stays
-        for name, weight in self.weights.items() if checkpoint.get("pruned") else ():
-            if ROLES[self.roles[name]].muon:
-                self.masks[name] = weight.detach() != 0
+        # of a share that sample.py --prune has set to 0, which it stays
+        self.masks = {name: weight.detach() != 0 for name, weight in self.weights.items()
+                      if checkpoint.get("pruned") and ROLES[self.roles[name]].muon}
         self.state = {name: [] for name in self.weights}
         for name, tensors in checkpoint.get("optimizer", {}).items():
             if name in self.state:
