@@ -34,10 +34,10 @@ import textwrap
 import time
 import urllib.request
 from collections import Counter
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Callable, Sequence
 
 import numpy as np
 import regex

@@ -30,10 +30,11 @@ import threading
 import time
 import unicodedata
 from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import BinaryIO, Callable, Iterable, Iterator
+from typing import BinaryIO
 
 import numpy as np
 import regex
@@ -519,7 +520,8 @@ def merge_row(pieces: list[bytes], byte_ids: list, length: np.ndarray,
                     places = every_other(np.sort(places), length[left])
                 if (new := make(pair, lowest)) is None:
                     return first
-                oldest = oldest if merged else new
+                if not merged:
+                    oldest = new
                 first[places + length[left]] = -1
                 first[places] = last[places + length[new] - 1] = new
                 merged.append(places)

@@ -25,11 +25,11 @@ import sys
 import tempfile
 import textwrap
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Callable, Iterator
 
 import numpy as np
 import torch
@@ -67,7 +67,7 @@ class Options:
     machine: str = "h100"  # plan: a key of MACHINES
 
 
-def require(holds: bool, reason: str) -> None:
+def require(holds: object, reason: str) -> None:
     """Raise ValueError(reason) unless `holds`."""
     if not holds:
         raise ValueError(reason)
@@ -908,7 +908,7 @@ def check_split(config: object, mesh: Mesh, o: Options, batch: int) -> None:
     require(o.stage < 3 or size["pp"] == size["ep"] == 1, "--stage=3 goes with dp, cp and tp; use 2 with pp and ep")
     require(not config.n_expert or size["tp"] == size["pp"] == 1, "experts go with dp, cp and ep, not with tp and pp")
     if math.prod(size.values()) > size["dp"]:
-        for name in ("mixer", "position", "ngram", "end_token", "bias", "qkv_bias", "residual", "dropout"):
+        for name in ("mixer", "position", "ngram", "ahead", "end_token", "bias", "qkv_bias", "residual", "dropout"):
             same = getattr(config, name) in (getattr(plain, name), 1 if name == "ngram" else None)
             require(same, f"--mesh={mesh.text} is for --{name}={getattr(plain, name)}; others go with dp alone")
 

@@ -37,9 +37,10 @@ import sys
 import tempfile
 import textwrap
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Callable, Optional
+from typing import Optional
 
 import torch
 from torch import Tensor
@@ -71,7 +72,7 @@ class Options:
     seed: int = 1  # of the numbers that kernels are tried on
 
 
-def require(holds: bool, reason: str) -> None:
+def require(holds: object, reason: str) -> None:
     """Raise ValueError(reason) unless `holds`."""
     if not holds:
         raise ValueError(reason)
@@ -2208,7 +2209,7 @@ def ahead(function: object, values: dict, card: int) -> dict:
 
 
 def compile_report(
-    names: list[str], kinds: list[torch.dtype], cards: list[int] = list(CARDS)
+    names: list[str], kinds: list[torch.dtype], cards: Sequence[int] = tuple(CARDS)
 ) -> list[str]:
     """Print registers, spilled bytes, shared memory and occupancy of all launches; returns those
     that are wrong.

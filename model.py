@@ -20,9 +20,10 @@ import os
 import re
 import sys
 import textwrap
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, Callable, Iterator, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode
 CHECKPOINT_VERSION = 1
 
 
-def require(holds: bool, reason: str) -> None:
+def require(holds: object, reason: str) -> None:
     """Raise ValueError(reason) unless `holds`."""
     if not holds:
         raise ValueError(reason)
@@ -54,7 +55,7 @@ class Config:
     placement: str = "pre"  # of the norms: pre, post, reordered, parallel, sandwich
     residual: str = "plain"  # plain, scaled (each block weighs the stream and the first embedding)
     position: str = "rope"  # rope, sinusoidal, learned, none; one of them and none can be tiled over the layers
-    mixer: str = "attention"  # attention, window, strided, valued, latent, linear, mamba2, gdn; a list is tiled
+    mixer: str = "attention"  # attention, window, strided, valued, latent, linear, mamba2, gdn, hyena; tiled
     window: int = 0  # tokens that a window layer sees, its own included; the stride of a strided layer
     latent: int = 0  # width of what a latent layer keeps of a token, beside one rotated key (0: 4 heads)
     ffn: str = "swiglu"  # swiglu, geglu, relu, gelu, relu2
@@ -67,6 +68,8 @@ class Config:
     ngram: int = 0  # longest n-gram that has an embedding of its own (0, 1: tokens alone)
     ngram_rows: int = 65536  # rows of the table of each n
     softcap: float = 0.0  # logits stay between -softcap and softcap (0: no limit)
+    ahead: int = 0  # further tokens that heads of their own foretell in training (multi-token prediction)
+    ahead_loss: float = 0.3  # weight of their losses
     end_token: int = 0  # id that ends a document, beyond which no layer looks (0: documents see each other)
     qk_norm: bool = True  # normalise queries and keys
     bias: bool = False  # biases in linear layers and LayerNorm
@@ -104,7 +107,7 @@ class Config:
                 require(key in table, f"--{axis}={key}: choose from {', '.join(table)}")
         for name, value in vars(self).items():
             if type(value) in (int, float):  # 0 is meant where it is the default, or the weight of a loss
-                free = getattr(type(self), name) == 0 or name in ("balance_loss", "router_z")
+                free = getattr(type(self), name) == 0 or name in ("balance_loss", "router_z", "ahead_loss")
                 require(value > 0 or value == 0 and free, f"--{name}={value} is too small")
         require(self.dropout < 1, f"--dropout={self.dropout} must be below 1")
         require(self.head_dim or self.n_embd % self.n_head == 0,
@@ -118,6 +121,7 @@ class Config:
         require(self.n_expert == 0 or self.n_expert_active <= self.n_expert,
                 f"--n_expert_active={self.n_expert_active} is more than --n_expert={self.n_expert}")
         require(self.init != "mup" or not self.tie_embeddings, "--init=mup needs --tie_embeddings=False")
+        require(self.ahead < self.block_size, f"--ahead={self.ahead} leaves nothing of --block_size={self.block_size}")
         require(self.end_token < self.vocab_size, f"--end_token={self.end_token} is not below --vocab_size")
         require(not (self.recompute and self.balance_bias), "--recompute would move the router by --balance_bias twice")
         require(not mixers.isdisjoint(("window", "strided")) == (self.window > 0),
@@ -612,6 +616,60 @@ class Recurrence(nn.Module):
         return self.out(y.transpose(1, 2).reshape(B, T, -1))
 
 
+class Hyena(nn.Module):
+    """y = q (h * (k v)): one long convolution over all tokens so far, between two gates (Poli et al. 2023).
+
+    The filter of each channel is a small network of the distance, faded out over a length of its own, from 2 tokens to
+    the block: at once the short and the long convolution of the paper. A whole text goes through FFTs; what a state
+    holds (the products k v of all tokens) or documents cut takes the sum as it is written.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        C = config.n_embd
+        self.cut = config.end_token > 0
+        self.up = Linear(C, 3 * C, config.bias)
+        self.out = Linear(C, C, config.bias)
+        self.wave = Linear(16, 32)
+        self.shape = Linear(32, C)
+        lengths = 2 * (config.block_size / 2) ** torch.linspace(0, 1, C)
+        self.register_buffer("lengths", lengths, persistent=False)
+
+    def filter(self, S):
+        """(S, C): what is heard of a token 0, 1, ... S-1 back; each channel's squares sum to about 1"""
+        far = torch.arange(S)
+        cos, sin = waves(far, 16, 10000.0)
+        waved = torch.cat((cos, sin), 1).to(self.lengths)
+        shape = self.shape(torch.sin(self.wave(waved)))
+        far = far[:, None].to(self.lengths)
+        fade = torch.exp(-far / self.lengths)
+        size = (2 / self.lengths).sqrt()
+        return shape * fade * size
+
+    def forward(self, x, call, layer):
+        q, k, v = self.up(x).chunk(3, dim=2)
+        u, = call.state.append(layer, call.at, k * v)  # (B, S, C)
+        at = call.at
+        S = u.shape[1]
+        u = u.to(torch.promote_types(u.dtype, torch.float32))
+        h = self.filter(S).to(u)
+        if at.shape == (1, S) and not self.cut:
+            n = 2 * S  # with room for what would come round to the front
+            u = torch.fft.rfft(u, n, 1)
+            h = torch.fft.rfft(h, n, 0)
+            y = torch.fft.irfft(u * h, n, 1)
+            y = y[:, :S]
+        else:
+            s = torch.arange(S, device=at.device)
+            far = at[:, :, None] - s  # (1 or B, T, S)
+            place = call.place[:, :, None]
+            heard = (far >= 0) & (far <= place)
+            h = h[far.clamp(min=0)]
+            h = h * heard[..., None]  # (1 or B, T, S, C)
+            y = torch.einsum("btsc,bsc->btc", h, u)
+        return self.out(q * y.type_as(x))
+
+
 MIXERS = {
     "attention": partial(Attention, None, False),
     "window": partial(Attention, lambda far, window: far < window, False),  # Beltagy et al. 2020
@@ -621,6 +679,7 @@ MIXERS = {
     "linear": partial(Recurrence, False, False),  # Katharopoulos et al. 2020
     "mamba2": partial(Recurrence, True, False),  # Dao and Gu 2024
     "gdn": partial(Recurrence, True, True),  # Gated DeltaNet, Yang et al. 2025
+    "hyena": Hyena,
 }
 
 
@@ -853,6 +912,8 @@ class GPT(nn.Module):
         self.head = Linear(config.n_embd, config.vocab_size)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
+        # what foretells a token further is the stream and a change of it (parallel heads, Gloeckle et al. 2024)
+        self.ahead = nn.ModuleList(Linear(config.n_embd, config.n_embd) for _ in range(config.ahead))
         if config.softcap:  # Gemma 2, 2024
             self.head.register_forward_hook(lambda head, x, y: config.softcap * torch.tanh(y / config.softcap))
         self.through = partial(checkpoint, use_reentrant=False) if config.recompute else lambda f, *x: f(*x)
@@ -977,8 +1038,8 @@ def account(config: Config, batch: int, optimizer: str = "muon") -> dict:
 
     The model runs on fake tensors, which have shapes but no numbers. FLOPs are those of matrix products (2 a
     multiply-add), attention in full, not its causal half; a backward pass costs twice the forward pass. Activations are
-    the tensors kept for the backward pass of `batch` sequences, one (T, V) for the loss included. (Gradients of tables
-    are counted in full; on one device they are sparse.)
+    the tensors kept for the backward pass of `batch` sequences, one (T, V) for the loss included, and for each
+    of --ahead. (Gradients of tables are counted in full; on one device they are sparse. FFTs are no products.)
     """
     kept = {}
 
@@ -997,6 +1058,9 @@ def account(config: Config, batch: int, optimizer: str = "muon") -> dict:
         model = GPT(config)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), counter:
             keep(model(torch.zeros(batch, config.block_size, dtype=torch.long)))
+            x = torch.zeros(batch, config.block_size, config.n_embd)
+            for layer in model.ahead:
+                keep(model.head(x + layer(x)))
         state = model.new_state(1)
         model(torch.zeros(1, 1, dtype=torch.long), state)
     for tensor in (*model.parameters(), *model.buffers()):  # they are there anyhow
@@ -1104,7 +1168,7 @@ def save_checkpoint(path: str | os.PathLike, model: GPT, **rest) -> None:
         try:
             torch.save(whole, file)
         except RuntimeError as error:  # torch's writer turns a full disk into this
-            raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}")
+            raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
 
 
 def load_checkpoint(path: str | os.PathLike) -> dict:
@@ -1112,8 +1176,8 @@ def load_checkpoint(path: str | os.PathLike) -> dict:
     with open(path, "rb") as file:
         try:
             checkpoint = torch.load(file, "cpu", weights_only=True)
-        except Exception:  # truncated archives and forbidden pickles fail in many ways
-            raise ValueError(f"{path} is not a checkpoint, or is truncated; nothing in it was executed")
+        except Exception as error:  # truncated archives and forbidden pickles fail in many ways
+            raise ValueError(f"{path} is not a checkpoint, or is truncated; nothing in it was executed") from error
     version = None
     if isinstance(checkpoint, dict):
         version = checkpoint.get("version")
@@ -1130,7 +1194,8 @@ def from_checkpoint(checkpoint: dict) -> GPT:
         model = GPT(Config(**checkpoint["config"]))
         model.load_state_dict(checkpoint["weights"])
     except Exception as error:  # unknown fields, weights of other names, shapes or kinds: it fails in many ways
-        raise ValueError(f"checkpoint does not fit model.py: {str(error).strip().rpartition(chr(10))[2]}")
+        reason = str(error).strip().rpartition("\n")[2]
+        raise ValueError(f"checkpoint does not fit model.py: {reason}") from error
     return model
 
 
@@ -1278,7 +1343,7 @@ def import_hf(folder: str | os.PathLike) -> GPT:
                     require(finite, f"{file}: {name} has entries that are not finite")
                     view.copy_(tensor)
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:  # of another form
-        raise ValueError(f"{folder} is no model of HuggingFace's, or is mislabelled: {error!r:.200}")
+        raise ValueError(f"{folder} is no model of HuggingFace's, or is mislabelled: {error!r:.200}") from error
     require(not views, f"{folder} lacks {', '.join(views)}")
     return gpt
 

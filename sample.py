@@ -36,13 +36,13 @@ import textwrap
 import threading
 import time
 import weakref
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bpe import Tokenizer, from_dict
 from model import GPT, Config, Embedding, Linear, State, from_checkpoint, load_checkpoint, replacing, require
@@ -819,7 +819,7 @@ def columns(records: dict) -> dict[str, dict]:
     return found
 
 
-def read_results(path: str) -> dict:
+def read_results(path: str | os.PathLike) -> dict:
     """A file that --eval wrote. Raises OSError or ValueError."""
     try:
         return json.loads(Path(path).read_bytes())
@@ -1438,7 +1438,8 @@ def serve(model: GPT, tokenizer: Tokenizer | None, o: "Options") -> None:
 
 # ---- loading, the command line
 
-def load(path: str = "out/ckpt.pt", device: str = "", prune: str = "") -> tuple[GPT, Tokenizer | None]:
+def load(path: str | os.PathLike = "out/ckpt.pt", device: str | torch.device = "",
+         prune: str = "") -> tuple[GPT, Tokenizer | None]:
     """Model, ready for sampling on `device` ("": the fastest that is there), and tokenizer (None: there is none).
 
     `prune` is as the option. Nothing in the checkpoint is executed. Raises OSError, and ValueError where the two do not

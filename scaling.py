@@ -33,9 +33,9 @@ import sys
 import textwrap
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Callable
 
 import numpy as np
 
@@ -776,7 +776,7 @@ class Ledger:
         A run that a killed study left behind may still be at work there; it is waited for.
         """
         command = [sys.executable, str(HERE / "train.py"), *words_of(options)]
-        command += [f"--output={folder}", "--resume", *words]
+        command += [f"--output={folder}", "--resume", "--sample_tokens=0", *words]
         command = shlex.split(self.o.launch.replace("{command}", shlex.join(command)))
         threads = (os.cpu_count() or 1) // self.workers
         environment = {"OMP_NUM_THREADS": str(max(1, threads)), **os.environ}
@@ -1276,7 +1276,7 @@ def draw_study(path: str, runs: Runs, fits: dict, target: float) -> None:
             curve = main.rows[i].get("curve") or [[main.C[i], main.loss[i]]]
             line, = curves.plot(*np.array(curve).T, ".-", color=colour, alpha=0.7)
         line.set_label(label)
-    for x, y, powers, middle in getattr(fits.get("isoflop"), "valleys", ()):
+    for x, _, powers, middle in getattr(fits.get("isoflop"), "valleys", ()):
         n = np.linspace(np.log(x.min()), np.log(x.max()), 99)
         valleys.plot(np.exp(n), np.polyval(powers, n - middle), "-", color="grey", linewidth=1)
     C = np.geomspace(main.C[0], max(3 * main.C[-1], target), 40)

@@ -26,10 +26,11 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -93,7 +94,7 @@ class Options(Config):
     parallel: str = ""  # split by ddp.py: ddp, zero1, zero2, fsdp, tp, pp, cp, ep, or a mesh such as dp2,tp2
     parts: bool = False  # with --parallel: each rank writes its part of ckpt.pt to OUTPUT/parts, for ddp.py --merge
     noise_scale: bool = False  # measure the critical batch size; needs two micro-batches or ranks
-    sample_tokens: int = 0  # tokens that the model writes at each evaluation
+    sample_tokens: int = -1  # tokens that the model writes at each evaluation (-1: 200 at the end alone)
     profile: bool = False  # print where the time of a step goes, write OUTPUT/trace.json, then stop
     leaderboard: bool = False  # the default data for 2 minutes (or --minutes): prints a row for a table of results
 
@@ -209,9 +210,9 @@ def divergence(logits: Tensor, theirs: Tensor, heat: float) -> Tensor:
 class Objective(nn.Module):
     """(tokens (B, T), targets (B, T)) -> (loss sum in nats, count); targets of -1 do not count.
 
-    In training the sum holds what the layers add, such as the balance of experts, and `z_loss` times the square of
-    log sum exp(logits), which keeps logits from drifting (Chowdhery et al. 2022). `teacher`: (another model, weight of
-    the divergence from it, temperature); in a tuple, it is no part of this module.
+    In training the sum holds what the layers add, such as the balance of experts, what the heads of --ahead lose, and
+    `z_loss` times the square of log sum exp(logits), which keeps logits from drifting (Chowdhery et al. 2022).
+    `teacher`: (another model, weight of the divergence from it, temperature); in a tuple, it is no part of this module.
     """
 
     fused = None  # output layer and cross-entropy in one, with --kernels
@@ -233,26 +234,30 @@ class Objective(nn.Module):
             loss = loss + self.z_loss * (squares * (targets >= 0)).sum()
         return loss
 
-    def forward(self, tokens, targets):
-        x = self.gpt.hidden(tokens).flatten(0, 1)  # (B T, C)
-        targets = targets.flatten()
-        others = [targets]
-        if self.teacher and self.training:
-            with torch.no_grad():
-                others.append(self.teacher[0].hidden(tokens).flatten(0, 1))
+    def total(self, x, *others):
+        """The loss of all rows x (B, T, C), with targets and the teacher's; where they are many, of some at a time."""
+        x, *others = (y.flatten(0, 1) for y in (x, *others))
         rows = (8 if x.is_cuda else 1) * LOGITS // self.gpt.config.vocab_size // len(others) + 1
         if self.fused and self.training and not (self.z_loss or self.gpt.config.softcap or self.teacher):
             kind = x.device.type
             half = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-            loss = self.fused(x.to(half), self.gpt.head.weight.to(half), targets)
-        elif torch.compiler.is_compiling():  # which would compile each chunk anew, and fuses the whole
-            loss = self.rows(x, *others)
-        elif len(x) > rows and self.training:
+            return self.fused(x.to(half), self.gpt.head.weight.to(half), *others)
+        if torch.compiler.is_compiling():  # which would compile each chunk anew, and fuses the whole
+            return self.rows(x, *others)
+        if len(x) > rows and self.training:
             head = self.gpt.head.parameters()
-            loss = InChunks.apply(self.rows, rows, x, others, *head)
-        else:
-            loss = sum(map(self.rows, *(y.split(rows) for y in (x, *others))))
-        count = (targets >= 0).sum()
+            return InChunks.apply(self.rows, rows, x, others, *head)
+        return sum(map(self.rows, *(y.split(rows) for y in (x, *others))))
+
+    def forward(self, tokens, targets):
+        x, theirs = self.gpt.hidden(tokens), []
+        if self.teacher and self.training:
+            with torch.no_grad():
+                theirs = [self.teacher[0].hidden(tokens)]
+        loss, count = self.total(x, targets, *theirs), (targets >= 0).sum()
+        for further, layer in enumerate(self.gpt.ahead if self.training else (), 1):
+            told = (x + layer(x))[:, :-further]
+            loss = loss + self.gpt.config.ahead_loss * self.total(told, targets[:, further:])
         return loss + count * self.gpt.extra_loss(), count
 
 
@@ -529,7 +534,7 @@ def refuse(o: Options, sources: list[Source]):
         require(getattr(o, name) in table, f"--{name}={getattr(o, name)}: choose from {', '.join(table)}")
     least = dict(batch_size=ranks()[1], max_iters=1, eval_interval=1, eval_tokens=2)
     for name in ("seed", "micro_batch", "warmup_iters", "learning_rate", "weight_decay", "grad_clip", "z_loss",
-                 "decay_from", "sample_tokens", *least):
+                 "decay_from", *least):
         value = getattr(o, name)
         require(value >= least.get(name, 0), f"--{name}={value} must be at least {least.get(name, 0)}")
     require(max(o.beta1, o.beta2, o.momentum) < 1, "--beta1, --beta2 and --momentum must be below 1")
@@ -1061,7 +1066,7 @@ def train_loop(training: Run, sources: list, val: list, mix: list, peak: float) 
                     record |= data.xz_bits_per_byte(o.output)
                 with open(Path(o.output) / "log.jsonl", "a") as file:
                     file.write(json.dumps(record) + "\n")
-            if o.sample_tokens and training.tokenizer.vocab:
+            if o.sample_tokens > 0 and training.tokenizer.vocab:
                 training.written()
                 show_sample(ckpt, o.sample_tokens)
         if last:
@@ -1167,7 +1172,7 @@ def main():
         ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the arithmetic on them
     ckpt = Path(o.output) / "ckpt.pt"
     ckpt.parent.mkdir(parents=True, exist_ok=True)
-    lock = claim(ckpt.parent) if ranks()[0] == 0 else None
+    _lock = claim(ckpt.parent) if ranks()[0] == 0 else None
     if o.resume or o.init_from:
         o, checkpoint = take_up(o, words)
     agree(step=checkpoint.get("step", 0), **vars(o))
@@ -1215,7 +1220,7 @@ def main():
     if o.parts:
         print(f"next: python ddp.py --merge={ckpt.parent / 'parts'} --output={ckpt}")
     elif tokenizer.vocab:
-        show_sample(ckpt, 200)
+        show_sample(ckpt, 200 if o.sample_tokens < 0 else 0)
         print(f"next: python sample.py --ckpt={ckpt} --prompt='{'The' if o.data else 'def'}'")
     if dist.is_initialized():
         dist.barrier()  # else a thread of gloo may free its last tensor while Python ends, which aborts the process

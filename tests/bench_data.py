@@ -30,8 +30,8 @@ import os
 import platform
 import random
 import re
-import subprocess
 import statistics
+import subprocess
 import sys
 import tarfile
 import tempfile

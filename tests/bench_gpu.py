@@ -30,10 +30,11 @@ from torch.nn import functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+from bench_model import NanoGPT  # noqa: E402
+
 import model  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
-from bench_model import NanoGPT  # noqa: E402
 from model import GPT, Config, export_hf  # noqa: E402
 
 FULL = dict(shape=dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50304), batch=32, steps=8, n=8192, text=128, many=32)

@@ -1,7 +1,8 @@
 """model.py against nanoGPT's model (in other words), its recurrences against their loop, and all variants trained alike.
 
 Usage: python tests/bench_model.py --speed
-       python tests/bench_model.py --variants=FOLDER --iters=300   (the token files of a run of train.py; --part=1/2: half)
+       python tests/bench_model.py --variants=FOLDER --iters=300 --seeds=3   (the token files of a run of train.py; --part=1/2: half)
+       python tests/bench_model.py --variants=FOLDER --question=depth   (or length, schedule)
 The two sides of a ratio take turns; what is printed is the median over the turns. Seconds are of one thread.
 """
 import json
@@ -99,37 +100,56 @@ def speed():
 
 
 VARIANTS = {
-    "default": [], "ngram 4": ["--ngram=4", "--ngram_rows=16384"], "valued": ["--mixer=attention,valued"], "softcap 15": ["--softcap=15"],
-    "window 64": ["--mixer=window", "--window=64"], "window, attention": ["--mixer=window,attention", "--window=64"],
-    "2 key heads": ["--n_kv_head=1"], "linear": ["--mixer=linear"], "mamba2": ["--mixer=mamba2"], "gdn": ["--mixer=gdn"],
-    "gdn, attention": ["--mixer=gdn,attention"], "no position": ["--position=none"], "learned": ["--position=learned"],
-    "layernorm": ["--norm=layernorm"], "post": ["--placement=post"], "parallel": ["--placement=parallel"],
-    "swiglu": ["--ffn=swiglu"], "gelu": ["--ffn=gelu"], "no qk_norm": ["--qk_norm=False"], "tied": ["--tie_embeddings=True"],
+    "default": "", "n-gram tables": "--ngram=4 --ngram_rows=16384", "value embeddings": "--mixer=attention,valued",
+    "scaled residuals": "--residual=scaled", "soft-cap": "--softcap=15", "a token further ahead": "--ahead=1",
+    "window of 64": "--mixer=window --window=64", "window, then full": "--mixer=window,attention --window=64",
+    "strided": "--mixer=strided --window=16", "one key head": "--n_kv_head=1", "latent": "--mixer=latent --latent=64",
+    "linear attention": "--mixer=linear", "Mamba-2": "--mixer=mamba2", "Gated DeltaNet": "--mixer=gdn", "Hyena": "--mixer=hyena",
+    "hybrid": "--mixer=gdn,attention",
+    "no position": "--position=none", "learned positions": "--position=learned", "sinusoidal": "--position=sinusoidal",
+    "LayerNorm": "--norm=layernorm", "norm without gain": "--norm=gainless", "without QK-norm": "--qk_norm=False",
+    "post-norm": "--placement=post", "reordered norm": "--placement=reordered", "parallel": "--placement=parallel",
+    "sandwich": "--placement=sandwich",
+    "SwiGLU": "--ffn=swiglu", "GEGLU": "--ffn=geglu", "GELU": "--ffn=gelu", "ReLU": "--ffn=relu",
+    "8 experts, 2 active": "--n_expert=8 --n_expert_active=2 --n_inner=128", "tied": "--tie_embeddings=True", "GPT-2's start": "--init=gpt2",
+}
+QUESTIONS = {  # what README's list of experiments asks in one shape
+    "depth": {f"{placement}-norm, {depth} layers": f"--placement={placement} --n_layer={depth} --n_embd=32 --n_head=1 --init=gpt2"
+              for placement in ("pre", "post") for depth in (2, 8, 16)},
+    "length": {f"{name}, {length} tokens": f"{words} --block_size={length} --batch_size={2048 // length}" for length in (128, 512, 2048)
+               for name, words in (("full", ""), ("window of 64", "--mixer=window --window=64"), ("hybrid", "--mixer=gdn,attention"))},
+    "schedule": {f"{schedule} {rate}": f"--schedule={schedule} --learning_rate={rate}" for schedule in ("wsd", "cosine", "linear", "constant")
+                 for rate in (0.01, 0.02)},
 }
 
 
-def variants(data, iters, part):
-    """Train each variant on the same tokens for the same steps and print a row of a table."""
+def variants(data, rows, iters, seeds, part):
+    """Train each variant on the same tokens for the same steps and print a row of a table: medians, and the range of bits a byte."""
     shape = [f"--data={data}", "--ngram=0", "--n_layer=2", "--n_head=2", "--n_embd=64", "--block_size=128", "--batch_size=8",
-             f"--max_iters={iters}", f"--eval_interval={iters}", "--eval_tokens=65536", "--device=cpu"]
+             f"--max_iters={iters}", f"--eval_interval={iters}", "--eval_tokens=65536", "--device=cpu", "--sample_tokens=0"]
     print("| variant | options | parameters | bits per byte | tokens/s | cache, bytes a token |\n|---|---|---|---|---|---|")
     number, parts = map(int, part.split("/"))
-    for name, words in list(VARIANTS.items())[number - 1::parts]:
-        with tempfile.TemporaryDirectory() as folder:
-            done = subprocess.run([sys.executable, ROOT / "train.py", *shape, *words, f"--output={folder}"], text=True, capture_output=True,
-                                  cwd=folder)
-            assert done.returncode == 0, done.stderr
-            log = (Path(folder) / "log.jsonl").read_text().splitlines()
-            last, config = json.loads(log[-1]), model.load_checkpoint(Path(folder) / "ckpt.pt")["config"]
-        cost = model.account(Config(**config), 1)
-        print(f"| {name} | `{' '.join(words) or '-'}` | {cost['parameters']:,} | {last['bpb']:.3f} | {last['tokens_per_s']:,} | "
-              f"{cost['cache_per_token']:,} |", flush=True)
+    for name, words in list(rows.items())[number - 1::parts]:
+        found = []
+        for seed in range(seeds):
+            with tempfile.TemporaryDirectory() as folder:
+                command = [sys.executable, ROOT / "train.py", *shape, *words.split(), f"--seed={seed}", f"--output={folder}"]
+                done = subprocess.run(command, text=True, capture_output=True, cwd=folder)
+                assert done.returncode == 0, done.stderr
+                found.append(json.loads((Path(folder) / "log.jsonl").read_text().splitlines()[-1]))
+                config = model.load_checkpoint(Path(folder) / "ckpt.pt")["config"]
+        cost, bits = model.account(Config(**config), 1), [one["bpb"] for one in found]
+        spread = f" ({min(bits):.3f} to {max(bits):.3f})" if seeds > 1 else ""
+        print(f"| {name} | `{words or '-'}` | {cost['parameters']:,} | {median(bits):.3f}{spread} | "
+              f"{median(one['tokens_per_s'] for one in found):,.0f} | {cost['cache_per_token']:,} |", flush=True)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     options = dict(word.lstrip("-").partition("=")[::2] for word in sys.argv[1:])
     if "variants" in options:
-        variants(Path(options["variants"]).resolve(), int(options.get("iters", 300)), options.get("part", "1/1"))
+        rows = {**QUESTIONS, "": VARIANTS}[options.get("question", "")]
+        variants(Path(options["variants"]).resolve(), rows, int(options.get("iters", 300)), int(options.get("seeds", 1)),
+                 options.get("part", "1/1"))
     else:
         speed()

@@ -81,7 +81,7 @@ def main():
         for seed in range(o.seeds):
             for label, words in rows.items():
                 run = Path(folder) / f"{label} {seed}"
-                command = [sys.executable, ROOT / "train.py", f"--data={data}", f"--output={run}", f"--seed={seed}", *words.split(), *more]
+                command = [sys.executable, ROOT / "train.py", f"--data={data}", f"--output={run}", f"--seed={seed}", "--sample_tokens=0", *words.split(), *more]
                 done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": str(o.threads)})
                 if done.returncode:
                     print(f"{label}, seed {seed}: {done.stderr.strip()}", flush=True)

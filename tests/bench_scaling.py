@@ -17,9 +17,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
+from test_scaling import made
 
 import scaling
-from test_scaling import made
 
 
 def main():

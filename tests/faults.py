@@ -39,8 +39,9 @@ import threading
 import time
 import traceback
 from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Callable, Iterator, NamedTuple
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
@@ -505,9 +506,8 @@ def fields(script: str, root: Path = ROOT) -> list[tuple[str, type]]:
     while wanted:
         node = classes.get(wanted.pop())
         if node is None:  # model.py's, which train.py goes on from
-            classes |= {"Config": c for c in ast.walk(ast.parse((root / "model.py").read_text()))
-                        if isinstance(c, ast.ClassDef) and c.name == "Config"}
-            node = classes["Config"]
+            node = next(node for node in ast.walk(ast.parse((root / "model.py").read_text()))
+                        if isinstance(node, ast.ClassDef) and node.name == "Config")
         wanted += [getattr(base, "id", getattr(base, "attr", "")) for base in node.bases]
         for line in node.body:
             if isinstance(line, ast.AnnAssign):

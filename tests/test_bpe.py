@@ -939,7 +939,7 @@ def test_training_stops_early_and_says_so(capsys):
 # ---------------------------------------------------------------------------------------------------------------- main
 
 def test_command_line(run_main, tmp_path):
-    (tmp_path / "a.txt").write_bytes("the cat in the hat ".encode() * 50 + b"\xff")
+    (tmp_path / "a.txt").write_bytes(b"the cat in the hat " * 50 + b"\xff")
     done = run_main("bpe.py", "--input=a.txt", "--vocab_size=270", "--output=t.json", "--show=the cat", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     tokenizer = bpe.load(tmp_path / "t.json")

@@ -20,10 +20,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
 import bpe
 import data
-from conftest import ROOT
 
 END = "<|endoftext|>"
 FILES = ["train.npy", "val.npy", "tokenizer.json", "manifest.json"]

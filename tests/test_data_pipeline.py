@@ -18,9 +18,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
 import data
-from conftest import ROOT
 
 STEPS = "extract,length,pii,urls,exact,lines,dedup,tokenise"
 

@@ -19,14 +19,14 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from bench_ddp import ring_shares
+from conftest import ROOT
+from test_train import free_port, two_processes
 from torch import nn
 
 import ddp
 import train
-from bench_ddp import ring_shares
-from conftest import ROOT
 from model import GPT, Config
-from test_train import free_port, two_processes
 
 EXACT = 1e-9
 

@@ -11,14 +11,29 @@ from collections import Counter
 
 import pytest
 import torch
+from test_model import FAMILIES, hf_model
+from test_sample import (  # noqa: F401
+    GREEDY,
+    PLAIN,
+    Script,
+    brute_logprobs,
+    byte_tokenizer,
+    chi_square,
+    ckpt,
+    decode,
+    eval_data,
+    gpt,
+    items_of,
+    main,
+    make_model,
+    odds_of,
+    tokenizer,
+)
 
 import bpe
 import model
 import sample
-from sample import END, Engine, Request, Sampling
-from test_model import FAMILIES, hf_model
-from test_sample import (GREEDY, PLAIN, Script, brute_logprobs, byte_tokenizer, chi_square, ckpt, decode, eval_data, gpt, items_of, main,  # noqa: F401
-                         make_model, odds_of, tokenizer)
+from sample import Engine, Request, Sampling
 
 DRAFTS = ("lookup", "model", "wrong", "right")
 

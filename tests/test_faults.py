@@ -5,9 +5,8 @@ The long form: python tests/faults.py --rounds=50 --seed=0
 import sys
 from pathlib import Path
 
-import pytest
-
 import faults
+import pytest
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the sweep asks Linux about processes and memory")
 # script -> class -> numbers of the cases that are tried: all of them different files and kinds of faults

@@ -13,12 +13,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from test_model import SINGLES, VARIANTS, make
 
 import model
 import sample
 import train
 from model import GPT, Config
-from test_model import SINGLES, VARIANTS, make
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"

@@ -216,7 +216,7 @@ def test_train_with_kernels_makes_the_same_steps(monkeypatch, tmp_path):
         folder = tmp_path / f"run{len(words)}"
         monkeypatch.setattr(sys, "argv", ["train.py", f"--data={tmp_path / 'a.txt'}", "--tokenizer=char", "--n_layer=1", "--n_head=2",
                                           "--n_embd=16", "--block_size=16", "--batch_size=2", "--max_iters=3", "--ngram=0", "--device=cpu",
-                                          "--optimizer=adamw", f"--output={folder}", *words])
+                                          "--optimizer=adamw", "--sample_tokens=0", f"--output={folder}", *words])
         train.main()
         losses.append(json.loads((folder / "log.jsonl").read_text().splitlines()[-1])["val_loss"])
     assert abs(losses[0] - losses[1]) < 1e-5

@@ -565,7 +565,8 @@ def test_causal(changes):
         changed = x.clone()
         changed[:, t] = (changed[:, t] + 1) % 23
         difference = (gpt(changed) - before).abs().amax((0, 2))  # (T,)
-        assert (difference[:t] <= 1e-12 * (gpt.config.n_expert > 0)).all() if t else True  # experts: other groupings round else
+        rounds = gpt.config.n_expert > 0 or "hyena" in gpt.config.mixer  # experts: other groupings; FFTs mix all times
+        assert (difference[:t] <= 1e-12 * rounds).all() if t else True
         assert difference[t] > 1e-6
         if t < 11:
             assert difference[t + 1] > 1e-9  # the next token looks back
@@ -849,6 +850,7 @@ def recall_by_key(mixer, keys, writes, steps=200, **changes):
 
 @pytest.mark.parametrize("mixer,changes,learns", [
     ("attention", {}, True), ("mamba2", {}, True), ("gdn", {}, True),
+    pytest.param("hyena", {}, True, marks=pytest.mark.slow),
     pytest.param("linear", {}, False, marks=pytest.mark.slow),  # a sum of all written under a key does not know the last
     ("attention", dict(position="none"), False), pytest.param("window", dict(window=2), False, marks=pytest.mark.slow)])
 def test_recall_of_the_last_value_of_a_key(mixer, changes, learns, single):
@@ -921,6 +923,46 @@ def test_scan_does_not_overflow(delta, single):
     y.square().sum().backward()
     assert y.isfinite().all() and end.isfinite().all() and g.grad.isfinite().all()
     close(y, b * v * (q * k).sum(3, keepdim=True), 1e-5)  # all but the token itself is forgotten
+
+
+@torch.no_grad()
+def test_hyena_by_loops(past=5):
+    """Both forms of the convolution are sum over s of h(t - s) k(s) v(s), times q(t), with h written out here."""
+    gpt, ids, x = make(mixer="hyena", n_layer=1), tokens(2, 9), torch.randn(2, 9, 16)
+    layer = gpt.blocks[0].mixer
+    q, k, v = (x @ layer.up.weight.T).chunk(3, 2)
+    y = torch.zeros(2, 9, 16)
+    for c in range(16):
+        length = 2 * (gpt.config.block_size / 2) ** (c / 15)
+        for far in range(9):
+            angles = [far / 10000 ** (2 * i / 16) for i in range(8)]
+            waved = torch.tensor([*map(math.cos, angles), *map(math.sin, angles)])
+            shape = (layer.shape.weight[c] * torch.sin(layer.wave.weight @ waved)).sum()
+            h = shape * math.exp(-far / length) * (2 / length) ** 0.5
+            y[:, far:, c] += h * (k * v)[:, :9 - far, c]
+    expected = (q * y) @ layer.out.weight.T
+    close(layer(x, call_of(gpt, ids), 0), expected, 1e-6)  # the lengths are in single precision
+    state, parts = gpt.new_state(2), []
+    for i, j in ((0, past), (past, 9)):
+        call = call_of(gpt, ids[:, i:j], state)
+        parts.append(layer(x[:, i:j], call, 0))
+        state.lengths = [j, j]
+    close(torch.cat(parts, 1), layer(x, call_of(gpt, ids), 0))
+
+
+def test_heads_that_look_further_ahead(single):
+    """Their accounting, their absence from logits, and their gradients (the loss itself: tests/test_train.py)."""
+    plain, more = (Config(**{**TINY, "ahead": n}) for n in (0, 2))
+    gpt, x = GPT(more), tokens(2, 9)
+    without = GPT(plain)
+    without.load_state_dict({name: w for name, w in gpt.state_dict().items() if "ahead" not in name})
+    close(without(x), gpt(x))
+    a, b = (model.account(config, 2) for config in (plain, more))
+    width, T = more.n_embd, more.block_size
+    assert b["parameters"] - a["parameters"] == 2 * width * width
+    assert b["forward_flops"] - a["forward_flops"] == 2 * 2 * T * (width * width + width * more.vocab_size)
+    assert b["memory"]["activations"] > a["memory"]["activations"] + 2 * 2 * T * more.vocab_size * 4
+    assert {gpt.roles()[name] for name in gpt.roles() if "ahead" in name} == {"matrix"}
 
 
 @pytest.mark.parametrize("mixer", RECURRENT)
@@ -1165,13 +1207,16 @@ def test_accounting_of_parameters_flops_and_bytes(name, single):
     assert a["roles"] == {role: sum(n for name, n in sizes.items() if gpt.roles()[name] == role) for role in model.ROLES}
     experts = 0
     # FLOPs: the formula, and torch's counter on a real pass with attention as matrix products
-    matrices = sum(m.weight.numel() for m in gpt.modules() if type(m) is model.Linear)
+    linear = {name: m for name, m in gpt.named_modules() if type(m) is model.Linear}
+    filters = [name for name in linear if name.endswith(("wave", "shape"))]  # once a batch, not a row
+    once = 2 * 16 * sum(linear[name].weight.numel() for name in filters) // 3
+    matrices = sum(m.weight.numel() for name, m in linear.items() if name not in filters)
     heads = config.n_head * (config.head_dim or config.n_embd // config.n_head)
     hd = config.head_width
     mixing = {"attention": 4 * 16 * 16, "linear": 4 * 16 * (16 + hd), "gdn": 6 * 16 * (16 + hd)}  # a channel: one chunk
     latent = config.latent or 4 * hd  # a head: queries to the latent's side, scores and sums over it, and back
     mixing["latent"] = 2 * 16 * latent * 2 + 4 * 16 * 16 * (latent + hd) / hd
-    mixing |= {"window": mixing["attention"], "valued": mixing["attention"], "mamba2": mixing["linear"], "strided": mixing["attention"]}
+    mixing |= {"hyena": 0, "window": mixing["attention"], "valued": mixing["attention"], "mamba2": mixing["linear"], "strided": mixing["attention"]}
     # bytes: of what a step of torch's AdamW really holds
     adam = torch.optim.AdamW(gpt.parameters())
     loss_of(gpt, x).backward()
@@ -1184,31 +1229,31 @@ def test_accounting_of_parameters_flops_and_bytes(name, single):
     assert a["memory"]["optimizer"] == moments
     muon = 4 * sum(model.kept_of(gpt.get_parameter(own), role, "muon") for own, role in gpt.roles().items())
     assert name not in list(some)[::9] or muon == model.account(config, 3)["memory"]["optimizer"]
-    assert moments - muon == 4 * sum(n for name, n in sizes.items() if name.endswith(("qkv.weight", "out.weight", "up.weight", "down.weight", ".k.weight", ".v.weight")))
+    assert moments - muon == 4 * sum(n for name, n in sizes.items() if name.endswith(("qkv.weight", "out.weight", "up.weight", "down.weight", ".k.weight", ".v.weight", "wave.weight", "shape.weight")))
     assert a["memory_total"] == sum(a["memory"].values())
     # of a token: keys and values or a latent, the token itself where it is looked at; of a sequence: S, and the last call
     sums = [mixer for mixer in tiled(config) if mixer in RECURRENT]
     constant = sum(4 * (heads * hd + config.n_head * (3 * hd + 2)) + 8 for mixer in sums)
     token = 8 * bool(config.ngram > 1 or config.end_token)
     for mixer in tiled(config):
-        token += 4 * (latent + hd if mixer == "latent" else 0 if mixer in RECURRENT else 2 * (config.n_kv_head or config.n_head) * hd)
+        token += 4 * (latent + hd if mixer == "latent" else config.n_embd if mixer == "hyena" else 0 if mixer in RECURRENT else 2 * (config.n_kv_head or config.n_head) * hd)
     state = gpt.new_state(2, 5)
     gpt(x[:2, :1], state)
     assert state.nbytes == 2 * constant + 10 * token
     assert a["cache_per_token"] == (constant + 16 * token) // 16
-    share = {"mixer": sum(mixing[mixer] * heads for mixer in tiled(config)), "ffn": 0, "head": 0}
+    share = {"mixer": once + sum(mixing[mixer] * heads for mixer in tiled(config)), "ffn": 0, "head": 0}
     for name, module in gpt.named_modules():
         if type(module) is model.Experts:
             work = config.n_expert_active * (module.up["weight"][0].numel() + module.down["weight"][0].numel())
             share["ffn"] += 2 * 16 * work
             experts += 2 * 16 * work
-        if type(module) is model.Linear:
+        if type(module) is model.Linear and name not in filters:
             share[next(part for part in share if part in name)] += 2 * 16 * module.weight.numel()
-    assert a["forward_flops"] == 2 * 16 * matrices + experts + sum(mixing[mixer] * heads for mixer in tiled(config))
+    assert a["forward_flops"] == 2 * 16 * matrices + once + experts + sum(mixing[mixer] * heads for mixer in tiled(config))
     count = {torch.ops.model.grouped: lambda x, w, *_, **__: 2 * x.numel() * w[1]}
     with FlopCounterMode(display=False, custom_mapping=count) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         gpt(x)
-    assert a["forward_flops"] * 3 == counter.get_total_flops()
+    assert a["forward_flops"] == counter.get_total_flops() // 3
     assert a["flops"] == share
 
 
@@ -1669,6 +1714,7 @@ def test_import_and_export_by_command(tmp_path, run_main, single):
     (dict(position="no"), "--position=no: choose from rope, sinusoidal, learned, none"),
     (dict(ffn="no"), "--ffn=no: choose from swiglu, geglu, relu, gelu, relu2"),
     (dict(init="no"), "--init=no: choose from zero, gpt2, xavier, mup"),
+    (dict(ahead=16, block_size=16), "--ahead=16 leaves nothing of --block_size=16"),
     (dict(init="mup"), "--init=mup needs --tie_embeddings=False"), (dict(mixer="strided"), "a window needs both"),
     (dict(mixer="no"), "--mixer=no: choose from attention, window"),
     (dict(mixer="attention,attention,no"), "--mixer=no: choose from attention, window"),
@@ -1744,7 +1790,7 @@ def test_cache_may_be_filled_with_gradients_on():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, dict(GPT2, bias=True), dict(HYBRID, n_kv_head=2, dropout=0.2), dict(placement="post", position="sinusoidal"),
-                                     dict(mixer="linear,mamba2"), dict(mixer="gdn,attention"), dict(n_expert=4, n_expert_shared=1),
+                                     dict(mixer="linear,mamba2"), dict(mixer="gdn,attention"), dict(mixer="hyena"), dict(n_expert=4, n_expert_shared=1),
                                      dict(mixer="latent,strided", window=3, end_token=4, ngram=3, ngram_rows=97, residual="scaled"),
                                      dict(recompute=True, softcap=9.0, placement="sandwich"),
                                      dict(mixer="valued", ngram=3, ngram_rows=97, softcap=9.0)])

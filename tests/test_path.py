@@ -1,14 +1,11 @@
 """The README's path at tiny size: a crawl, its documents and tokens, a model, its grades, an aligned model, its words."""
-import gzip
 import json
 import re
 import textwrap
 
-import numpy as np
 import pytest
 
 import data
-from conftest import ROOT
 
 HELD = "colorsys"
 MODULES = ("textwrap", "string", "shlex", "colorsys", "bisect", "heapq", "fnmatch", "glob", "keyword", "sched", "abc")

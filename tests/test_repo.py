@@ -20,15 +20,14 @@ import tokenize
 
 import numpy as np
 import pytest
-
 from conftest import ROOT, tiny_documents
 
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
 CEILING = {
     "bpe.py": 705,
     "data.py": 1640,
-    "model.py": 976,
-    "train.py": 930,
+    "model.py": 1032,
+    "train.py": 932,
     "kernels.py": 1720,
     "ddp.py": 1217,
     "scaling.py": 1040,
@@ -131,7 +130,8 @@ def tokens_of(source):
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         name = tokenize.tok_name[token.type]
         if name in ("FSTRING_START", "TSTRING_START"):
-            first = first if depth else token
+            if not depth:
+                first = token
             depth += 1
         elif name in ("FSTRING_END", "TSTRING_END"):
             depth -= 1
@@ -468,12 +468,12 @@ FORBIDDEN = re.compile(r"/(?:work|root)/|/tmp/(?!\*)\w|\bissues? #?\d|\.\./" + r
 
 def project_files(root=ROOT):
     for folder, folders, files in os.walk(root):
-        folders[:] = [name for name in folders if name not in {".git", "data", "__pycache__"} and not name.startswith(("out", ".venv", ".pytest"))]
+        folders[:] = [name for name in folders if name not in {".git", "data", "__pycache__"} and not name.startswith(("out", ".venv", ".pytest", ".ruff", ".mypy"))]
         files = [name for name in files if name != ".git"]  # a worktree's is a file
         yield from (os.path.join(folder, name) for name in files if os.path.splitext(name)[1] in TEXT)
 
 
-TOP = {*SCRIPTS, "LICENSE", "README.md", "pyproject.toml", "requirements.txt", ".gitignore", ".ci", "plots", "tests"}
+TOP = {*SCRIPTS, "LICENSE", "CHANGES.md", "README.md", "pyproject.toml", "requirements.txt", ".gitignore", ".ci", "plots", "tests"}
 
 
 def strangers(names):
@@ -511,3 +511,13 @@ def test_no_file_mentions_a_workplace(tmp_path):
 def test_docstring_examples(name):
     found = doctest.testmod(importlib.import_module(name[:-3]))
     assert found.failed == 0
+
+
+def test_ruff_finds_nothing(tmp_path):
+    """With the rules of pyproject.toml; and it does find an unused name in a file of the same folder (the twin)."""
+    pytest.importorskip("ruff", reason="ruff is not installed")
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    (tmp_path / "new.py").write_text("import os\n")
+    for folder, code in ((ROOT, 0), (tmp_path, 1)):
+        done = subprocess.run([sys.executable, "-m", "ruff", "check", "--no-cache", "--output-format=concise", folder], text=True, capture_output=True)
+        assert done.returncode == code, done.stdout

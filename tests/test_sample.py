@@ -17,12 +17,12 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from torch import nn
 
 import bpe
 import model
 import sample
-from conftest import ROOT
 from sample import END, Engine, Request, Sampling, TextStream
 
 GREEDY = Sampling(temperature=0)
@@ -964,7 +964,7 @@ def test_choices(exam):
            for i in range(60)]
     for item in odd + [item for _, item in items_of(exam, "hellaswag") + items_of(exam, "mmlu")]:
         context, choices, gold = item
-        got, sums, scores = exam.choice(item), [], {}
+        got, sums = exam.choice(item), []
         for text in choices:
             whole, ids = tokenizer.encode(context + text), tokenizer.encode(context)
             sums.append(sum(brute_logprobs(exam.engine.model, ids, whole[len(ids):])))

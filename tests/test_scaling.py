@@ -14,10 +14,10 @@ import time
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
 import model
 import scaling
-from conftest import ROOT
 
 LAW = dict(A=406.4, alpha=0.34, B=410.7, beta=0.28, E=1.69)  # Hoffmann et al. 2022, equation 10
 
@@ -631,7 +631,6 @@ def test_sweep(ledger, tmp_path, capsys):
     book = ledger(sweep="learning_rate:0.005,0.02,8,n_embd:32,48", budgets="1e9,2e9", plot=plot)
     scaling.sweep(book.o, book)
     lines = capsys.readouterr().out.splitlines()
-    shown = [line.split() for line in lines if line.strip() and line.split()[0] in ("1e+09", "9.98e+08", "2e+09") or "inf" in line]
     assert len(ledger.calls()) == 12 and sum("inf" in line for line in lines) >= 4
     best = [row for row in book.rows.values() if row["C"] < 1.5e9]
     assert min(best, key=scaling.loss_of)["options"]["learning_rate"] == 0.02

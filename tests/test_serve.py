@@ -18,11 +18,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT, tiny_documents
 
 import bpe
 import model
 import sample
-from conftest import ROOT, tiny_documents
 from sample import END, Engine, Request, Sampling
 
 BLOCK = 128

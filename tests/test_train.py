@@ -22,13 +22,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from torch import nn
 from torch.nn import functional as F
 
 import bpe
 import model
 import train
-from conftest import ROOT
 
 V, T = 50, 16
 SHAPE = dict(n_layer=1, n_embd=16, block_size=T, batch_size=4, ngram=0, device="cpu")
@@ -103,9 +103,9 @@ def filled(**changes):
     return train.recipe(train.Options(**{**SHAPE, "vocab_size": V, **changes}), 3000, V, 1e10)
 
 
-def make(checkpoint={}, tokenizer=NO_TOKENIZER, **changes):
+def make(checkpoint=(), tokenizer=NO_TOKENIZER, **changes):
     o = filled(**changes)
-    return train.Run(o, o.vocab_size, tokenizer, checkpoint)
+    return train.Run(o, o.vocab_size, tokenizer, dict(checkpoint))
 
 
 def shaken(run):
@@ -406,6 +406,8 @@ def test_an_update_by_role(double):
 class Fixed(nn.Module):
     """A model that answers with given logits."""
 
+    ahead = ()
+
     def __init__(self, logits):
         super().__init__()
         self.logits, self.head = nn.Parameter(logits), nn.Identity()
@@ -544,6 +546,24 @@ def test_evaluations_leave_out_what_training_adds():
     for run in runs:
         run.progress.seconds = 1.0
     assert runs[0].evaluate(tokens)["val_loss"] == runs[1].evaluate(tokens)["val_loss"]
+
+
+def test_heads_further_ahead(double):
+    """What each of them loses on the token after the next, by hand; in evaluation they are silent."""
+    run = shaken(make(n_layer=1, ahead=2, ahead_loss=0.25))
+    gpt, x, targets = run.gpt, torch.randint(V, (3, T)), torch.randint(-1, V, (3, T))
+    objective = train.Objective(gpt)
+    x_last, expected = gpt.hidden(x).detach(), objective.eval()(x, targets)[0].item()
+    assert expected == pytest.approx(brute_loss(gpt(x).detach(), targets)[0], rel=1e-9)
+    for further in (1, 2):
+        logits = gpt.head(x_last + gpt.ahead[further - 1](x_last)).detach()
+        shifted = torch.full_like(targets, -1)
+        shifted[:, :-further] = targets[:, further:]
+        expected += 0.25 * brute_loss(logits, shifted)[0]
+    loss, count = objective.train()(x, targets)
+    assert loss.item() == pytest.approx(expected, rel=1e-9) and count == (targets >= 0).sum()
+    loss.backward()
+    assert all(layer.weight.grad.abs().max() > 1e-3 for layer in gpt.ahead)
 
 
 # ------------------------------------------------------------------------------------------------------------ schedules
@@ -1050,7 +1070,11 @@ def test_samples_at_each_evaluation(launch, corpus, tmp_path, monkeypatch):
         (words[2:], model.load_checkpoint(tmp_path / "out/ckpt.pt")["step"])))
     assert launch("--max_iters=5", "--eval_interval=2", "--sample_tokens=9", "--tokenizer=char", data=corpus).code == 0
     words = [f"--ckpt={tmp_path}/out/ckpt.pt", "--max_new_tokens=9"]
-    assert calls == [(words, 2), (words, 4), (words, 5), ([words[0], "--max_new_tokens=200"], 5)]
+    assert calls == [(words, 2), (words, 4), (words, 5)]
+    assert launch("--max_iters=5", "--resume", "--sample_tokens=-1", data=corpus).code == 0
+    assert calls[3:] == [([words[0], "--max_new_tokens=200"], 5)]  # what the default is: at the end alone
+    assert launch("--max_iters=5", "--resume", "--sample_tokens=0", "--tokenizer=char", data=corpus).code == 0
+    assert not calls[4:]
 
 
 def test_resume_of_a_finished_run_and_longer(launch, tmp_path):
@@ -1103,8 +1127,8 @@ def test_text_is_not_tokenised_again_on_resume(launch, corpus, monkeypatch, tmp_
     first = launch(*words, data=corpus)
     assert first.code == 0, first.message
     written = (tmp_path / "out/train.npy").stat().st_mtime_ns
-    for words in (["--resume", "--max_iters=3"], words):
-        again = launch(*words, data=corpus)
+    for others in (["--resume", "--max_iters=3"], words):
+        again = launch(*others, data=corpus)
         assert again.code == 0, again.message
         assert (tmp_path / "out/train.npy").stat().st_mtime_ns == written and "reus" in again.out
     assert model.load_checkpoint(tmp_path / "out/ckpt.pt")["tokenizer"]["kind"] == "char"
