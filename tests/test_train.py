@@ -539,6 +539,17 @@ def test_what_was_pruned_stays_0(launch, tmp_path):
         assert found["step"] == 4 and (found["weights"][name] == 0).all(0).sum() == gone and not torch.equal(found["weights"][name], matrix)
 
 
+def test_a_checkpoint_of_before_an_option_was_there_goes_on(launch, tmp_path):
+    assert launch("--max_iters=2", "--eval_interval=2").code == 0
+    ckpt = tmp_path / "out" / "ckpt.pt"
+    checkpoint = torch.load(ckpt, weights_only=True)
+    for options in (checkpoint["config"], checkpoint["train"]):
+        del options["softcap"]
+    torch.save(checkpoint, ckpt)
+    assert launch("--max_iters=3", f"--init_from={ckpt}", output=tmp_path / "new").code == 0
+    assert launch("--max_iters=3", "--resume").code == 0 and torch.load(ckpt, weights_only=True)["step"] == 3
+
+
 def test_evaluations_leave_out_what_training_adds():
     """z-loss is no part of a validation loss."""
     tokens = [source((np.arange(300) * 7 % V).astype(np.uint16))]
