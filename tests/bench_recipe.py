@@ -6,7 +6,8 @@ optimizers  each optimizer of hidden matrices at equal tokens, over a sweep of i
 tokens      tokens that our default and a GPT-2 shape with AdamW (its rate swept) of as many parameters need to one loss
 ablations   the default without each of its ingredients, in the same minutes
 dial        budgets of 1, 2, 5, 10 minutes, and the same in FLOPs
-knee        steps to one loss by batch size, and the noise scale that train.py measures
+knee        steps to one loss by batch size, the critical batch that fits them, and the noise scale that train.py measures
+tokenizer   kinds of tokenizer and sizes of the vocabulary at equal FLOPs, each from the text (--data is not used)
 
 A run is `python train.py` in a process of its own; a row gives median, lowest and highest of the seeds' last records.
 Without --data the token files of the default corpus are made once, in a temporary folder. Runs are taken in turns over
@@ -21,6 +22,8 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 GPT2 = "--norm=layernorm --position=learned --ffn=gelu --qk_norm=False --bias=True --tie_embeddings=True --init=gpt2 " \
@@ -47,7 +50,13 @@ STUDIES = {
         "soft-cap": "--softcap=15",
     },
     "dial": {f"{minutes} min": f"--minutes={minutes}" for minutes in (1, 2, 5, 10)},
-    "knee": {f"batch {rows}": f"--batch_size={rows} --noise_scale" for rows in (2, 4, 8, 16, 32, 64)},
+    # the rate follows the root of the batch, and stays; each run is long enough for the loss of the others
+    "knee": {f"batch {rows}": f"--batch_size={rows} --max_iters={steps} --learning_rate={0.005 * (rows / 8)**0.5:.3g} --noise_scale "
+                              "--schedule=constant --warmup_iters=20 --eval_interval=20 --eval_tokens=65536"
+             for rows, steps in ((2, 3000), (4, 1600), (8, 900), (16, 600), (32, 400), (64, 300), (128, 260))},
+    "tokenizer": {name: f"--flops=1e12 --ngram=0 {words}" for name, words in (
+        ("bytes", "--tokenizer=byte"), ("characters", "--tokenizer=char"),
+        *((f"BPE {size:,}", f"--vocab_size={size}") for size in (512, 1024, 2048, 4096, 8192, 16384)))},
 }
 
 
@@ -75,8 +84,8 @@ def main():
     rows = {label: words for label, words in STUDIES[o.study].items() if label.startswith(wanted)}
     found = {label: [] for label in rows}
     with tempfile.TemporaryDirectory() as folder:
-        data = o.data or f"{folder}/data"
-        if not o.data:
+        data = "" if o.study == "tokenizer" else o.data or f"{folder}/data"
+        if data and not o.data:
             subprocess.run([sys.executable, ROOT / "data.py", f"--output={data}", "--vocab_size=2048", "--pattern=code"], check=True)
         for seed in range(o.seeds):
             for label, words in rows.items():
@@ -99,10 +108,16 @@ def main():
                   f"| {statistics.median(one['tokens'] for one in last):,.0f} | {statistics.median(one['flops'] for one in last):.3g} |")
     if o.study in ("tokens", "knee"):  # when does each run reach the loss that the last row ends with?
         goal = max(statistics.median(run[-1]["val_loss"] for run in runs) for runs in found.values() if runs)
+        needed = {}
         for label, runs in found.items():
-            reached = [next((one["tokens"] for one in run if one["val_loss"] <= goal), float("inf")) for run in runs]
-            if reached:
-                print(f"{label}: {statistics.median(reached):,.0f} tokens to {goal:.4f} nats")
+            reached = [next(((one["step"], one["tokens"]) for one in run if one["val_loss"] <= goal), (float("inf"),) * 2) for run in runs]
+            if reached and np.isfinite(reached).all():
+                needed[label] = statistics.median(steps for steps, _ in reached), statistics.median(tokens for _, tokens in reached)
+                print(f"{label}: {needed[label][0]:,.0f} steps, {needed[label][1]:,.0f} tokens to {goal:.4f} nats")
+        if o.study == "knee":  # steps = least (1 + critical / batch), McCandlish et al. 2018, in tokens
+            steps, tokens = np.array(list(needed.values())).T
+            slope, least = np.polyfit(steps / tokens, steps, 1, w=1 / steps)
+            print(f"at least {least:,.0f} steps and {slope:,.0f} tokens; critical batch {slope / least:,.0f} tokens")
 
 
 if __name__ == "__main__":

@@ -521,3 +521,16 @@ def test_ruff_finds_nothing(tmp_path):
     for folder, code in ((ROOT, 0), (tmp_path, 1)):
         done = subprocess.run([sys.executable, "-m", "ruff", "check", "--no-cache", "--output-format=concise", folder], text=True, capture_output=True)
         assert done.returncode == code, done.stdout
+
+
+def test_results_can_be_made_again():
+    """Each command beside a figure names files that are there; what a reader has to put in is known, and nothing else."""
+    import bench
+    found = bench.rows((ROOT / "README.md").read_text())
+    assert len(found) > 30 and len({command for command, _ in found}) == len(found)
+    for command, _ in found:
+        for path in re.findall(r"[\w/]+\.py\b", command):
+            assert (ROOT / path).is_file(), command
+    table = "## Results\n| what | command |\n|---|---|\n| a `b` | `time python x.py --a=NEWS` |\n| c | the same |\n\n## Licence\n| d | `python y.py` |\n"
+    assert bench.rows("# T\n" + table) == [("time python x.py --a=NEWS", "a `b`")]
+    assert bench.filled("python x.py --a=NEWS val.npy", {"val.npy": "HOUSE/val.npy"}) == ("python x.py --a=NEWS HOUSE/val.npy", ["NEWS"])
