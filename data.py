@@ -3,9 +3,12 @@
 Reads:  --input: text files, folders, .jsonl files (field "text" or "messages"), with other --steps also .html and WARC
         files; without it the text of Python's standard library
 Writes: --output, a folder: train.npy and val.npy (1-D, uint16 or uint32; every document ends with <|endoftext|>),
-        tokenizer.json, manifest.json; with other steps documents.jsonl, removed.jsonl, contamination.json
+        tokenizer.json, manifest.json; with other steps documents.jsonl, removed.jsonl, contamination.json; with --mix
+        mix.json, mix.jsonl
 Usage:  python data.py --input=stories.txt --separator="<|endoftext|>"
         python data.py --input=crawl.warc.gz --steps=extract,length,pii,dedup,tokenise --report=report.html --look=3
+        python data.py --input=sharegpt.json --steps=chat,exact --output=chats
+        python data.py --mix=a,b,c --eval_data=target --train="--n_layer=1 --max_iters=100" --output=mix
         python data.py --train_language=languages.json  (also --train_classifier, --train_ngrams)
 
 The input may be larger than memory: each pass (extract, split, train the tokenizer,
@@ -100,6 +103,10 @@ class Options:
     threshold: float = 0.8  # dedup: Jaccard similarity of the word 5-grams from which documents are copies
     false_positives: float = 1e-6  # urls, exact, lines: share of the new that is taken for seen
     eval_data: str = ""  # decontaminate: files and folders of evaluation sets (jsonl, csv, txt), a comma list
+    mix: str = ""  # folders of token files: write OUTPUT/mix.json, shares of them for train.py --mix
+    temperature: float = 0.0  # mix: shares by tokens^(1/temperature); 0: learnt from runs of train.py
+    runs: int = 32  # mix: so many, on random mixtures
+    train: str = ""  # mix: options of these runs, such as "--n_layer=1 --max_iters=100"
     max_document_bytes: int = 100000000  # longer documents are dropped
     report: str = ""  # write a page about what each step removed, such as report.html
     crawl: str = ""  # write a small crawl and conversations into this folder, from the standard library, and stop
@@ -1434,6 +1441,103 @@ def evaluation_keys(eval_data: str) -> tuple[dict[int, np.ndarray], list[tuple[s
     return tables, items, short
 
 
+# --- mixing: in which shares train.py draws from several sources -----------------------------------------------------
+
+GUESSES = 1 << 14  # random mixtures that a fit is asked about
+BEST = 100  # of them, whose mean is the answer
+
+
+def shares_by_size(sizes: list[int], temperature: float) -> np.ndarray:
+    """Shares like tokens ** (1 / temperature): at 1 those of the tokens, at infinity all alike."""
+    powers = np.array(sizes, float) ** (1 / temperature)
+    return powers / powers.sum()
+
+
+def with_products(shares: np.ndarray) -> np.ndarray:
+    """Mixtures (N, k) and the products of two of their shares: (N, k (k + 1) / 2), linear in which is a quadratic."""
+    i, j = np.triu_indices(shares.shape[1], 1)
+    return np.hstack([shares, shares[:, i] * shares[:, j]])
+
+
+def learn_shares(run: Callable[[list[float]], float], sizes: list[int], count: int, seed: int) -> dict[str, object]:
+    """Shares with the least loss, from `count` calls of run(shares) -> loss (RegMix, Liu et al. 2024).
+
+    Least squares fit the log of the loss by a quadratic of the shares, where RegMix has boosted trees. "low" and "high"
+    bound the shares in 90% of the fits to runs drawn anew from these (bootstrap); "loss" is what the fit predicts,
+    "error" how far it is off, as a share of the loss, for a run that it has not seen (root mean square). The first two
+    runs are shares by size and all alike.
+    """
+    random, k = np.random.default_rng(seed), len(sizes)
+    least = 1 + k * (k + 1) // 2
+    if count < least:
+        raise ValueError(f"--runs={count} are too few for {k} sources: {least} at least")
+    plain = [shares_by_size(sizes, each) for each in (1, np.inf)]
+    shares = np.round([*plain, *random.dirichlet(np.ones(k), count - 2)], 6)
+    losses = np.log([run(row.tolist()) for row in shares])
+    terms, guesses = with_products(shares), random.dirichlet(np.ones(k), GUESSES)
+    products = with_products(guesses)
+
+    def best(rows: np.ndarray) -> np.ndarray:
+        fit = np.linalg.lstsq(terms[rows], losses[rows], rcond=None)[0]
+        return guesses[np.argpartition(products @ fit, BEST)[:BEST]].mean(0)
+
+    found = best(np.arange(count))
+    samples = [best(rows) for rows in random.integers(count, size=(200, count))]
+    low, high = np.quantile(samples, [0.05, 0.95], 0)
+    inverse = np.linalg.pinv(terms)
+    fit = inverse @ losses
+    own = np.sum(terms * inverse.T, 1)  # how much of its own loss is in what is fitted to a run
+    missed = (losses - terms @ fit) / (1 - own)  # by a fit without this run
+    loss = float(np.exp(with_products(found[None]) @ fit)[0])
+    error = float(np.sqrt(np.mean(missed**2)))
+    return dict(shares=found, low=low, high=high, loss=loss, error=error)
+
+
+def loss_of_shares(o: Options, sizes: list[int], shares: list[float]) -> float:
+    """Loss at the end of a run of train.py with some shares. OUTPUT/mix.jsonl keeps it: no run is done twice."""
+    path, mix = Path(o.output, "mix.jsonl"), ",".join(map(str, shares))
+    words = [f"--data={o.mix}", f"--mix={mix}", f"--eval_data={o.eval_data}", *o.train.split()]
+    asked = dict(sizes=sizes, words=words)
+    rows = [json.loads(line) for line in open(path)] if path.exists() else []
+    for row in rows:
+        if row == row | asked:
+            return row["loss"]
+    with tempfile.TemporaryDirectory(dir=o.output) as run:
+        script = Path(__file__).with_name("train.py")
+        command = [sys.executable, script, *words, f"--output={run}"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise ValueError(done.stderr.strip())
+        last = Path(run, "log.jsonl").read_text().splitlines()[-1]
+        rows.append(asked | dict(loss=json.loads(last)["val_loss"]))
+    with bpe.replacing(path) as file:
+        file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
+    print(f"{len(rows)}: --mix={mix} ends at {rows[-1]['loss']:.4f}", flush=True)
+    return rows[-1]["loss"]
+
+
+def mix_sources(o: Options) -> None:
+    """Write OUTPUT/mix.json, shares for the folders of --mix, and print them."""
+    folders, path = o.mix.split(","), Path(o.output, "mix.json")
+    if len({*folders}) < 2 or o.temperature < 0:
+        raise ValueError("--mix takes two folders of token files or more, --temperature a number from 0 on")
+    sizes = [len(np.load(Path(folder, "train.npy"), mmap_mode="r")) for folder in folders]
+    with claimed(path.parent, o):
+        if o.temperature:
+            found = dict(shares=shares_by_size(sizes, o.temperature))
+        else:
+            found = learn_shares(partial(loss_of_shares, o, sizes), sizes, o.runs, o.seed)
+        rows = {key: dict(zip(folders, np.round(found[key], 4).tolist())) for key in found if np.ndim(found[key])}
+        with bpe.replacing(path) as file:
+            file.write(json.dumps(found | rows, indent=1).encode())
+    for folder, size in zip(folders, sizes):
+        span = f"  (90%: {rows['low'][folder]:.3f} to {rows['high'][folder]:.3f})" if "low" in rows else ""
+        print(f"{folder}: {size:,} tokens, share {rows['shares'][folder]:.3f}{span}")
+    if "loss" in found:
+        print(f"predicted loss {found['loss']:.4f}; a run that the fit has not seen is off by {found['error']:.2%}")
+    print(f"next: python train.py --data={o.mix} --mix={path}")
+
+
 # --- the pipeline ----------------------------------------------------------------------------------------------------
 # Documents are records, dicts with "text" (or "messages"), "origin", "url" and what steps add. Steps that look at one
 # document run together in one pass, in parallel; behind them the keys of all documents are compared: that is a stage.
@@ -1491,13 +1595,78 @@ def lines_of(record: dict) -> list[str]:
     return [line for holder, key in places(record) for line in holder[key].split("\n")]
 
 
+# Layouts of conversations: the fields of a row, in their order, with who speaks ("turns": a list of who says what; "?":
+# the field may be missing). The first layout that fits counts: OpenAI's, ShareGPT's, Alpaca's, pairs.
+LAYOUTS = """tools?:system messages:turns
+    tools?:system system?:system conversations:turns
+    system?:system instruction:user input?:user output:assistant
+    system?:system prompt:user completion:assistant
+    system?:system prompt:user response:assistant
+    system?:system question:user answer:assistant"""
+SPEAKERS = """system:system developer:system user:user human:user prompter:user assistant:assistant gpt:assistant
+    model:assistant function_call:assistant tool:tool function:tool observation:tool"""
+ROLES = dict(pair.split(":") for pair in SPEAKERS.split())
+
+
+def turn_text(turn: dict) -> str:
+    """What a turn says: its text, and behind it its calls of tools as Hermes models write them."""
+    said = turn.get("content", turn.get("value")) or ""
+    parts = [said] if isinstance(said, str) else [part["text"] for part in said]
+    for call in turn.get("tool_calls") or []:
+        call = call.get("function", call)
+        given = call["arguments"]
+        given = json.loads(given) if isinstance(given, str) else given
+        call = dict(name=call["name"], arguments=given)
+        parts.append(f"<tool_call>\n{json.dumps(call, ensure_ascii=False)}\n</tool_call>")
+    return "\n".join(filter(None, parts))
+
+
+def to_messages(row: dict) -> tuple[list[dict], str]:
+    """(Messages of a row of jsonl in one of the LAYOUTS, as align.py reads them; why they are none, or "").
+
+    Turns of a user, or of the system, that follow one another become one.
+    """
+    layouts = [dict(field.split(":") for field in layout.split()) for layout in LAYOUTS.splitlines()]
+    fitting = [fields for fields in layouts if all(name in row or name[-1] == "?" for name in fields)]
+    turns, messages = [], []
+    for name, role in fitting[0].items() if fitting else ():
+        value = row.get(name.rstrip("?")) or []
+        if name == "tools?" and value and not isinstance(value, str):
+            value = json.dumps(value, ensure_ascii=False)
+        turns += [dict(role=role, content=value)] if isinstance(value, str) else value
+    for turn in turns:
+        role, text = ROLES.get(turn.get("role") or turn.get("from")), turn_text(turn)
+        if not role or not text.strip():
+            return [], "a turn without text" if role else "a role that is not known"
+        if messages and role == messages[-1]["role"] and role in ("user", "system"):
+            messages[-1]["content"] += f"\n\n{text}"
+        else:
+            messages.append(dict(role=role, content=text))
+    if not messages or messages[-1]["role"] != "assistant":
+        return [], "no reply at the end" if fitting else "a layout that is not known"
+    return messages, ""
+
+
+def rows_of_array(path: Path) -> Iterator[bytes | None]:
+    """The elements of a JSON file that is one array, which must fit in memory; the whole file if it is none."""
+    raw = b"".join(block or b"" for block in read_blocks(path))
+    try:
+        rows = json.loads(raw)
+    except (ValueError, RecursionError):
+        rows = None
+    yield from (json.dumps(row).encode() for row in rows) if isinstance(rows, list) else [raw]
+
+
 def read_raw(files: Iterable[Path], o: Options) -> Iterator[dict]:
     """What files hold, as records with "raw" (bytes; None for a damaged place), "origin", "kind" (page, text or row of
     jsonl) and "headers" (of a record of a WARC file)."""
+    rows = {".jsonl", ".json"} if "chat" in o.steps.split(",") else {".jsonl"}
     for path in files:
-        kind = "page" if PAGES.search(path.name) else "row" if ".jsonl" in path.suffixes else "text"
+        kind = "page" if PAGES.search(path.name) else "row" if rows.intersection(path.suffixes) else "text"
         broken, between = Counter(), {"row": b"\n", "text": o.separator.encode()}.get(kind, b"")
-        if ".warc" in path.suffixes:
+        if kind == "row" and ".json" in path.suffixes:
+            found = (({}, row) for row in rows_of_array(path))
+        elif ".warc" in path.suffixes:
             found = read_warc(path, broken, o.max_document_bytes)
         else:
             found = (({}, raw) for raw in cut_at(between, read_blocks(path), o.max_document_bytes))
@@ -1527,6 +1696,11 @@ def read_record(record: dict, o: Options, counts: Counter) -> str:
         return ""
     try:  # a row
         record |= json.loads(raw.decode("utf-8", "replace"))
+        if "chat" in o.steps.split(","):
+            record["messages"], reason = to_messages(record)
+            if reason:
+                return reason
+            record.pop("text", "")
         for holder, key in places(record):  # JSON can spell half of a surrogate pair
             holder[key] = bpe.well_formed(holder[key])
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
@@ -1604,7 +1778,7 @@ def stages(steps: str) -> list[tuple[str, list[str], str]]:
         if name in KEYS:
             out.append((before, local, name))
             before, local = name, []
-        elif name != "tokenise":
+        elif name not in ("chat", "tokenise"):
             local.append(name)
     return [*out, (before, local, "")]
 
@@ -1612,10 +1786,11 @@ def stages(steps: str) -> list[tuple[str, list[str], str]]:
 def check_steps(o: Options) -> None:
     """Raise ValueError for steps that are none or in a wrong order, and for options of theirs that cannot work."""
     names = o.steps.split(",")
-    known = ["extract", *FILTERS, "pii", *KEYS, "decontaminate", "tokenise"]
-    misplaced = "extract" in names[1:] or "tokenise" in names[:-1]
+    known = ["extract", "chat", *FILTERS, "pii", *KEYS, "decontaminate", "tokenise"]
+    misplaced = {"extract", "chat"}.intersection(names[1:]) or "tokenise" in names[:-1]
     if misplaced or not {*names} <= {*known} or len({*names}) < len(names):
-        raise ValueError(f"--steps={o.steps}: choose from {','.join(known)}; extract first, tokenise last, none twice")
+        order = "extract or chat first, tokenise last, none twice"
+        raise ValueError(f"--steps={o.steps}: choose from {','.join(known)}; {order}")
     for name in {*FILTERS}.intersection(names):  # a model that is missing is told before the work
         drop_filtered(name, {"text": "a text"}, o)
     if "decontaminate" in names and not o.eval_data:
@@ -2195,6 +2370,8 @@ def main() -> None:
     o = options(Options, sys.argv[1:])
     if o.crawl:
         return write_crawl(Path(o.crawl))
+    if o.mix:
+        return mix_sources(o)
     if o.train_language or o.train_classifier or o.train_ngrams:
         return train_filter(o)
     if not o.shard and not o.merge and o.steps != "tokenise":  # under torchrun, or of an array job
@@ -2220,7 +2397,9 @@ def main() -> None:
         if manifest.get(name):
             print(f"{manifest[name]:,} {what}")
     if "train" not in manifest:
-        print(f"{manifest['seconds']} s\nnext: python data.py --input={o.output}/documents.jsonl")
+        chats = "chat" in o.steps.split(",")
+        then = f"align.py --algorithm=sft --data={o.output}" if chats else f"data.py --input={o.output}"
+        print(f"{manifest['seconds']} s\nnext: python {then}/documents.jsonl")
         return
     print(f"{manifest['seconds']} s, {manifest['tokens_per_s']:,} tokens/s\nnext: python train.py --data={o.output}")
 

@@ -1037,9 +1037,10 @@ def account(config: Config, batch: int, optimizer: str = "muon") -> dict:
     """What a model costs: parameters by role, FLOPs of one sequence of block_size tokens, bytes of training in fp32.
 
     The model runs on fake tensors, which have shapes but no numbers. FLOPs are those of matrix products (2 a
-    multiply-add), attention in full, not its causal half; a backward pass costs twice the forward pass. Activations are
-    the tensors kept for the backward pass of `batch` sequences, one (T, V) for the loss included, and for each
-    of --ahead. (Gradients of tables are counted in full; on one device they are sparse. FFTs are no products.)
+    multiply-add), attention in full, of which causal kernels skip the masked half; a backward pass costs twice the
+    forward pass. Activations are the tensors kept for the backward pass of `batch` sequences, one (T, V) for the loss
+    included, and for each of --ahead. (Gradients of tables are counted in full; on one device they are sparse. FFTs are
+    no products.)
     """
     kept = {}
 
@@ -1088,6 +1089,7 @@ def account(config: Config, batch: int, optimizer: str = "muon") -> dict:
         memory=memory,
         memory_total=sum(memory.values()),
         forward_flops=counter.get_total_flops() // batch,
+        masked_flops=counter.flop_counts["Global"].get(attention, 0) // (2 * batch),
         flops=flops,
         cache_per_token=state.nbytes // config.block_size,
     )
@@ -1102,9 +1104,22 @@ def report(config: Config, batch: int, optimizer: str = "muon") -> str:
     return f"""\
 parameters    {a['parameters']:,} ({roles}), {a['active']:,} of them in use for a token
 FLOPs         {a['forward_flops']:,} forward for {T} tokens, {3 * a['forward_flops'] // T:,} a token trained
-              of which {shares}
+              of which {shares}; {a['forward_flops'] - a['masked_flops']:,} without the half that attention masks
 memory, MiB   {a['memory_total'] / 2**20:,.1f} at {batch} x {T} tokens ({memory})
 cache         {a['cache_per_token']:,} bytes a token, {a['cache_per_token'] * T / 2**20:,.2f} MiB a sequence"""
+
+
+def by_context(config: Config) -> str:
+    """How the mixers' share of the FLOPs, and a sequence's activations, grow with the context, as a line of text."""
+    lengths = [n * config.block_size for n in (1, 4, 16)]
+    costs = [account(dataclasses.replace(config, block_size=n, recompute=False), 1) for n in lengths]
+    shares = [f"{cost['flops']['mixer'] / cost['forward_flops']:.0%}" for cost in costs]
+    kept = [f"{cost['memory']['activations'] / 2**20:,.0f}" for cost in costs]
+    frugal = dataclasses.replace(config, recompute=True, balance_bias=0.0)
+    saving = account(frugal, 1)["memory"]["activations"]
+    return f"""\
+context       {', '.join(f'{n:,}' for n in lengths)} tokens: mixers take {', '.join(shares)} of the FLOPs
+              activations of a sequence, MiB {', '.join(kept)}; with --recompute the first {saving / 2**20:,.0f}"""
 
 
 def coord_check(widths: tuple = (64, 128, 256, 512), steps: int = 5, learning_rate: float = 0.02) -> str:
@@ -1433,6 +1448,7 @@ def main() -> None:
     tokens = o.tokens or 20 * cost["parameters"]
     flops = 3 * cost["forward_flops"] // o.block_size * tokens
     print(report(o, o.batch_size))
+    print(by_context(o))
     print(f"time          {flops / PEAK[o.accelerator] / o.mfu / 3600:,.1f} hours on one {o.accelerator} at "
           f"{o.mfu:.0%} of its peak, for {tokens:,} tokens, {flops:.3g} FLOPs")
 

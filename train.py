@@ -55,7 +55,8 @@ class Options(Config):
     ngram_rows: int = 131072  # rows of the table of each n
     tie_embeddings: bool = False  # one matrix for the token embedding and the head
     data: str = ""  # text files, folders, jsonl (a comma list), or a folder of token files; empty: standard library
-    mix: str = ""  # shares of several folders of token files, such as --data=a,b --mix=0.7,0.3
+    mix: str = ""  # shares of several folders of token files, such as --data=a,b --mix=0.7,0.3; or a mix.json
+    eval_data: str = ""  # folders of token files whose val.npy is for validation (empty: those of --data)
     tokenizer: str = "bpe"  # bpe, char, byte, word, or a tokenizer file
     pattern: str = ""  # how bpe cuts text before merging (empty: gpt2; code for the default data)
     separator: str = ""  # text between the documents of a file, such as <|endoftext|>
@@ -550,12 +551,18 @@ def refuse(o: Options, sources: list[Source]):
         require(len(tokens) > o.block_size, reason)
 
 
-def shares(mix: str, n: int) -> list[float]:
-    """The numbers of --mix for n sources (empty: none). Raises ValueError where they do not fit."""
-    try:
-        weights = [float(word) for word in mix.split(",")] if mix else []
-    except ValueError:
-        weights = [-1.0]
+def shares(mix: str, folders: list[Path]) -> list[float]:
+    """The numbers of --mix for some folders (empty: none), or those that a file from data.py --mix has for them.
+
+    Raises ValueError where they do not fit, OSError for a file that is not there.
+    """
+    weights, n = [-1.0], len(folders)
+    with contextlib.suppress(ValueError, LookupError, TypeError):
+        if mix.endswith(".json"):
+            learnt = json.loads(Path(mix).read_bytes())["shares"]
+            weights = [float(learnt[str(folder)]) for folder in folders]
+        else:
+            weights = [float(word) for word in mix.split(",")] if mix else []
     good = not weights or len(weights) == n and min(weights) >= 0 and 0 < sum(weights) < math.inf
     require(good, f"--mix={mix}: it takes {n} numbers from 0 on, one for each folder of --data")
     return weights
@@ -1180,9 +1187,10 @@ def main():
         o.minutes = 2.0
     torch.set_default_dtype(torch.float64 if o.dtype == "float64" else torch.float32)
     folders = prepare_tokens(o)
-    sources, val = [[open_source(folder, side) for folder in folders] for side in ("train", "val")]
+    held = [Path(word) for word in o.eval_data.split(",")] if o.eval_data else folders
+    sources, val = ([open_source(folder, side) for folder in of] for of, side in ((folders, "train"), (held, "val")))
     agree(token_files=corpus_hash(sources + val)[:12])
-    tokenizer = open_tokenizer(folders)
+    tokenizer = open_tokenizer([*folders, *held])
     own = len(tokenizer.vocab) or o.vocab_size or 1 + max(int(source.tokens.max()) for source in sources + val)
     require(tokenizer.vocab or not o.leaderboard, "--leaderboard needs a tokenizer, for it counts bits a byte")
     theirs = checkpoint.get("tokenizer") or tokenizer.to_dict()
@@ -1193,7 +1201,8 @@ def main():
     peak = torch.tensor([measured_peak(device, dtype)], device=device)
     sum_over_ranks([peak])
     n_tokens = sum(len(source.tokens) for source in sources)
-    mix = shares(o.mix, len(sources))
+    mix = shares(o.mix, folders)
+    o.mix = ",".join(map(str, mix))  # of a file the numbers, for it may change until the run is resumed
     o = recipe(o, n_tokens, vocab_size, peak.item())
     refuse(o, sources)
     training = Run(o, vocab_size, tokenizer, checkpoint)

@@ -1,7 +1,8 @@
 """model.py against nanoGPT's model (in other words), its recurrences against their loop, and all variants trained alike.
 
 Usage: python tests/bench_model.py --speed
-       python tests/bench_model.py --variants=FOLDER --iters=300 --seeds=3   (the token files of a run of train.py; --part=1/2: half)
+       python tests/bench_model.py --variants=FOLDER --iters=300 --seeds=3   (the token files of a run of train.py;
+            --part=1/2: half of the rows; --only=NAME,NAME: those that begin so)
        python tests/bench_model.py --variants=FOLDER --question=depth   (or length, schedule)
 The two sides of a ratio take turns; what is printed is the median over the turns. Seconds are of one thread.
 """
@@ -149,6 +150,7 @@ if __name__ == "__main__":
     options = dict(word.lstrip("-").partition("=")[::2] for word in sys.argv[1:])
     if "variants" in options:
         rows = {**QUESTIONS, "": VARIANTS}[options.get("question", "")]
+        rows = {name: words for name, words in rows.items() if name.startswith(tuple(options.get("only", "").split(",")))}
         variants(Path(options["variants"]).resolve(), rows, int(options.get("iters", 300)), int(options.get("seeds", 1)),
                  options.get("part", "1/1"))
     else:

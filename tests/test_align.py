@@ -1,4 +1,5 @@
 """align.py against five-line versions in numpy, finite differences and closed forms; runs are tiny."""
+import contextlib
 import io
 import json
 import math
@@ -247,6 +248,39 @@ def test_policy_losses_and_gradients_are_trls(words, kind, level):
     assert loss.item() == pytest.approx(want.item(), abs=1e-6)  # weights are single precision
     grads = torch.autograd.grad(loss, ours)[0], torch.autograd.grad(want, theirs)[0]
     assert torch.allclose(*grads, atol=1e-6)
+
+
+@pytest.mark.slow  # TRL takes long to import
+@pytest.mark.parametrize("words, kind", [("dpo", "sigmoid"), ("dpo --beta=0.7", "sigmoid"), ("ipo", "ipo"), ("ipo --beta=0.3", "ipo")])
+def test_preference_losses_and_gradients_are_trls(words, kind):
+    trl = pytest.importorskip("trl.trainer.dpo_trainer")
+    o, (out, b) = options_of(words), outputs()
+    n, T = out.n, max(out.counts)
+    mask = torch.arange(T) < torch.tensor(out.counts)[:, None]
+    order = [*range(0, n, 2), *range(1, n, 2)]  # TRL has all that is better first
+
+    def table(x):
+        rows = torch.zeros(n, T, dtype=torch.float64)
+        return rows.masked_scatter(mask, x)[order]
+    b.share = torch.full((n,), 2 / n, dtype=torch.float64)  # the mean over pairs
+    ours, theirs = out.logp.clone().requires_grad_(), out.logp.clone().requires_grad_()
+    out.logp = ours
+    loss = align.preference_loss(out, b, o)[0]
+    stub, more = mock.MagicMock(), dict(entropy=table(out.entropy), mean_logits=table(out.value), is_top1=mask[order])
+    stub.model.training, stub.accelerator.device = False, "cpu"
+    stub.aux_loss_enabled, stub.ld_alpha, stub.precompute_ref_logps, stub.use_weighting = False, None, False, False
+    stub.f_divergence_type, stub.loss_types, stub.loss_weights, stub.beta = "reverse_kl", [kind], [1.0], o.beta
+    stub.accelerator.gather = stub.accelerator.gather_for_metrics = lambda x: x
+    stub.ref_model.side_effect = lambda **_: SimpleNamespace(log_probs=table(b.ref))
+    stub.args.gradient_checkpointing, stub.args.gradient_checkpointing_kwargs = False, None
+    completion = torch.nn.functional.pad(mask[order].long(), (1, 0))
+    with mock.patch.object(trl, "disable_gradient_checkpointing", lambda *_: contextlib.nullcontext()), \
+            mock.patch.object(trl, "is_peft_model", lambda model: False):
+        want = trl.DPOTrainer._compute_loss(stub, lambda **_: SimpleNamespace(log_probs=table(theirs), **more), dict(
+            input_ids=torch.zeros(n, T + 1, dtype=torch.long), attention_mask=torch.ones(n, T + 1), completion_mask=completion), False)
+    assert loss.item() == pytest.approx(want.item(), abs=1e-9)
+    grads = torch.autograd.grad(loss, ours)[0], torch.autograd.grad(want, theirs)[0]
+    assert torch.allclose(*grads, atol=1e-9)
 
 
 def test_cispo_keeps_the_gradient_of_clipped_tokens():

@@ -15,12 +15,15 @@ import time
 import tracemalloc
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from conftest import ROOT
 
+import bpe
 import data
+import sample
 
 STEPS = "extract,length,pii,urls,exact,lines,dedup,tokenise"
 
@@ -348,7 +351,7 @@ def test_conversations_keep_their_fields(tmp_path):
 
 
 @pytest.mark.parametrize("steps, message", [
-    ("fly", "choose from extract,"), ("tokenise,extract", "extract first"), ("length,extract", "extract first"), ("length,length", "none twice"),
+    ("fly", "choose from extract,"), ("tokenise,extract", "extract or chat first"), ("length,chat", "extract or chat first"), ("length,length", "none twice"),
     ("", "choose from"), ("extract,,tokenise", "choose from"), ("decontaminate", "--eval_data")])
 def test_steps_that_cannot_be(steps, message, tmp_path):
     with pytest.raises(ValueError, match=re.escape(message)):
@@ -455,7 +458,9 @@ def test_memory_does_not_grow_with_the_input(tmp_path, monkeypatch):
 SLOW = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
+import bpe
 import data
+import sample
 data.JOB, data.PART, data.os.fsync = 2000, 6000, lambda file: None
 data.FILTERS["slow"] = lambda text: (time.sleep(0.01) or True, None)
 data.prepare("in", "byte", "out", 300, separator="<sep>", steps="extract,slow,lines,dedup,tokenise", workers=2)
@@ -619,6 +624,141 @@ def test_a_look_shows_no_control_characters(tmp_path, capsys):
     assert "\x1b" not in out and "red ?[31m text\nsecond line" in out
 
 
+# ------------------------------------------------------------------------------------------------------- conversations
+
+CALL = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1, "b": "ü"}'}}
+OPENAI = [{"role": "user", "content": "q"}, {"role": "assistant", "content": None, "tool_calls": [CALL]},
+          {"role": "tool", "tool_call_id": "1", "content": "3"}, {"role": "assistant", "content": "It is three."}]
+SAID = ("user", "q"), ("assistant", "r")
+LAYOUTS = [
+    ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "r"}]}, SAID),
+    ({"system": "s", "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "r"}]}, (("system", "s"), *SAID)),
+    ({"instruction": "q", "input": "", "output": "r", "text": "### the same as text"}, SAID),
+    ({"instruction": "q", "input": "i", "output": "r"}, (("user", "q\n\ni"), ("assistant", "r"))),
+    ({"prompt": "q", "completion": "r"}, SAID), ({"prompt": "q", "response": "r", "source": "s"}, SAID),
+    ({"prompt": [{"role": "user", "content": "q"}], "completion": [{"role": "assistant", "content": "r"}]}, SAID),
+    ({"question": "q", "answer": "r"}, SAID),
+    ({"messages": [{"role": "developer", "content": "s"}, {"role": "user", "content": [{"type": "text", "text": "q"}]},
+                   {"role": "assistant", "content": "r"}], "prompt": "q", "completion": "other"}, (("system", "s"), *SAID)),
+    ({"messages": OPENAI, "tools": [{"name": "add"}]}, (
+        ("system", '[{"name": "add"}]'), ("user", "q"),
+        ("assistant", '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": "ü"}}\n</tool_call>'), ("tool", "3"), ("assistant", "It is three."))),
+]
+MALFORMED = [
+    ({"conversation": []}, "a layout that is not known"), ({"text": "no conversation"}, "a layout that is not known"),
+    ({"messages": []}, "no reply at the end"), ({"messages": OPENAI[:1]}, "no reply at the end"), ({"prompt": "q", "completion": ""}, "no reply at the end"),
+    ({"messages": [{"role": "narrator", "content": "x"}]}, "a role that is not known"), ({"messages": [{"content": "x"}]}, "a role that is not known"),
+    ({"messages": [{"role": "user", "content": " "}, {"role": "assistant", "content": "x"}]}, "a turn without text"),
+    *[(row, "no JSON with a text or messages") for row in (
+        [1], 3, {"messages": 5}, {"messages": ["x"]}, {"messages": {"role": "user"}}, {"messages": [{"role": ["user"], "content": "x"}]},
+        {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, {"messages": [{"role": "assistant", "tool_calls": [{"function": {}}]}]},
+        {"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{"}]}]})],
+]
+
+
+def test_conversations_in_common_layouts_become_messages_that_align_reads(tmp_path):
+    """Each layout, from jsonl and as one JSON array; what is none is counted by reason; in = kept + dropped."""
+    rows = [row for row, _ in LAYOUTS + MALFORMED]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "{broken\n", encoding="utf-8")
+    (tmp_path / "b.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    for name, broken in (("a.jsonl", 1), ("b.json", 0)):
+        manifest = prepare(tmp_path / name, tmp_path / f"out-{name}", "chat,pii", workers=1)
+        found = [tuple((turn["role"], turn["content"]) for turn in row["messages"]) for row in documents_of(tmp_path / f"out-{name}")]
+        assert found == [tuple(said) for _, said in LAYOUTS]
+        dropped = Counter(reason for _, reason in MALFORMED) + Counter({"no JSON with a text or messages": broken})
+        assert manifest["steps"]["read"]["dropped"] == dropped and balanced(manifest["steps"], "pii")
+        assert manifest["steps"]["read"]["in"] == len(rows) + broken
+    coder = bpe.train("byte", ["a"], 300)
+    for row in documents_of(tmp_path / "out-a.jsonl"):
+        ids, mask = sample.render(row["messages"], "plain", coder)
+        assert len(ids) == len(mask) and 0 < sum(mask) < len(mask)
+    (tmp_path / "c.json").write_text('{"messages": [')
+    assert prepare(tmp_path / "c.json", tmp_path / "c", "chat")["steps"]["read"]["dropped"] == {"no JSON with a text or messages": 1}
+    assert prepare(tmp_path / "b.json", tmp_path / "d", "exact")["steps"]["read"]["kept"] == 1  # without `chat` it is text
+
+
+# ---------------------------------------------------------------------------------------------------------------- mixing
+
+def test_shares_by_size():
+    assert data.shares_by_size([1000, 3000], 1).tolist() == [0.25, 0.75]
+    assert data.shares_by_size([1000, 9000], 2).tolist() == [0.25, 0.75]  # their roots
+    assert data.shares_by_size([1, 10**12, 5], float("inf")).tolist() == [1 / 3] * 3
+
+
+@pytest.mark.parametrize("best", [(0.6, 0.3, 0.1), (0.2, 0.2, 0.6), (1.0, 0.0, 0.0), (0.5, 0.5, 0.0)])
+def test_the_mixture_of_a_known_loss_is_found(best):
+    """log loss is a bowl around the optimum, plus noise of half a percent: the interval holds it, the runs are as many as asked."""
+    rng, calls = np.random.default_rng(3), []
+
+    def run(shares):
+        calls.append(shares)
+        assert min(shares) >= 0 and abs(sum(shares) - 1) < 1e-5
+        return 3 * np.exp(0.4 * np.sum((np.array(shares) - best) ** 2) + 0.005 * rng.standard_normal())
+
+    found = data.learn_shares(run, [100, 100, 800], 30, 0)
+    assert len(calls) == 30 and calls[0] == [0.1, 0.1, 0.8] and calls[1] == [0.333333] * 3
+    assert np.abs(found["shares"] - best).max() < 0.06 and abs(found["shares"].sum() - 1) < 1e-9
+    assert (found["low"] - 0.06 <= best).all() and (best <= found["high"] + 0.06).all() and (found["high"] - found["low"]).max() < 0.25
+    assert abs(found["loss"] / 3 - 1) < 0.01 and 0.003 < found["error"] < 0.01
+    with pytest.raises(ValueError, match="--runs=6 are too few for 3 sources: 7 at least"):
+        data.learn_shares(run, [1, 2, 3], 6, 0)
+
+
+def test_where_shares_do_not_matter_the_interval_says_so():
+    rng = np.random.default_rng(0)
+    found = data.learn_shares(lambda shares: 3 * np.exp(0.01 * rng.standard_normal()), [1, 1], 16, 0)
+    assert (found["high"] - found["low"]).min() > 0.5
+
+
+def test_a_mixture_learnt_by_runs_of_train(tmp_path, run_main, monkeypatch):
+    """Of two sources one is like the target: it gets nearly all. No run is done twice, and train.py reads the file."""
+    calls = []
+
+    def launch(command, **_):  # the process of a run, in this one
+        calls.append(command[2:])
+        assert command[:2] == [sys.executable, ROOT / "train.py"]
+        return run_main("train.py", *command[2:], cwd=tmp_path)
+
+    monkeypatch.setattr(data, "subprocess", SimpleNamespace(run=launch))
+    rng = np.random.default_rng(0)
+    for name, size in (("a", 2000), ("b", 3000), ("t", 500)):
+        (tmp_path / name).mkdir()
+        for side in ("train", "val"):
+            tokens = rng.integers(0, 40, size) if name == "a" else np.arange(size) * 3 % 40
+            np.save(tmp_path / name / f"{side}.npy", tokens.astype(np.uint16))
+    tiny = "--vocab_size=40 --n_layer=1 --n_embd=16 --ngram=0 --block_size=16 --batch_size=8 --max_iters=40 --learning_rate=0.01"
+    words = ["--mix=a,b", "--eval_data=t", f"--train={tiny}", "--runs=4", "--output=mix"]
+    done = run_main("data.py", *words, cwd=tmp_path)
+    assert done.returncode == 0 and len(calls) == 4, done.stderr
+    recipe = json.loads((tmp_path / "mix/mix.json").read_text())
+    assert recipe["shares"]["b"] > 0.9 and recipe["low"].keys() == {"a", "b"}
+    rows = (tmp_path / "mix/mix.jsonl").read_text().splitlines()
+    (tmp_path / "mix/mix.jsonl").write_text("".join(f"{row}\n" for row in rows[:3]))  # killed before the last
+    assert run_main("data.py", *words, cwd=tmp_path).returncode == 0 and calls[3][:-1] == calls[4][:-1] and len(calls) == 5
+    assert json.loads((tmp_path / "mix/mix.json").read_text()) == recipe
+    done = run_main("train.py", "--data=a,b", "--mix=mix/mix.json", "--eval_data=t", *tiny.split(), cwd=tmp_path)
+    assert done.returncode == 0 and "500 for validation" in done.stdout, done.stderr
+    log = [json.loads(line) for line in open(tmp_path / "out/log.jsonl")]
+    assert log[0]["options"]["mix"] == ",".join(str(recipe["shares"][name]) for name in "ab")
+    plain = json.loads(rows[1])
+    assert plain["words"][1] == "--mix=0.5,0.5" and log[-1]["val_loss"] < plain["loss"]
+    for words, part in ((["--mix=a"], "two folders"), (["--mix=a,nowhere"], "nowhere"), (["--mix=a,b", "--runs=2"], "--runs=2"),
+                        (["--mix=a,b", "--train=--n_layer=-1", "--runs=4"], "n_layer")):
+        bad = run_main("data.py", *words, "--output=bad", cwd=tmp_path)
+        assert bad.returncode == 1 and part in bad.stderr and bad.stderr.count("\n") == 1, bad.stderr
+
+
+def test_a_mixture_by_temperature(tmp_path, run_main):
+    for name, size in (("a", 1000), ("b", 9000)):
+        (tmp_path / name).mkdir()
+        np.save(tmp_path / name / "train.npy", np.zeros(size, np.uint16))
+    done = run_main("data.py", "--mix=a,b", "--temperature=2", "--output=mix", cwd=tmp_path)
+    assert done.returncode == 0 and "--mix=mix/mix.json" in done.stdout
+    assert json.loads((tmp_path / "mix/mix.json").read_text()) == {"shares": {"a": 0.25, "b": 0.75}}
+    done = run_main("data.py", "--mix=a,b", "--temperature=-1", "--output=mix", cwd=tmp_path)
+    assert done.returncode == 1 and "--temperature" in done.stderr
+
+
 # --------------------------------------------------------------------------------------------------------------- fuzz
 
 def mutated(rng, raw):
@@ -645,6 +785,16 @@ def fuzz(tmp_path, seeds):
 
 def test_mutated_files_are_counted(tmp_path):
     fuzz(tmp_path, range(3))
+
+
+def test_mutated_conversations_are_counted():
+    rng, counts = random.Random(0), Counter()
+    for i in range(2000):
+        raw = mutated(rng, json.dumps(rng.choice(LAYOUTS + MALFORMED)[0]).encode())
+        row = data.do_document({"raw": raw, "kind": "row", "headers": {}, "origin": str(i)}, [], ["read", "pii"], data.Options(steps="chat"), counts)
+        assert row is None or not row["reason"].startswith("error"), raw
+    steps = data.nested(counts)
+    assert balanced(steps, "pii") and steps["read"]["in"] == 2000 and steps["read"]["kept"] > 20
 
 
 @pytest.mark.slow

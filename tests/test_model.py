@@ -1255,6 +1255,9 @@ def test_accounting_of_parameters_flops_and_bytes(name, single):
         gpt(x)
     assert a["forward_flops"] == counter.get_total_flops() // 3
     assert a["flops"] == share
+    if "latent" not in config.mixer:  # whose products are not all of attention
+        attended = [mixer for mixer in tiled(config) if mixer in ("attention", "window", "strided", "valued")]
+        assert a["masked_flops"] == len(attended) * mixing["attention"] * heads // 2
 
 
 def kept_bytes(gpt, x):
@@ -1271,6 +1274,16 @@ def kept_bytes(gpt, x):
     for tensor in (*gpt.parameters(), *gpt.buffers()):
         kept.pop(tensor.untyped_storage().data_ptr(), None)
     return sum(storage.nbytes() for storage in kept.values())
+
+
+def test_accounting_by_context(single):
+    """The line says what account says of each length, and of recomputing; the mixers' share grows."""
+    config = Config(**TINY, n_expert=2, balance_bias=0.1)
+    costs = [model.account(dataclasses.replace(config, block_size=n), 1) for n in (16, 64, 256)]
+    shares = [cost["flops"]["mixer"] / cost["forward_flops"] for cost in costs]
+    text = model.by_context(config)
+    assert "16, 64, 256 tokens: mixers take " + ", ".join(f"{share:.0%}" for share in shares) in text
+    assert shares == sorted(shares) and shares[0] < shares[2] - 0.1
 
 
 @pytest.mark.parametrize("name", some)

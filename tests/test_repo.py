@@ -25,9 +25,9 @@ from conftest import ROOT, tiny_documents
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
 CEILING = {
     "bpe.py": 705,
-    "data.py": 1640,
-    "model.py": 1032,
-    "train.py": 932,
+    "data.py": 1770,
+    "model.py": 1042,
+    "train.py": 937,
     "kernels.py": 1720,
     "ddp.py": 1217,
     "scaling.py": 1040,

@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -740,10 +741,10 @@ def brute_evaluation(gpt, val):
 
 @pytest.mark.parametrize("length", [2, 16, 17, 18, 256, 257, 258, 333, 600])
 def test_evaluation_is_exact(length, double):
-    run, val = shaken(make(dropout=0.5, schedule="cosine")), random_ids(length, seed=1)
+    run, val = shaken(make(dropout=0.5, schedule="cosine", z_loss=0.1, ahead=1)), random_ids(length, seed=1)
     vars(run.progress).update(step=3, tokens=3 * 4 * T, seconds=2.0, loss=12.0, count=8)
     record = run.evaluate([source(val)])
-    assert run.gpt.training
+    assert run.gpt.training and run.objective.training
     expected = brute_evaluation(run.gpt.eval(), val)
     assert record["val_loss"] == pytest.approx(expected / (length - 1), rel=1e-12)
     assert list(record) == KEYS and record["bpb"] is None
@@ -875,10 +876,41 @@ def test_a_stage_with_a_longer_context_and_another_mixture(launch, folder, tmp_p
 
 @pytest.mark.parametrize("words, parts", [
     (["--mix=0.5"], ["--mix=0.5", "2 numbers"]), (["--mix=1,2,3"], ["2 numbers"]), (["--mix=a,b"], ["--mix=a,b"]),
-    (["--mix=0,0"], ["--mix=0,0"]), (["--mix=1,-1"], ["--mix=1,-1"]), (["--mix=nan,1"], ["--mix=nan,1"])])
+    (["--mix=none.json"], ["none.json"]), (["--mix=0,0"], ["--mix=0,0"]), (["--mix=1,-1"], ["--mix=1,-1"]), (["--mix=nan,1"], ["--mix=nan,1"])])
 def test_mixtures_that_do_not_fit(words, parts, launch, folder, tmp_path):
     refused(launch(*words, data=f"{folder},{folder}"), *parts)
     assert not (tmp_path / "out/log.jsonl").exists()
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "{}", "{", '{"shares": [0.5, 0.5]}', '{"shares": {"elsewhere": 1}}'])
+def test_a_file_of_shares_that_does_not_fit(text, launch, folder, tmp_path):
+    (tmp_path / "mix.json").write_text(text)
+    refused(launch(f"--mix={tmp_path / 'mix.json'}", data=f"{folder},{folder}"), "mix.json: it takes 2 numbers")
+
+
+def test_shares_from_a_file_go_by_the_names_of_folders(tmp_path):
+    (tmp_path / "mix.json").write_text(json.dumps({"shares": {"b": 0.2, "a/c": 0.8, "unused": 1}}))
+    for names, expected in ((["a/c", "b"], [0.8, 0.2]), (["b", "a/c"], [0.2, 0.8])):
+        assert train.shares(str(tmp_path / "mix.json"), list(map(Path, names))) == expected
+
+
+def test_validation_on_another_folder(launch, folder, tmp_path):
+    """--eval_data: its val.npy alone counts; other tokenizers and missing files are refused."""
+    other = tmp_path / "other"
+    other.mkdir()
+    assert launch().code == 0
+    before = read_log(tmp_path / "out")[-1]
+    np.save(other / "val.npy", np.load(folder / "val.npy")[:50])
+    assert launch(f"--eval_data={other}", output=tmp_path / "b").code == 0
+    after = read_log(tmp_path / "b")[-1]
+    assert after["train_loss"] == before["train_loss"] and after["val_loss"] != before["val_loss"]
+    np.save(other / "val.npy", np.load(folder / "val.npy"))
+    assert launch(f"--eval_data={other}", output=tmp_path / "c").code == 0
+    assert read_log(tmp_path / "c")[-1]["val_loss"] == before["val_loss"]
+    refused(launch(f"--eval_data={tmp_path / 'none'}"), "none")
+    for path, text in ((folder, "abc"), (other, "abd")):
+        bpe.train("char", [text * 9], 50).save(path / "tokenizer.json")
+    refused(launch(f"--eval_data={other}"), "different tokenizers", str(other))
 
 
 def test_sources_of_different_tokenizers(launch, folder, tmp_path):
