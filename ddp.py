@@ -1581,15 +1581,19 @@ def merge(folder: str, output: str) -> None:
 
 # ---- processes
 
-def agree(*words: str) -> None:
-    """Raise ValueError unless all ranks were started with the same.
+def agree(**own) -> None:
+    """Raise ValueError, on all ranks alike, unless all were started with the same.
 
     Else they would wait for messages that never come, or train two models.
     """
-    every = [None] * dist.get_world_size()
-    dist.all_gather_object(every, words)
+    every = [own]
+    if dist.is_initialized():
+        every *= dist.get_world_size()
+        dist.all_gather_object(every, own)
     for rank, other in enumerate(every):
-        require(other == every[0], f"rank {rank} was started with {other}, rank 0 with {every[0]}")
+        for name, value in other.items():
+            first = every[0].get(name)
+            require(value == first, f"rank {rank} was started with {name}={value}, rank 0 with {name}={first}")
 
 
 def process(rank: int, o: Options, words: list[str], file: str) -> None:
@@ -1604,7 +1608,7 @@ def process(rank: int, o: Options, words: list[str], file: str) -> None:
     )
     dist.init_process_group("gloo", timeout=Group.timeout, **own if file else {})
     sys.stdout = open(os.devnull, "w") if dist.get_rank() else sys.stdout
-    agree(*words)
+    agree(**vars(o))
     fine = bench_collectives() is None if o.bench_collectives else harness(o, words)
     dist.barrier()
     dist.destroy_process_group()

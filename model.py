@@ -1176,7 +1176,9 @@ def save_checkpoint(path: str | os.PathLike, model: GPT, **rest) -> None:
 
     `weights` among the rest stand for the model's own, such as a copy that no longer changes.
     """
-    whole = dict(version=CHECKPOINT_VERSION, config=vars(model.config), weights=model.state_dict()) | rest
+    whole = dict(version=CHECKPOINT_VERSION, config=vars(model.config)) | rest
+    if "weights" not in rest:  # FSDP2 frees gathered parameters when it is asked, here under a step of training
+        whole["weights"] = model.state_dict()
     with replacing(path) as file:
         try:
             torch.save(whole, file)

@@ -45,7 +45,8 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bpe import Tokenizer, from_dict
-from model import GPT, Embedding, Linear, State, from_checkpoint, load_checkpoint, replacing, require
+from model import GPT, Config, Embedding, Linear, State, from_checkpoint, load_checkpoint, replacing, require
+from model import ROLES as WEIGHTS
 
 END = "<|endoftext|>"
 Seen = Sequence[list[int]]  # the tokens of each row so far
@@ -80,6 +81,7 @@ class Options(Sampling):
     seed: int = 0  # of the random numbers; each sample has its own sequence of them
     device: str = ""  # cpu, cuda, mps (empty: the fastest that is there)
     quantize: str = ""  # whole numbers as weights: int8, int4 (empty: as they are)
+    prune: str = ""  # leave out a share of each matrix, as 0.5, or layers, as layers:2; --output=FILE.pt keeps the rest
     draft: str = ""  # guess ahead, for speed and not for another text: lookup (in the text so far), or a checkpoint
     chat: bool = False  # a conversation: lines of stdin are answered
     system: str = ""  # chat: what the model is told first
@@ -197,10 +199,12 @@ class Request:
     end: int = -1  # the token that ends it (-1: none)
     text: TextStream = dataclasses.field(default_factory=TextStream)
     bias: dict[int, float] = dataclasses.field(default_factory=dict)  # added to the logits of these tokens
+    top: int = 0  # so many of the likeliest tokens are kept beside each new one
 
     def __post_init__(self):
         self.output = []  # new tokens
         self.logprobs = []  # theirs, in the model's own distribution
+        self.likely = []  # with `top`: (token, its log-probability), the likeliest first, for each new token
         self.context = []  # the tokens that the model sees; the engine sets them
         self.held = 0  # so many of them are in the engine's state
         self.fed = 0  # so many tokens of the output are in the text
@@ -226,6 +230,10 @@ def pick(logits: Tensor, requests: Sequence[Request]) -> list[tuple[int, float]]
     """Choose from logits (B, V), each row as its request says: tokens, and their log-probabilities in the logits."""
     total = logits.logsumexp(-1)
     require(total.isfinite().all(), "the model's output is not finite (NaN or infinite): its training diverged")
+    if most := max(request.top for request in requests):
+        best = (logits - total[:, None]).topk(min(most, logits.shape[1]))
+        for request, ids, chances in zip(requests, best.indices.tolist(), best.values.tolist()):
+            request.likely.append([*zip(ids, chances)][:request.top])
     shaped = logits.clone() if any(request.bias for request in requests) else logits
     for row, request in zip(shaped, requests):
         for token, extra in request.bias.items():
@@ -564,6 +572,66 @@ def quantise(model: GPT, kind: str) -> str:
     return f"{kind}: {before / 1e6:,.1f} MB of weights now take {after / 1e6:,.1f} MB"
 
 
+# ---- smaller models: what matters least is left out
+
+def smallest(checkpoint: dict, share: float) -> dict:
+    """A share of each hidden matrix, the numbers nearest to 0, becomes 0 (Han et al. 2015)."""
+    require(0 < share < 1, f"--prune={share}: a share is above 0 and below 1")
+    roles = from_checkpoint(checkpoint).roles()
+    weights = checkpoint["weights"] | {}
+    for name in [name for name in roles if WEIGHTS[roles[name]].muon]:
+        flat = weights[name].clone().flatten()
+        flat[flat.abs().argsort()[:int(share * len(flat))]] = 0
+        weights[name] = flat.view_as(weights[name])
+    return checkpoint | dict(weights=weights, pruned=True)
+
+
+def without(checkpoint: dict, layer: int) -> dict:
+    """All but one layer; those above it move down."""
+    config, found = Config(**checkpoint["config"]), {}
+    left = [i for i in range(config.n_layer) if i != layer]
+    for axis in ("mixer", "position"):  # these may differ from layer to layer
+        keys = [config.tiled(axis)[i] for i in [*left, layer]]  # with the last, a kind that is gone is still named
+        found[axis] = ",".join(keys if len({*keys}) > 1 else keys[:1])
+    weights = {}
+    for name, weight in checkpoint["weights"].items():
+        _, number, rest = re.fullmatch(r"(blocks\.(\d+)\.)?(.*)", name).groups()
+        if number is None:
+            weights[name] = weight
+        elif int(number) in left:
+            weights[f"blocks.{left.index(int(number))}.{rest}"] = weight
+    return checkpoint | dict(config=checkpoint["config"] | found | dict(n_layer=len(left)), weights=weights)
+
+
+@torch.inference_mode()
+def least_layers(checkpoint: dict, count: int) -> dict:
+    """All but `count` layers. One by one, that goes without which the model's own text costs least."""
+    model = from_checkpoint(checkpoint).eval()
+    layers, length = model.config.n_layer, min(model.config.block_size - 1, CHUNK)
+    require(0 < count < layers, f"--prune=layers:{count}: the model has {layers}, of which one must stay")
+    requests = [Request([0], length, Sampling(1.0, 0), seed) for seed in range(16)]
+    for _ in iter(Engine(model, requests).step, []):
+        pass
+    tokens = torch.tensor([request.prompt + request.output for request in requests])
+
+    def loss(checkpoint):
+        logits = from_checkpoint(checkpoint).eval()(tokens[:, :-1])
+        return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).item()
+    for n in range(layers, layers - count, -1):
+        checkpoint = min((without(checkpoint, layer) for layer in range(n)), key=loss)
+    return checkpoint
+
+
+def pruned(checkpoint: dict, how: str) -> dict:
+    """A checkpoint's dict without what --prune names. Raises ValueError."""
+    found = re.fullmatch(r"layers:(\d+)|(0?\.\d+)|", how)
+    require(found, f"--prune={how}: write a share such as 0.5, or layers:N")
+    count, share = found.groups()
+    if not how:
+        return checkpoint
+    return least_layers(checkpoint, int(count)) if count else smallest(checkpoint, float(share))
+
+
 # ---- from text to text
 
 def ask(tokenizer: Tokenizer | None, prompt: str | list, n_samples: int = 1, max_new_tokens: int = 256,
@@ -895,7 +963,7 @@ class Exam:
         """
         output = Path(self.o.output)
         settings = dict(ckpt=self.o.ckpt, shots=self.o.shots, **wishes(self.o))
-        settings |= {name: vars(self.o)[name] for name in ("quantize", "swap") if vars(self.o)[name]}
+        settings |= {name: vars(self.o)[name] for name in ("quantize", "prune", "swap") if vars(self.o)[name]}
         held = read_results(output) if output.exists() else dict(settings=settings)
         require(held["settings"] == settings, f"{output} has results of other settings: name another --output")
         for name in self.o.eval.split(","):
@@ -970,6 +1038,7 @@ PARAMETERS = {  # of a request: types, bounds of the value or of its length; the
     "stream_options": ((dict,), 0, 9),
     "max_tokens max_completion_tokens n": ((int,), 1, 10**6),
     "logprobs": ((int, bool), 0, 5),
+    "top_logprobs": ((int,), 0, 20),
     "top_k seed": ((int,), -2**63, 2**63),
     "temperature top_p min_p presence_penalty": ((int, float), -100, 100),
     "repetition_penalty": ((int, float), 0.01, 100),
@@ -1022,12 +1091,16 @@ class Reply(Request):
         ids, chances = self.output[first:last], self.logprobs[first:last]
         out = dict(finish_reason={"": None, "length": "length"}.get(done, "stop"), token_ids=ids, logprobs=None)
         if body.get("logprobs", False) is not False:
-            rows = []
-            for token, chance in zip(ids, chances):
+            def entry(token, chance):
                 data = decode([token])
-                rows.append(dict(token=data.decode("utf-8", "replace"), bytes=[*data], logprob=chance, top_logprobs=[]))
+                return dict(token=data.decode("utf-8", "replace"), bytes=[*data], logprob=chance)
+            rows, likely = [], self.likely[first:last] or [[]] * len(ids)
+            for token, chance, best in zip(ids, chances, likely):
+                rows.append(entry(token, chance) | dict(top_logprobs=[entry(*pair) for pair in best]))
             names = [row["token"] for row in rows]
-            out["logprobs"] = dict(tokens=names, token_logprobs=chances, content=rows)  # of texts, and of chats
+            tops = [{one["token"]: one["logprob"] for one in row["top_logprobs"]} for row in rows]
+            # of texts, and of chats
+            out["logprobs"] = dict(tokens=names, token_logprobs=chances, top_logprobs=tops, content=rows)
         if not chat:
             return out | dict(text=text[start:])
         role = {} if first else dict(role="assistant")
@@ -1208,7 +1281,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         bias = {int(token): extra for token, extra in bias.items()}
         end = self.server.tokenizer.special_tokens.get(TEMPLATES[o.template][2] if chat else END, -1)
         seed = body.get("seed", random.getrandbits(32))
-        return [Reply(ids, length, sampling, f"{seed} {number}", end, TextStream(stops), bias)
+        top = body.get("top_logprobs", 0) if chat else int(body.get("logprobs", 0))
+        return [Reply(ids, length, sampling, f"{seed} {number}", end, TextStream(stops), bias, top)
                 for ids in prompts for number in range(body.get("n", 1))]
 
     def complete(self, chat: bool = False):
@@ -1364,13 +1438,15 @@ def serve(model: GPT, tokenizer: Tokenizer | None, o: "Options") -> None:
 
 # ---- loading, the command line
 
-def load(path: str | os.PathLike = "out/ckpt.pt", device: str | torch.device = "") -> tuple[GPT, Tokenizer | None]:
+def load(path: str | os.PathLike = "out/ckpt.pt", device: str | torch.device = "",
+         prune: str = "") -> tuple[GPT, Tokenizer | None]:
     """Model, ready for sampling on `device` ("": the fastest that is there), and tokenizer (None: there is none).
 
-    Nothing in the checkpoint is executed. Raises OSError, and ValueError where the two do not fit together.
+    `prune` is as the option. Nothing in the checkpoint is executed. Raises OSError, and ValueError where the two do not
+    fit together.
     """
     require(Path(path).exists(), f"{path} does not exist; `python train.py` makes it, --ckpt=FILE names another")
-    checkpoint = load_checkpoint(path)
+    checkpoint = pruned(load_checkpoint(path), prune)
     device = device or ("cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu")
     try:
         torch.zeros(1, device=device).item()
@@ -1497,7 +1573,13 @@ def run(main: Callable[[], None]) -> None:
 
 def main() -> None:
     o = options(Options, sys.argv[1:])
-    model, tokenizer = load(o.ckpt, o.device)
+    if o.prune and o.output.endswith(".pt"):
+        checkpoint = pruned(load_checkpoint(o.ckpt), o.prune)
+        rest = {name: value for name, value in checkpoint.items() if name not in ("optimizer", "progress")}
+        with replacing(o.output) as file:
+            torch.save(rest, file)
+        return print(f"next: python train.py --init_from={o.output}, which goes on with what is left")
+    model, tokenizer = load(o.ckpt, o.device, o.prune)
     if o.quantize:
         print(quantise(model, o.quantize), file=sys.stderr)
     elif not o.draft and model.head.weight.is_cpu:  # a draft's guesses make several vectors of one

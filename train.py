@@ -78,6 +78,9 @@ class Options(Config):
     momentum: float = 0.95  # Muon's and SGD's memory of the gradient
     grad_clip: float = 1.0  # largest norm of the gradient (0: any)
     z_loss: float = 0.0  # weight of the squared log of the softmax's denominator in the loss
+    teacher: str = ""  # a checkpoint of the same tokenizer, whose probabilities are learned beside the tokens
+    teacher_weight: float = 0.5  # share of its part in the loss
+    teacher_temperature: float = 1.0  # logits of both are divided by it
     schedule: str = "wsd"  # of the learning rate: wsd, cosine, linear, constant
     warmup_iters: int = 0  # steps in which the learning rate rises
     decay_share: float = 0.6  # share of the steps in which wsd falls
@@ -170,18 +173,18 @@ LOGITS = 2**24  # numbers: above this (on a GPU, 8 times this) the output layer 
 
 
 class InChunks(torch.autograd.Function):
-    """Sum of f(x[i:j], targets[i:j]) over chunks of rows, of which one alone is in memory.
+    """Sum of f(x[i:j], *(y[i:j] for y in others)) over chunks of rows, of which one alone is in memory.
 
     The gradients for x and for the parameters of f are taken with each chunk's loss, and kept instead of its logits.
     """
 
     @staticmethod
-    def forward(ctx, f, rows, x, targets, *parameters):
+    def forward(ctx, f, rows, x, others, *parameters):
         total, parts, sums = 0.0, [], [torch.zeros_like(weight) for weight in parameters]
-        for part, target in zip(x.split(rows), targets.split(rows)):
+        for part, *rest in zip(*(y.split(rows) for y in (x, *others))):
             part = part.detach().requires_grad_()
             with torch.enable_grad():
-                loss = f(part, target)
+                loss = f(part, *rest)
             grad, *grads = torch.autograd.grad(loss, (part, *parameters))
             total += loss.detach()
             parts.append(grad)
@@ -196,46 +199,63 @@ class InChunks(torch.autograd.Function):
         return None, None, x, None, *sums
 
 
+def divergence(logits: Tensor, theirs: Tensor, heat: float) -> Tensor:
+    """KL(teacher || student) of each row in nats, both at a temperature, times its square: logits (R, V) -> (R).
+
+    The square keeps the size of the gradient (Hinton et al. 2015).
+    """
+    own, right = ((x / heat).log_softmax(-1) for x in (logits, theirs))
+    return heat**2 * (right.exp() * (right - own)).sum(-1)
+
+
 class Objective(nn.Module):
     """(tokens (B, T), targets (B, T)) -> (loss sum in nats, count); targets of -1 do not count.
 
     In training the sum holds what the layers add, such as the balance of experts, what the heads of --ahead lose, and
     `z_loss` times the square of log sum exp(logits), which keeps logits from drifting (Chowdhery et al. 2022).
+    `teacher`: (another model, weight of the divergence from it, temperature); in a tuple, it is no part of this module.
     """
 
     fused = None  # output layer and cross-entropy in one, with --kernels
 
-    def __init__(self, gpt: GPT, z_loss: float = 0.0):
+    def __init__(self, gpt: GPT, z_loss: float = 0.0, teacher: tuple = ()):
         super().__init__()
-        self.gpt, self.z_loss = gpt, z_loss
+        self.gpt, self.z_loss, self.teacher = gpt, z_loss, teacher
 
-    def rows(self, x, targets):
-        """The loss of rows x (R, C) of the last layer."""
+    def rows(self, x, targets, theirs=None):
+        """The loss of rows x (R, C) of the last layer; `theirs` is the teacher's."""
         logits = self.gpt.head(x)  # (R, V)
         loss = F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
+        if theirs is not None:
+            teacher, weight, heat = self.teacher
+            gaps = divergence(logits, teacher.head(theirs), heat)
+            loss = (1 - weight) * loss + weight * (gaps * (targets >= 0)).sum()
         if self.z_loss and self.training:
             squares = logits.logsumexp(-1).square()
             loss = loss + self.z_loss * (squares * (targets >= 0)).sum()
         return loss
 
-    def total(self, x, targets):
-        """The loss of all rows x (B, T, C), where they are many some at a time."""
-        x, targets = x.flatten(0, 1), targets.flatten()
-        rows = (8 if x.is_cuda else 1) * LOGITS // self.gpt.config.vocab_size + 1
-        if self.fused and self.training and not (self.z_loss or self.gpt.config.softcap):
+    def total(self, x, *others):
+        """The loss of all rows x (B, T, C), with targets and the teacher's; where they are many, of some at a time."""
+        x, *others = (y.flatten(0, 1) for y in (x, *others))
+        rows = (8 if x.is_cuda else 1) * LOGITS // self.gpt.config.vocab_size // len(others) + 1
+        if self.fused and self.training and not (self.z_loss or self.gpt.config.softcap or self.teacher):
             kind = x.device.type
             half = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-            return self.fused(x.to(half), self.gpt.head.weight.to(half), targets)
+            return self.fused(x.to(half), self.gpt.head.weight.to(half), *others)
         if torch.compiler.is_compiling():  # which would compile each chunk anew, and fuses the whole
-            return self.rows(x, targets)
+            return self.rows(x, *others)
         if len(x) > rows and self.training:
             head = self.gpt.head.parameters()
-            return InChunks.apply(self.rows, rows, x, targets, *head)
-        return sum(map(self.rows, x.split(rows), targets.split(rows)))
+            return InChunks.apply(self.rows, rows, x, others, *head)
+        return sum(map(self.rows, *(y.split(rows) for y in (x, *others))))
 
     def forward(self, tokens, targets):
-        x = self.gpt.hidden(tokens)
-        loss, count = self.total(x, targets), (targets >= 0).sum()
+        x, theirs = self.gpt.hidden(tokens), []
+        if self.teacher and self.training:
+            with torch.no_grad():
+                theirs = [self.teacher[0].hidden(tokens)]
+        loss, count = self.total(x, targets, *theirs), (targets >= 0).sum()
         for further, layer in enumerate(self.gpt.ahead if self.training else (), 1):
             told = (x + layer(x))[:, :-further]
             loss = loss + self.gpt.config.ahead_loss * self.total(told, targets[:, further:])
@@ -394,6 +414,21 @@ def join_ranks(o: Options):
     dist.init_process_group(backend, store=store, rank=rank, world_size=world)
 
 
+def agree(**own) -> None:
+    """Raise ValueError, on all ranks alike, unless all were started with the same.
+
+    Else they would wait for messages that never come, or train two models.
+    """
+    every = [own]
+    if dist.is_initialized():
+        every *= dist.get_world_size()
+        dist.all_gather_object(every, own)
+    for rank, other in enumerate(every):
+        for name, value in other.items():
+            first = every[0].get(name)
+            require(value == first, f"rank {rank} was started with {name}={value}, rank 0 with {name}={first}")
+
+
 def sum_over_ranks(tensors: list[Tensor]):
     """Replace each tensor by its sum over all ranks."""
     for tensor in tensors if dist.is_initialized() else ():
@@ -508,7 +543,7 @@ def refuse(o: Options, sources: list[Source]):
     if o.parallel:
         require(not o.parts or not o.parallel.startswith("torch"), "--parts is for the forms of ddp.py")
         require(dist.is_initialized(), "--parallel needs processes: torchrun --nproc_per_node=2 train.py ...")
-        for name in ("compile", "kernels", "noise_scale", "z_loss", "dropout"):
+        for name in ("compile", "kernels", "noise_scale", "z_loss", "dropout", "teacher"):
             require(not getattr(o, name), f"--{name} does not go with --parallel")
         require(o.dtype != "float16", "--dtype=float16 does not go with --parallel; bfloat16 does")
     for tokens, _ in sources:
@@ -592,6 +627,22 @@ def open_tokenizer(folders: list[Path]):
     return tokenizer
 
 
+def open_teacher(o: Options, config: Config, tokenizer: object, device: torch.device) -> tuple:
+    """What Objective takes of --teacher; nothing where there is none. Raises OSError or ValueError."""
+    if not o.teacher:
+        return ()
+    require(0 <= o.teacher_weight <= 1, f"--teacher_weight={o.teacher_weight} must be from 0 to 1")
+    require(o.teacher_temperature > 0, f"--teacher_temperature={o.teacher_temperature} must be above 0")
+    checkpoint = model.load_checkpoint(o.teacher)
+    teacher = model.from_checkpoint(checkpoint).to(device).eval().requires_grad_(False)
+    same = (checkpoint.get("tokenizer") or {}) == tokenizer.to_dict()
+    same = same and teacher.config.vocab_size == config.vocab_size
+    require(same, f"--teacher={o.teacher} has another tokenizer than the tokens")
+    room = teacher.config.block_size
+    require(room >= config.block_size, f"--teacher={o.teacher} takes {room} tokens, --block_size={config.block_size}")
+    return teacher, o.teacher_weight, o.teacher_temperature
+
+
 def corpus_hash(sources: list[Source]) -> str:
     """A hash of the type, the length and the beginning of each token file."""
     digest = hashlib.sha256()
@@ -617,11 +668,14 @@ class Run:
         cost = model.account(config, 1, o.optimizer)
         most = -(-len(self.rows) // 2) if o.noise_scale else len(self.rows)
         micro = fit_micro_batch(o, cost, most, free_memory(self.device))
+        if o.parallel:  # a rank with less memory: all cut alike, for each part is a message
+            dist.all_reduce(least := torch.tensor(micro), dist.ReduceOp.MIN)
+            micro = least.item()
         self.o = dataclasses.replace(o, micro_batch=micro)  # kept: a resumed run must cut, and round, alike
         torch.manual_seed(o.seed)
         self.gpt = GPT(config)
         if checkpoint:
-            shape = checkpoint["config"] | dict(block_size=config.block_size)
+            shape = vars(Config()) | checkpoint["config"] | dict(block_size=config.block_size)
             trained = checkpoint["train"]["optimizer"] if "progress" in checkpoint else o.optimizer
             same = shape == vars(config) and trained == o.optimizer
             require(same, "the checkpoint has another shape, vocabulary or optimizer; resume with its own")
@@ -634,7 +688,7 @@ class Run:
         if o.ckpt:  # a branch has a best of its own
             self.progress.best = math.inf
         self.roles, self.rates = self.gpt.roles(), self.gpt.rates(o.optimizer)
-        self.objective = Objective(self.gpt, o.z_loss)
+        self.objective = Objective(self.gpt, o.z_loss, open_teacher(o, config, tokenizer, self.device))
         if o.kernels:
             self.use_kernels()
         self.split = None
@@ -651,6 +705,9 @@ class Run:
             sparse = kind == "cpu" or kind == "cuda" and not dist.is_initialized()
             sparse = sparse and not (o.compile or self.split)
             self.gpt.get_submodule(name.rpartition(".")[0]).sparse = sparse
+        # of a share that sample.py --prune has set to 0, which it stays
+        self.masks = {name: weight.detach() != 0 for name, weight in self.weights.items()
+                      if checkpoint.get("pruned") and ROLES[self.roles[name]].muon}
         self.state = {name: [] for name in self.weights}
         for name, tensors in checkpoint.get("optimizer", {}).items():
             if name in self.state:
@@ -799,6 +856,8 @@ class Run:
             step(weight, self.state[name], speed * self.rates[name], p.step + 1, o)
         for (factor, decays), names in together.items():
             self.adamw_of(names, speed * factor, o.weight_decay / factor if decays else 0.0)
+        for name, mask in self.masks.items():
+            self.weights[name].mul_(mask)
         self.gpt.zero_grad(set_to_none=True)
         if self.split:
             self.split.spread()
@@ -861,6 +920,7 @@ class Run:
             progress=dict(vars(p)),
             train=dict(vars(o)),
             corpus=self.corpus,
+            pruned=bool(self.masks),
             tokenizer=self.tokenizer.to_dict(),
             source=source_texts(),
         )
@@ -1122,12 +1182,14 @@ def main():
     _lock = claim(ckpt.parent) if ranks()[0] == 0 else None
     if o.resume or o.init_from:
         o, checkpoint = take_up(o, words)
+    agree(step=checkpoint.get("step", 0), **vars(o))
     if o.leaderboard and not o.minutes:
         o.minutes = 2.0
     torch.set_default_dtype(torch.float64 if o.dtype == "float64" else torch.float32)
     folders = prepare_tokens(o)
     held = [Path(word) for word in o.eval_data.split(",")] if o.eval_data else folders
     sources, val = ([open_source(folder, side) for folder in of] for of, side in ((folders, "train"), (held, "val")))
+    agree(token_files=corpus_hash(sources + val)[:12])
     tokenizer = open_tokenizer([*folders, *held])
     own = len(tokenizer.vocab) or o.vocab_size or 1 + max(int(source.tokens.max()) for source in sources + val)
     require(tokenizer.vocab or not o.leaderboard, "--leaderboard needs a tokenizer, for it counts bits a byte")

@@ -262,6 +262,63 @@ def test_quantised_layers_that_do_not_fit_int4_take_int8():
     assert not any("router" in name for name in kinds) and gpt(torch.tensor([[1, 2]])).isfinite().all()
 
 
+# ---------------------------------------------------------------------------------------------------------------- pruning
+
+def held(gpt, **rest):
+    return dict(version=1, config=vars(gpt.config), weights=gpt.state_dict(), train={}, tokenizer=None, **rest)
+
+
+def test_the_smallest_of_each_matrix_become_0():
+    gpt = make_model(n_layer=2)
+    found = sample.pruned(held(gpt), "0.25")["weights"]
+    for name, weight in gpt.state_dict().items():
+        if name.startswith("blocks.") and weight.ndim == 2:
+            gone = found[name] == 0
+            assert gone.sum() == weight.numel() // 4 and weight[gone].abs().max() <= weight[~gone].abs().min()
+            assert torch.equal(found[name][~gone], weight[~gone])
+        else:
+            assert torch.equal(found[name], weight)
+
+
+@pytest.mark.parametrize("mixer", ["attention", "attention,window,attention", "valued,gdn"])
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_without_a_layer(mixer, layer):
+    """The model without a layer is the one that passes it by."""
+    gpt, tokens = make_model(n_layer=3, mixer=mixer).float(), torch.randint(40, (2, 16))
+    left = model.from_checkpoint(sample.without(held(gpt), layer)).eval()
+    assert left.config.n_layer == 2
+    kept = [i for i in range(3) if i != layer]
+    gpt.blocks, gpt.turned = torch.nn.ModuleList(gpt.blocks[i] for i in kept), [gpt.turned[i] for i in kept]
+    assert torch.equal(left(tokens), gpt(tokens))
+
+
+def test_the_layers_that_do_nothing_go_first():
+    gpt = make_model(n_layer=4).float()
+    with torch.no_grad():
+        for layer in (0, 2):
+            gpt.blocks[layer].mixer.out.weight.zero_()
+            gpt.blocks[layer].ffn.down.weight.zero_()
+    tokens = torch.randint(40, (2, 16))
+    left = model.from_checkpoint(sample.pruned(held(gpt), "layers:2")).eval()
+    assert left.config.n_layer == 2 and torch.equal(left(tokens), gpt(tokens))
+    assert not torch.allclose(model.from_checkpoint(sample.pruned(held(gpt), "layers:3")).eval()(tokens), gpt(tokens))
+
+
+def test_prune_from_the_command_line(ckpt, main, tmp_path):
+    words = [f"--ckpt={ckpt}", "--device=cpu", "--max_new_tokens=5", "--temperature=0"]
+    code, out, err = main(*words, "--prune=0.5", f"--output={tmp_path / 'half.pt'}")
+    assert code == 0 and "--init_from=" in out, err
+    half = torch.load(tmp_path / "half.pt", weights_only=True)
+    assert (half["weights"]["blocks.0.ffn.up.weight"] == 0).double().mean() == 0.5
+    assert "optimizer" not in half and half["tokenizer"] == torch.load(ckpt, weights_only=True)["tokenizer"]
+    assert main(f"--ckpt={tmp_path / 'half.pt'}", *words[1:])[1] == main(*words, "--prune=0.5")[1] != ""
+    assert main(*words, "--prune=layers:1")[0] == 0
+    for how, said in (("layers:2", "the model has 2, of which one must stay"), ("half", "a share such as 0.5, or layers:N"),
+                      ("0.0", "above 0 and below 1")):
+        code, _, err = main(*words, f"--prune={how}")
+        assert code == 1 and said in err and len(err.strip().splitlines()) == 1, err
+
+
 # ------------------------------------------------------------------------------------------------------------ evaluation
 
 def test_the_vote_and_the_likeliest_text(byte_tokenizer):

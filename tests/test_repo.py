@@ -26,13 +26,13 @@ SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
 CEILING = {
     "bpe.py": 705,
     "data.py": 1770,
-    "model.py": 1040,
-    "train.py": 890,
+    "model.py": 1042,
+    "train.py": 937,
     "kernels.py": 1720,
-    "ddp.py": 1215,
+    "ddp.py": 1217,
     "scaling.py": 1040,
     "align.py": 1310,
-    "sample.py": 1145,
+    "sample.py": 1207,
 }
 # Who may import whom: at the top of the file, and on demand inside a function.
 OURS = {"bpe.py": ("", ""), "data.py": ("bpe", ""), "model.py": ("", "kernels"), "train.py": ("model", "bpe data ddp kernels"),

@@ -258,6 +258,11 @@ def test_logprobs_in_both_forms(server, gpt, tokenizer):
     with torch.no_grad():
         rows = gpt(torch.tensor([request.prompt + request.output]))[0, len(request.prompt) - 1:-1].log_softmax(-1)
     assert choice["logprobs"]["token_logprobs"] == pytest.approx(rows[range(8), request.output].tolist())
+    assert choice["logprobs"]["top_logprobs"] == [{}] * 8
+    [choice] = complete(server, prompt="the model", logprobs=3)["choices"]
+    for row, best in zip(rows, choice["logprobs"]["top_logprobs"]):
+        values, ids = row.topk(3)
+        assert best == pytest.approx(dict(zip([tokenizer.decode([token]) for token in ids.tolist()], values.tolist())))
     [choice] = chat(server, logprobs=True)["choices"]
     entries = choice["logprobs"]["content"]
     assert b"".join(bytes(entry["bytes"]) for entry in entries).decode("utf-8", "replace") == choice["message"]["content"]
@@ -372,7 +377,7 @@ def test_bodies_that_are_no_request(server, data, status, said):
     (dict(logit_bias={"x": 1}), "logit_bias", "tokens from 0 to 364"), (dict(logit_bias={"365": 1}), "logit_bias", "from 0 to 364"),
     (dict(logit_bias={"-1": 1}), "logit_bias", "from 0"), (dict(logit_bias={"5": "a"}), "logit_bias", "int or float"),
     (dict(logit_bias={"5": 101}), "logit_bias", "to 100"), (dict(logit_bias={"5": float("nan")}), "logit_bias", "int or float"),
-    (dict(logprobs=6), "logprobs", "to 5"), (dict(top_logprobs=1), "top_logprobs", "no parameter"),
+    (dict(logprobs=6), "logprobs", "to 5"), (dict(top_logprobs=21), "top_logprobs", "to 20"),
     (dict(frequency_penalty=1), "frequency_penalty", "from 0 to 0"), (dict(model=7), "model", "str")])
 def test_parameters_that_are_refused(server, body, param, said):
     status, message, named, _ = refusal(server, {"prompt": "the"} | body if "prompt" not in body and body else body)
@@ -594,13 +599,18 @@ def test_the_official_client(client, server, gpt, tokenizer):
     [text] = offline(gpt, tokenizer, ["the model"], max_new_tokens=20)
     reply = client.completions.create(model="somewhere", prompt="the model", max_tokens=20, logprobs=1)
     assert reply.choices[0].text == text and reply.usage.completion_tokens == 20
-    assert len(reply.choices[0].logprobs.token_logprobs) == 20
+    found = reply.choices[0].logprobs
+    assert [{token: chance} for token, chance in zip(found.tokens, found.token_logprobs)] == found.top_logprobs and len(found.tokens) == 20
     pieces = client.completions.create(model="somewhere", prompt="the model", max_tokens=20, stream=True)
     assert "".join(piece.choices[0].text for piece in pieces) == text
     said = chat(server, max_tokens=20)["choices"][0]["message"]["content"]
-    reply = client.chat.completions.create(model="somewhere", messages=MESSAGES, max_completion_tokens=20, logprobs=True, n=2)
+    reply = client.chat.completions.create(model="somewhere", messages=MESSAGES, max_completion_tokens=20, logprobs=True, top_logprobs=7, n=2)
     assert [choice.message.content for choice in reply.choices] == [said, said] and reply.choices[0].finish_reason == "length"
-    assert "".join(entry.token for entry in reply.choices[0].logprobs.content) == said
+    entries = reply.choices[0].logprobs.content
+    assert "".join(entry.token for entry in entries) == said
+    for entry in entries:
+        best = [one.logprob for one in entry.top_logprobs]
+        assert len(best) == 7 and best == sorted(best, reverse=True) and entry.top_logprobs[0].token == entry.token  # which is greedy here
     pieces = list(client.chat.completions.create(model="somewhere", messages=MESSAGES, max_tokens=20, stream=True,
                                                  stream_options={"include_usage": True}))
     assert "".join(piece.choices[0].delta.content for piece in pieces[:-1]) == said and pieces[-1].usage.completion_tokens == 20

@@ -481,6 +481,85 @@ def test_chunks_of_the_output_layer(words, z_loss, double, monkeypatch):
     assert train.Objective(run.gpt, z_loss).eval()(x, targets)[0].item() == pytest.approx(plain, rel=1e-12)
 
 
+@pytest.mark.parametrize("weight, heat", [(0.0, 3.0), (0.3, 1.0), (1.0, 2.0)])
+def test_a_teacher(weight, heat, double, monkeypatch):
+    """The sum is torch's kl_div and cross_entropy by their weights, also in chunks, in which neither model's logits are whole."""
+    run, teacher, biggest = shaken(make(n_layer=2, dropout=0.0)), shaken(make(n_layer=1, n_embd=8)).gpt.eval().requires_grad_(False), []
+    x, targets = torch.randint(V, (3, T)), torch.randint(-1, V, (3, T))
+    logits, right = run.gpt(x)[targets >= 0], teacher(x)[targets >= 0]
+    own = F.cross_entropy(logits, targets[targets >= 0], reduction="sum")
+    gap = F.kl_div((logits / heat).log_softmax(-1), (right / heat).softmax(-1), reduction="sum")
+    whole = (1 - weight) * own + weight * heat**2 * gap
+    whole.backward()
+    expected = {name: p.grad for name, p in run.weights.items()}
+    hooks = [gpt.head.register_forward_hook(lambda head, x, y: biggest.append(y.numel() // V)) for gpt in (run.gpt, teacher)]
+    for logits in (2**24, 7 * V - 1):
+        monkeypatch.setattr(train, "LOGITS", logits)
+        run.gpt.zero_grad(set_to_none=True)
+        objective = train.Objective(run.gpt, 0.0, (teacher, weight, heat))
+        loss, count = objective(x, targets)
+        loss.backward()
+        assert count == (targets >= 0).sum() and loss.item() == pytest.approx(whole.item(), rel=1e-12)
+        assert all((p.grad - expected[name]).abs().max() < 1e-12 for name, p in run.weights.items())
+    assert biggest == 2 * [48] + 2 * 12 * [4]  # 48 rows: half of the 7 are for each model
+    for hook in hooks:
+        hook.remove()
+    assert len({*objective.parameters()} & {*teacher.parameters()}) == 0
+    assert objective.eval()(x, targets)[0].item() == pytest.approx(own.item(), rel=1e-12)  # the teacher is for training alone
+
+
+def test_a_copy_of_the_teacher_has_nothing_to_learn(launch, tmp_path):
+    assert launch("--max_iters=3", output=tmp_path / "t").code == 0
+    ckpt = tmp_path / "t" / "ckpt.pt"
+    words = [f"--teacher={ckpt}", "--max_iters=2", "--eval_interval=1", "--optimizer=adamw"]
+    done = launch(*words, f"--init_from={ckpt}", "--teacher_weight=1", "--teacher_temperature=2")
+    assert done.code == 0, done.message
+    one, two = read_log(tmp_path / "out")[1:]
+    assert abs(one["train_loss"]) < 1e-6 and one["val_loss"] > 1  # of the tokens, as ever
+    assert launch(*words, output=tmp_path / "other").code == 0
+    assert read_log(tmp_path / "other")[1]["train_loss"] > 1
+    refused(launch(*words, "--teacher_weight=1.5"), "--teacher_weight=1.5 must be from 0 to 1")
+    refused(launch(*words, "--teacher_temperature=0"), "--teacher_temperature=0.0 must be above 0")
+    refused(launch(*words, f"--block_size={2 * T}"), f"takes {T} tokens")
+    checkpoint = torch.load(ckpt, weights_only=True)
+    torch.save(checkpoint | dict(tokenizer=dict(kind="char")), ckpt)
+    refused(launch(*words), "has another tokenizer than the tokens")
+
+
+def test_what_was_pruned_stays_0(launch, tmp_path):
+    """Through training, a checkpoint and --resume, where the checkpoint says that it was pruned; else all may move."""
+    assert launch("--max_iters=3", output=tmp_path / "t").code == 0
+    checkpoint = torch.load(tmp_path / "t" / "ckpt.pt", weights_only=True)
+    name, matrix = "blocks.0.ffn.up.weight", checkpoint["weights"]["blocks.0.ffn.up.weight"]
+    matrix[:, ::2] = 0
+    for pruned, gone in ((True, matrix.shape[1] // 2), (False, 0)):
+        torch.save(checkpoint | dict(pruned=pruned), tmp_path / "p.pt")
+        assert launch("--max_iters=2", f"--init_from={tmp_path / 'p.pt'}", output=tmp_path / f"out{pruned}").code == 0
+        assert launch("--max_iters=4", "--resume", output=tmp_path / f"out{pruned}").code == 0
+        found = torch.load(tmp_path / f"out{pruned}" / "ckpt.pt", weights_only=True)
+        assert found["step"] == 4 and (found["weights"][name] == 0).all(0).sum() == gone and not torch.equal(found["weights"][name], matrix)
+
+
+def test_a_checkpoint_of_before_an_option_was_there_goes_on(launch, tmp_path):
+    assert launch("--max_iters=2", "--eval_interval=2").code == 0
+    ckpt = tmp_path / "out" / "ckpt.pt"
+    checkpoint = torch.load(ckpt, weights_only=True)
+    for options in (checkpoint["config"], checkpoint["train"]):
+        del options["softcap"]
+    torch.save(checkpoint, ckpt)
+    assert launch("--max_iters=3", f"--init_from={ckpt}", output=tmp_path / "new").code == 0
+    assert launch("--max_iters=3", "--resume").code == 0 and torch.load(ckpt, weights_only=True)["step"] == 3
+
+
+def test_evaluations_leave_out_what_training_adds():
+    """z-loss is no part of a validation loss."""
+    tokens = [source((np.arange(300) * 7 % V).astype(np.uint16))]
+    runs = [shaken(make(n_layer=1, z_loss=z_loss)) for z_loss in (0.0, 1.0)]
+    for run in runs:
+        run.progress.seconds = 1.0
+    assert runs[0].evaluate(tokens)["val_loss"] == runs[1].evaluate(tokens)["val_loss"]
+
+
 def test_heads_further_ahead(double):
     """What each of them loses on the token after the next, by hand; in evaluation they are silent."""
     run = shaken(make(n_layer=1, ahead=2, ahead_loss=0.25))
@@ -1707,7 +1786,7 @@ def test_the_default_is_the_first_entry():
     assert list(train.OPTIMIZERS)[0] == train.Options.optimizer and list(train.SCHEDULES)[0] == train.Options.schedule
 
 
-@pytest.mark.parametrize("name", ("compile", "kernels", "noise_scale", "z_loss", "dropout"))
+@pytest.mark.parametrize("name", ("compile", "kernels", "noise_scale", "z_loss", "dropout", "teacher"))
 def test_what_does_not_go_with_parallel(name, monkeypatch):
     monkeypatch.setattr(train.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(train, "ranks", lambda: (0, 2))
