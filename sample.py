@@ -45,7 +45,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bpe import Tokenizer, from_dict
-from model import GPT, Config, Embedding, Linear, State, from_checkpoint, load_checkpoint, replacing, require
+from model import GPT, Embedding, Linear, State, from_checkpoint, load_checkpoint, replacing, require, save_checkpoint
 from model import ROLES as WEIGHTS
 
 END = "<|endoftext|>"
@@ -233,7 +233,7 @@ def pick(logits: Tensor, requests: Sequence[Request]) -> list[tuple[int, float]]
     if most := max(request.top for request in requests):
         best = (logits - total[:, None]).topk(min(most, logits.shape[1]))
         for request, ids, chances in zip(requests, best.indices.tolist(), best.values.tolist()):
-            request.likely.append([*zip(ids, chances)][:request.top])
+            request.likely += [[*zip(ids, chances)][:request.top]] if request.top else []
     shaped = logits.clone() if any(request.bias for request in requests) else logits
     for row, request in zip(shaped, requests):
         for token, extra in request.bias.items():
@@ -588,7 +588,7 @@ def smallest(checkpoint: dict, share: float) -> dict:
 
 def without(checkpoint: dict, layer: int) -> dict:
     """All but one layer; those above it move down."""
-    config, found = Config(**checkpoint["config"]), {}
+    config, found = from_checkpoint(checkpoint).config, {}
     left = [i for i in range(config.n_layer) if i != layer]
     for axis in ("mixer", "position"):  # these may differ from layer to layer
         keys = [config.tiled(axis)[i] for i in [*left, layer]]  # with the last, a kind that is gone is still named
@@ -1574,10 +1574,10 @@ def run(main: Callable[[], None]) -> None:
 def main() -> None:
     o = options(Options, sys.argv[1:])
     if o.prune and o.output.endswith(".pt"):
+        require(not (o.quantize or o.eval), f"--output={o.output} is for --prune alone, not for --quantize or --eval")
         checkpoint = pruned(load_checkpoint(o.ckpt), o.prune)
         rest = {name: value for name, value in checkpoint.items() if name not in ("optimizer", "progress")}
-        with replacing(o.output) as file:
-            torch.save(rest, file)
+        save_checkpoint(o.output, from_checkpoint(rest), **rest)
         return print(f"next: python train.py --init_from={o.output}, which goes on with what is left")
     model, tokenizer = load(o.ckpt, o.device, o.prune)
     if o.quantize:

@@ -5,6 +5,7 @@ import csv
 import json
 import os
 import random
+import resource
 import shutil
 import textwrap
 from collections import Counter
@@ -317,6 +318,16 @@ def test_prune_from_the_command_line(ckpt, main, tmp_path):
                       ("0.0", "above 0 and below 1")):
         code, _, err = main(*words, f"--prune={how}")
         assert code == 1 and said in err and len(err.strip().splitlines()) == 1, err
+    for more in ("--quantize=int8", "--eval=mmlu"):  # would not be in the file
+        code, _, err = main(*words, "--prune=0.5", f"--output={tmp_path / 'more.pt'}", more)
+        assert code == 1 and "for --prune alone" in err and not (tmp_path / "more.pt").exists(), err
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:  # a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, usual[1]))
+        code, _, err = main(*words, "--prune=0.5", f"--output={tmp_path / 'more.pt'}")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+    assert code == 1 and "cannot write" in err and not (tmp_path / "more.pt").exists(), err
 
 
 # ------------------------------------------------------------------------------------------------------------ evaluation

@@ -250,6 +250,14 @@ def test_logit_bias_forces_and_forbids(server, tokenizer):
     assert complete(server, prompt="the model", logit_bias={str(first): -100})["choices"][0]["token_ids"][0] != first
 
 
+def test_likely_tokens_of_one_request_are_none_of_another():
+    """Of requests that are decoded together only those that asked have them, from whichever step on."""
+    alone, asking = (sample.Request([0], 4, top=top) for top in (0, 2))
+    sample.pick(torch.randn(1, 9), [alone])
+    sample.pick(torch.randn(2, 9), [alone, asking])
+    assert alone.likely == [] and [len(best) for best in asking.likely] == [2]
+
+
 def test_logprobs_in_both_forms(server, gpt, tokenizer):
     request = says(gpt, tokenizer)
     [choice] = complete(server, prompt="the model", logprobs=0)["choices"]
