@@ -1449,7 +1449,7 @@ BEST = 100  # of them, whose mean is the answer
 
 def shares_by_size(sizes: list[int], temperature: float) -> np.ndarray:
     """Shares like tokens ** (1 / temperature): at 1 those of the tokens, at infinity all alike."""
-    powers = np.array(sizes, float) ** (1 / temperature)
+    powers = (np.array(sizes) / max(sizes)) ** (1 / temperature)  # which stay finite at any temperature
     return powers / powers.sum()
 
 
@@ -1518,10 +1518,13 @@ def loss_of_shares(o: Options, sizes: list[int], shares: list[float]) -> float:
 
 def mix_sources(o: Options) -> None:
     """Write OUTPUT/mix.json, shares for the folders of --mix, and print them."""
-    folders, path = o.mix.split(","), Path(o.output, "mix.json")
+    folders, path = [str(Path(folder)) for folder in o.mix.split(",")], Path(o.output, "mix.json")  # without a final /
     if len({*folders}) < 2 or o.temperature < 0:
         raise ValueError("--mix takes two folders of token files or more, --temperature a number from 0 on")
-    sizes = [len(np.load(Path(folder, "train.npy"), mmap_mode="r")) for folder in folders]
+    sizes = []
+    for folder in folders:
+        with bpe.blaming(f"{folder}/train.npy is no token file"):
+            sizes.append(len(np.load(Path(folder, "train.npy"), mmap_mode="r")))
     with claimed(path.parent, o):
         if o.temperature:
             found = dict(shares=shares_by_size(sizes, o.temperature))
@@ -1648,12 +1651,13 @@ def to_messages(row: dict) -> tuple[list[dict], str]:
 
 
 def rows_of_array(path: Path) -> Iterator[bytes | None]:
-    """The elements of a JSON file that is one array, which must fit in memory; the whole file if it is none."""
+    """The elements of a JSON file that is one array, which must fit in memory; else the whole, or lines if it is none."""
     raw = b"".join(block or b"" for block in read_blocks(path))
     try:
         rows = json.loads(raw)
-    except (ValueError, RecursionError):
-        rows = None
+    except (ValueError, RecursionError):  # jsonl under another name
+        yield from raw.split(b"\n")
+        return
     yield from (json.dumps(row).encode() for row in rows) if isinstance(rows, list) else [raw]
 
 

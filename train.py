@@ -564,7 +564,8 @@ def shares(mix: str, folders: list[Path]) -> list[float]:
         else:
             weights = [float(word) for word in mix.split(",")] if mix else []
     good = not weights or len(weights) == n and min(weights) >= 0 and 0 < sum(weights) < math.inf
-    require(good, f"--mix={mix}: it takes {n} numbers from 0 on, one for each folder of --data")
+    names = ", ".join(map(str, folders))
+    require(good, f"--mix={mix}: it takes {n} numbers from 0 on, or a mix.json with them, for the folders {names}")
     return weights
 
 
@@ -1221,7 +1222,7 @@ def main():
         return
     if ranks()[0] == 0:
         begin(training.o, training.progress.step, training.corpus)
-    limit = o.eval_tokens // len(val)
+    limit = max(2, o.eval_tokens // len(val))
     record = train_loop(training, sources, [source.head(limit) for source in val], mix, peak.item())
     print(f"checkpoints held training up for {training.paused / training.progress.seconds:.2%} of its time")
     if o.leaderboard:

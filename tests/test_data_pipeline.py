@@ -674,6 +674,8 @@ def test_conversations_in_common_layouts_become_messages_that_align_reads(tmp_pa
         assert len(ids) == len(mask) and 0 < sum(mask) < len(mask)
     (tmp_path / "c.json").write_text('{"messages": [')
     assert prepare(tmp_path / "c.json", tmp_path / "c", "chat")["steps"]["read"]["dropped"] == {"no JSON with a text or messages": 1}
+    (tmp_path / "e.json").write_bytes((tmp_path / "a.jsonl").read_bytes())  # jsonl under another name
+    assert prepare(tmp_path / "e.json", tmp_path / "e", "chat")["steps"]["read"]["kept"] == len(LAYOUTS)
     assert prepare(tmp_path / "b.json", tmp_path / "d", "exact")["steps"]["read"]["kept"] == 1  # without `chat` it is text
 
 
@@ -683,6 +685,7 @@ def test_shares_by_size():
     assert data.shares_by_size([1000, 3000], 1).tolist() == [0.25, 0.75]
     assert data.shares_by_size([1000, 9000], 2).tolist() == [0.25, 0.75]  # their roots
     assert data.shares_by_size([1, 10**12, 5], float("inf")).tolist() == [1 / 3] * 3
+    assert data.shares_by_size([1000, 10**12], 0.01).tolist() == [0, 1]  # powers beyond what a float holds
 
 
 @pytest.mark.parametrize("best", [(0.6, 0.3, 0.1), (0.2, 0.2, 0.6), (1.0, 0.0, 0.0), (0.5, 0.5, 0.0)])
@@ -752,11 +755,18 @@ def test_a_mixture_by_temperature(tmp_path, run_main):
     for name, size in (("a", 1000), ("b", 9000)):
         (tmp_path / name).mkdir()
         np.save(tmp_path / name / "train.npy", np.zeros(size, np.uint16))
-    done = run_main("data.py", "--mix=a,b", "--temperature=2", "--output=mix", cwd=tmp_path)
+    done = run_main("data.py", "--mix=a/,./b", "--temperature=2", "--output=mix", cwd=tmp_path)  # named as train.py does
     assert done.returncode == 0 and "--mix=mix/mix.json" in done.stdout
     assert json.loads((tmp_path / "mix/mix.json").read_text()) == {"shares": {"a": 0.25, "b": 0.75}}
     done = run_main("data.py", "--mix=a,b", "--temperature=-1", "--output=mix", cwd=tmp_path)
     assert done.returncode == 1 and "--temperature" in done.stderr
+    assert run_main("data.py", "--mix=a,a/", "--temperature=1", "--output=mix", cwd=tmp_path).returncode == 1
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty/train.npy").touch()
+    np.save(tmp_path / "b/train.npy", np.array(5))
+    for name in ("empty", "b"):
+        done = run_main("data.py", f"--mix=a,{name}", "--temperature=1", "--output=mix", cwd=tmp_path)
+        assert done.returncode == 1 and f"{name}/train.npy" in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
 # --------------------------------------------------------------------------------------------------------------- fuzz

@@ -885,7 +885,7 @@ def test_mixtures_that_do_not_fit(words, parts, launch, folder, tmp_path):
 @pytest.mark.parametrize("text", ["[1, 2]", "{}", "{", '{"shares": [0.5, 0.5]}', '{"shares": {"elsewhere": 1}}'])
 def test_a_file_of_shares_that_does_not_fit(text, launch, folder, tmp_path):
     (tmp_path / "mix.json").write_text(text)
-    refused(launch(f"--mix={tmp_path / 'mix.json'}", data=f"{folder},{folder}"), "mix.json: it takes 2 numbers")
+    refused(launch(f"--mix={tmp_path / 'mix.json'}", data=f"{folder},{folder}"), "mix.json: it takes 2 numbers", "for the folders")
 
 
 def test_shares_from_a_file_go_by_the_names_of_folders(tmp_path):
