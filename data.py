@@ -1521,10 +1521,8 @@ def mix_sources(o: Options) -> None:
     folders, path = [str(Path(folder)) for folder in o.mix.split(",")], Path(o.output, "mix.json")  # without a final /
     if len({*folders}) < 2 or o.temperature < 0:
         raise ValueError("--mix takes two folders of token files or more, --temperature a number from 0 on")
-    sizes = []
-    for folder in folders:
-        with bpe.blaming(f"{folder}/train.npy is no token file"):
-            sizes.append(len(np.load(Path(folder, "train.npy"), mmap_mode="r")))
+    with bpe.blaming(f"{o.mix}: not each folder holds a whole train.npy"):
+        sizes = [len(np.load(Path(folder, "train.npy"), mmap_mode="r")) for folder in folders]
     with claimed(path.parent, o):
         if o.temperature:
             found = dict(shares=shares_by_size(sizes, o.temperature))

@@ -766,7 +766,7 @@ def test_a_mixture_by_temperature(tmp_path, run_main):
     np.save(tmp_path / "b/train.npy", np.array(5))
     for name in ("empty", "b"):
         done = run_main("data.py", f"--mix=a,{name}", "--temperature=1", "--output=mix", cwd=tmp_path)
-        assert done.returncode == 1 and f"{name}/train.npy" in done.stderr and done.stderr.count("\n") == 1, done.stderr
+        assert done.returncode == 1 and f"a,{name}: not each folder" in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
 # --------------------------------------------------------------------------------------------------------------- fuzz

@@ -907,6 +907,8 @@ def test_validation_on_another_folder(launch, folder, tmp_path):
     np.save(other / "val.npy", np.load(folder / "val.npy"))
     assert launch(f"--eval_data={other}", output=tmp_path / "c").code == 0
     assert read_log(tmp_path / "c")[-1]["val_loss"] == before["val_loss"]
+    assert launch(f"--eval_data={other},{folder},{other}", "--eval_tokens=2", output=tmp_path / "d").code == 0
+    assert read_log(tmp_path / "d")[-1]["val_loss"] > 1  # something of each, be it ever so little
     refused(launch(f"--eval_data={tmp_path / 'none'}"), "none")
     for path, text in ((folder, "abc"), (other, "abd")):
         bpe.train("char", [text * 9], 50).save(path / "tokenizer.json")
