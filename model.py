@@ -1291,6 +1291,8 @@ def hf_views(gpt: GPT, kind: str) -> dict[str, Tensor]:
     groups = c.n_kv_head or c.n_head
     heads = [n * c.head_width for n in (c.n_head, groups, groups)]
     for name, weight in gpt.named_parameters():
+        if name.startswith("ahead"):  # for training alone
+            continue
         layer, path, own = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.+)\.(\w+)", name).groups()
         parts = names[path].split("+")
         sizes = heads if len(parts) == 3 else len(weight) // len(parts)
@@ -1367,7 +1369,7 @@ def export_hf(gpt: GPT, folder: str | os.PathLike) -> str:
     """Write a folder that HuggingFace's libraries read; returns the kind. Raises ValueError where none is the same."""
     def full(c):  # without what training alone asks for, and with nothing left to be derived
         return vars(c) | dict(n_kv_head=c.n_kv_head or c.n_head, head_dim=c.head_width, n_inner=c.inner, dropout=0.0,
-                              init="", rope_base=(c.position == "rope") * c.rope_base)
+                              ahead=0, ahead_loss=0.0, init="", rope_base=(c.position == "rope") * c.rope_base)
     own, texts, differ = full(gpt.config), {}, {}
     for kind in HF_KINDS:
         texts[kind] = {name: own[key] or None for key, name in column(HF_OPTIONS, kind).items()}

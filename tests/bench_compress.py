@@ -26,7 +26,7 @@ import sample
 
 @torch.inference_mode()
 def bits_per_byte(model, tokenizer, tokens):
-    """In windows of a block that do not overlap, as train.py's evaluations"""
+    """In windows of a block that do not overlap; the first token of each is read alone"""
     T, nats, n_bytes = model.config.block_size, 0.0, 0
     size = torch.tensor([len(token) for token in tokenizer.vocab])
     size[[*tokenizer.special_tokens.values()]] = 0

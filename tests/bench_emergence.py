@@ -36,6 +36,7 @@ def scores(ckpt: Path, tokens: np.ndarray) -> list[float]:
         nats += torch.nn.functional.cross_entropy(logits.flatten(0, 1), goal.flatten(), reduction="sum").item()
         right.append((logits.argmax(2) == goal).cumprod(1).bool())  # greedy text is right as long as each token before was
     lengths = np.array([len(tokenizer.vocab[i]) if i < len(tokenizer.vocab) else 0 for i in range(gpt.config.vocab_size)])
+    lengths[[*tokenizer.special_tokens.values()]] = 0
     found = torch.cat(right).double().mean(0)
     return [nats / np.log(2) / lengths[windows[:, READS:]].sum(), *(found[k - 1].item() for k in WRITES)]
 

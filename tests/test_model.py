@@ -1693,6 +1693,12 @@ def test_export_of_what_no_family_computes(tmp_path, changes, named):
     assert not (tmp_path / "a").exists()
 
 
+def test_export_leaves_heads_of_training_out(tmp_path, single):
+    gpt = make(ahead=2, ahead_loss=0.1)
+    tokens = torch.randint(gpt.config.vocab_size, (1, 8))
+    assert model.export_hf(gpt, tmp_path) == "qwen3" and torch.equal(model.import_hf(tmp_path)(tokens), gpt(tokens))
+
+
 def test_import_and_export_by_command(tmp_path, run_main, single):
     model.export_hf(make(), tmp_path / "hf")
     done = run_main("model.py", "--import_hf=hf", "--output=a.pt", cwd=tmp_path)
