@@ -1471,8 +1471,8 @@ def learn_shares(run: Callable[[list[float]], float], sizes: list[int], count: i
     least = 1 + k * (k + 1) // 2
     if count < least:
         raise ValueError(f"--runs={count} are too few for {k} sources: {least} at least")
-    plain = [shares_by_size(sizes, each) for each in (1, np.inf)]
-    shares = np.round([*plain, *random.dirichlet(np.ones(k), count - 2)], 6)
+    plain = [shares_by_size(sizes, each) for each in (1, np.inf)][:len({*sizes})]  # of equal sizes both are one
+    shares = np.round([*plain, *random.dirichlet(np.ones(k), count - len(plain))], 6)
     losses = np.log([run(row.tolist()) for row in shares])
     terms, guesses = with_products(shares), random.dirichlet(np.ones(k), GUESSES)
     products = with_products(guesses)

@@ -620,8 +620,9 @@ class Hyena(nn.Module):
     """y = q (h * (k v)): one long convolution over all tokens so far, between two gates (Poli et al. 2023).
 
     The filter of each channel is a small network of the distance, faded out over a length of its own, from 2 tokens to
-    the block: at once the short and the long convolution of the paper. A whole text goes through FFTs; what a state
-    holds (the products k v of all tokens) or documents cut takes the sum as it is written.
+    the block: at once the short and the long convolution of the paper. (With a longer block the same weights are other
+    filters.) A whole text goes through FFTs; what a state holds (the products k v of all tokens) or documents cut
+    takes the sum as it is written.
     """
 
     def __init__(self, config):

@@ -713,6 +713,14 @@ def test_where_shares_do_not_matter_the_interval_says_so():
     assert (found["high"] - found["low"]).min() > 0.5
 
 
+def test_no_run_of_equal_sources_is_done_twice():
+    """Else of the fewest runs a fit without one of them would not be determined."""
+    for seed in range(4):
+        runs = []
+        found = data.learn_shares(lambda shares, runs=runs: runs.append(tuple(shares)) or 3 + shares[0]**3, [9, 9], 4, seed)
+        assert len({*runs}) == 4 and np.isfinite(found["error"])
+
+
 def test_a_mixture_learnt_by_runs_of_train(tmp_path, run_main, monkeypatch):
     """Of two sources one is like the target: it gets nearly all. No run is done twice, and train.py reads the file."""
     calls = []
