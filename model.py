@@ -1096,31 +1096,42 @@ def account(config: Config, batch: int, optimizer: str = "muon") -> dict:
     )
 
 
+def listed(**rows: str) -> str:
+    """Rows of a name and its text, in 80 columns."""
+    indent = " " * 14
+    lines = [textwrap.fill(f"{name:14}{text}", 80, subsequent_indent=indent) for name, text in rows.items()]
+    return "\n".join(lines)
+
+
 def report(config: Config, batch: int, optimizer: str = "muon") -> str:
     """The accounting as a few lines of text."""
     a, T = account(config, batch, optimizer), config.block_size
+    total, cache = a["forward_flops"], a["cache_per_token"]
     roles = ", ".join(f"{role} {n:,}" for role, n in a["roles"].items() if n)
     memory = ", ".join(f"{name} {n / 2**20:,.1f}" for name, n in a["memory"].items())
-    shares = ", ".join(f"{part} {n / a['forward_flops']:.1%}" for part, n in a["flops"].items())
-    return f"""\
-parameters    {a['parameters']:,} ({roles}), {a['active']:,} of them in use for a token
-FLOPs         {a['forward_flops']:,} forward for {T} tokens, {3 * a['forward_flops'] // T:,} a token trained
-              of which {shares}; {a['forward_flops'] - a['masked_flops']:,} without the half that attention masks
-memory, MiB   {a['memory_total'] / 2**20:,.1f} at {batch} x {T} tokens ({memory})
-cache         {a['cache_per_token']:,} bytes a token, {a['cache_per_token'] * T / 2**20:,.2f} MiB a sequence"""
+    shares = ", ".join(f"{part} {n / total:.1%}" for part, n in a["flops"].items())
+    return listed(
+        parameters=f"{a['parameters']:,} ({roles}), {a['active']:,} of them in use for a token",
+        FLOPs=f"{total:,} forward for {T} tokens, {3 * total // T:,} a token trained; {shares}; "
+              f"{total - a['masked_flops']:,} without the half that attention masks",
+        memory=f"{a['memory_total'] / 2**20:,.1f} MiB at {batch} x {T} tokens ({memory})",
+        cache=f"{cache:,} bytes a token, {cache * T / 2**20:,.2f} MiB a sequence",
+    )
 
 
 def by_context(config: Config) -> str:
-    """How the mixers' share of the FLOPs, and a sequence's activations, grow with the context, as a line of text."""
+    """How the mixers' share of the FLOPs, and a sequence's activations, grow with the context."""
     lengths = [n * config.block_size for n in (1, 4, 16)]
-    costs = [account(dataclasses.replace(config, block_size=n, recompute=False), 1) for n in lengths]
-    shares = [f"{cost['flops']['mixer'] / cost['forward_flops']:.0%}" for cost in costs]
-    kept = [f"{cost['memory']['activations'] / 2**20:,.0f}" for cost in costs]
+    shares, kept = [], []
+    for length in lengths:
+        cost = account(dataclasses.replace(config, block_size=length, recompute=False), 1)
+        shares.append(f"{cost['flops']['mixer'] / cost['forward_flops']:.0%}")
+        kept.append(f"{cost['memory']['activations'] / 2**20:,.0f}")
     frugal = dataclasses.replace(config, recompute=True, balance_bias=0.0)
     saving = account(frugal, 1)["memory"]["activations"]
-    return f"""\
-context       {', '.join(f'{n:,}' for n in lengths)} tokens: mixers take {', '.join(shares)} of the FLOPs
-              activations of a sequence, MiB {', '.join(kept)}; with --recompute the first {saving / 2**20:,.0f}"""
+    tokens = ", ".join(f"{n:,}" for n in lengths)
+    return listed(context=f"{tokens} tokens: mixers take {', '.join(shares)} of the FLOPs; activations of a sequence "
+                          f"{', '.join(kept)} MiB, with --recompute the first {saving / 2**20:,.0f}")
 
 
 def coord_check(widths: tuple = (64, 128, 256, 512), steps: int = 5, learning_rate: float = 0.02) -> str:
@@ -1452,8 +1463,9 @@ def main() -> None:
     flops = 3 * cost["forward_flops"] // o.block_size * tokens
     print(report(o, o.batch_size))
     print(by_context(o))
-    print(f"time          {flops / PEAK[o.accelerator] / o.mfu / 3600:,.1f} hours on one {o.accelerator} at "
-          f"{o.mfu:.0%} of its peak, for {tokens:,} tokens, {flops:.3g} FLOPs")
+    hours = flops / PEAK[o.accelerator] / o.mfu / 3600
+    print(listed(time=f"{hours:,.1f} hours on one {o.accelerator} at {o.mfu:.0%} of its peak, for {tokens:,} tokens, "
+                      f"{flops:.3g} FLOPs"))
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ def main():
         left.plot(flops, bits, "o-")
         left.set(xscale="log", xlabel="training FLOPs", ylabel="bits per byte")
         for k, share in zip(WRITES, rest):
-            right.plot(flops, share / share[-1], "o-", label=f"{k} tokens right")
+            right.plot(flops, share / share[-1], "o-", label=f"the next {k}" if k > 1 else "the next token")
         right.set(xscale="log", xlabel="training FLOPs", ylabel="share of windows, of the last model's")
         right.legend()
         for axis in (left, right):

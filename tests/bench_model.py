@@ -3,9 +3,11 @@
 Usage: python tests/bench_model.py --speed
        python tests/bench_model.py --variants=FOLDER --iters=300 --seeds=3   (the token files of a run of train.py;
             --part=1/2: half of the rows; --only=NAME,NAME: those that begin so)
+       python tests/bench_model.py --speeds
        python tests/bench_model.py --variants=FOLDER --question=depth   (or length, schedule)
 The two sides of a ratio take turns; what is printed is the median over the turns. Seconds are of one thread.
 """
+import dataclasses
 import json
 import subprocess
 import sys
@@ -124,10 +126,36 @@ QUESTIONS = {  # what README's list of experiments asks in one shape
 }
 
 
+SHAPE_OF_VARIANTS = ["--ngram=0", "--n_layer=2", "--n_head=2", "--n_embd=64", "--block_size=128", "--batch_size=8"]
+
+
+def speeds(rounds=5):
+    """Tokens a second of processor time, forward and backward, of all variants by turns."""
+    import train
+    steps, found = {}, {name: [] for name in VARIANTS}
+    for name, words in VARIANTS.items():
+        o = train.options(train.Options, [*SHAPE_OF_VARIANTS, "--vocab_size=2048", *words.split()])
+        gpt = GPT(Config(**{field.name: getattr(o, field.name) for field in dataclasses.fields(Config)}))
+        for part, role in gpt.roles().items():
+            if role == "table":
+                gpt.get_submodule(part.rpartition(".")[0]).sparse = True
+        steps[name] = train.Objective(gpt)
+    for i in range(rounds + 1):
+        for name, objective in steps.items():
+            began = time.process_time()
+            for _ in range(3):
+                tokens = torch.randint(2048, (8, 129))
+                objective(tokens[:, :-1], tokens[:, 1:])[0].backward()
+                objective.zero_grad(set_to_none=True)
+            if i:
+                found[name].append(3 * 8 * 128 / (time.process_time() - began))
+    for name, values in found.items():
+        print(f"| {name} | {median(values):,.0f} | {median(values) / median(found['default']):.2f} |", flush=True)
+
+
 def variants(data, rows, iters, seeds, part):
     """Train each variant on the same tokens for the same steps and print a row of a table: medians, and the range of bits a byte."""
-    shape = [f"--data={data}", "--ngram=0", "--n_layer=2", "--n_head=2", "--n_embd=64", "--block_size=128", "--batch_size=8",
-             f"--max_iters={iters}", f"--eval_interval={iters}", "--eval_tokens=65536", "--device=cpu", "--sample_tokens=0"]
+    shape = [f"--data={data}", *SHAPE_OF_VARIANTS, f"--max_iters={iters}", f"--eval_interval={iters}", "--eval_tokens=65536", "--device=cpu", "--sample_tokens=0"]
     print("| variant | options | parameters | bits per byte | tokens/s | cache, bytes a token |\n|---|---|---|---|---|---|")
     number, parts = map(int, part.split("/"))
     for name, words in list(rows.items())[number - 1::parts]:
@@ -153,5 +181,7 @@ if __name__ == "__main__":
         rows = {name: words for name, words in rows.items() if name.startswith(tuple(options.get("only", "").split(",")))}
         variants(Path(options["variants"]).resolve(), rows, int(options.get("iters", 300)), int(options.get("seeds", 1)),
                  options.get("part", "1/1"))
+    elif "speeds" in options:
+        speeds()
     else:
         speed()

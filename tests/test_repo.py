@@ -26,7 +26,7 @@ SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
 CEILING = {
     "bpe.py": 705,
     "data.py": 1770,
-    "model.py": 1042,
+    "model.py": 1050,
     "train.py": 937,
     "kernels.py": 1720,
     "ddp.py": 1217,
