@@ -1575,6 +1575,7 @@ def main() -> None:
     o = options(Options, sys.argv[1:])
     if o.prune and o.output.endswith(".pt"):
         require(not (o.quantize or o.eval), f"--output={o.output} is for --prune alone, not for --quantize or --eval")
+        require(Path(o.output).resolve() != Path(o.ckpt).resolve(), "--output would take the place of --ckpt")
         checkpoint = pruned(load_checkpoint(o.ckpt), o.prune)
         rest = {name: value for name, value in checkpoint.items() if name not in ("optimizer", "progress")}
         save_checkpoint(o.output, from_checkpoint(rest), **rest)
