@@ -1518,7 +1518,8 @@ def loss_of_shares(o: Options, sizes: list[int], shares: list[float]) -> float:
 
 def mix_sources(o: Options) -> None:
     """Write OUTPUT/mix.json, shares for the folders of --mix, and print them."""
-    folders, path = [str(Path(folder)) for folder in o.mix.split(",")], Path(o.output, "mix.json")  # without a final /
+    folders = [str(Path(folder)) for folder in o.mix.split(",")]  # as train.py names them: without a final /
+    path = Path(o.output, "mix.json")
     if len({*folders}) < 2 or o.temperature < 0:
         raise ValueError("--mix takes two folders of token files or more, --temperature a number from 0 on")
     with bpe.blaming(f"{o.mix}: not each folder holds a whole train.npy"):
@@ -1648,15 +1649,14 @@ def to_messages(row: dict) -> tuple[list[dict], str]:
     return messages, ""
 
 
-def rows_of_array(path: Path) -> Iterator[bytes | None]:
-    """The elements of a JSON file that is one array, which must fit in memory; else the whole, or lines if it is none."""
+def rows_of_array(path: Path) -> Iterable[bytes]:
+    """The elements of a JSON file that is one array, which must fit in memory; else the whole, or lines of jsonl."""
     raw = b"".join(block or b"" for block in read_blocks(path))
     try:
         rows = json.loads(raw)
-    except (ValueError, RecursionError):  # jsonl under another name
-        yield from raw.split(b"\n")
-        return
-    yield from (json.dumps(row).encode() for row in rows) if isinstance(rows, list) else [raw]
+    except (ValueError, RecursionError):
+        return raw.split(b"\n")
+    return (json.dumps(row).encode() for row in rows) if isinstance(rows, list) else [raw]
 
 
 def read_raw(files: Iterable[Path], o: Options) -> Iterator[dict]:

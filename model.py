@@ -1302,9 +1302,8 @@ def hf_views(gpt: GPT, kind: str) -> dict[str, Tensor]:
     c, views, names = gpt.config, {}, column(HF_TENSORS, kind)
     groups = c.n_kv_head or c.n_head
     heads = [n * c.head_width for n in (c.n_head, groups, groups)]
-    for name, weight in gpt.named_parameters():
-        if name.startswith("ahead"):  # for training alone
-            continue
+    named = [pair for pair in gpt.named_parameters() if not pair[0].startswith("ahead")]  # those are for training alone
+    for name, weight in named:
         layer, path, own = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.+)\.(\w+)", name).groups()
         parts = names[path].split("+")
         sizes = heads if len(parts) == 3 else len(weight) // len(parts)
