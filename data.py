@@ -1498,10 +1498,11 @@ def loss_of_shares(o: Options, sizes: list[int], shares: list[float]) -> float:
     path, mix = Path(o.output, "mix.jsonl"), ",".join(map(str, shares))
     words = [f"--data={o.mix}", f"--mix={mix}", f"--eval_data={o.eval_data}", *o.train.split()]
     asked = dict(sizes=sizes, words=words)
-    rows = [json.loads(line) for line in open(path)] if path.exists() else []
-    for row in rows:
-        if row == row | asked:
-            return row["loss"]
+    with bpe.blaming(f"{path} is damaged"):
+        rows = [json.loads(line) for line in open(path)] if path.exists() else []
+        for row in rows:
+            if row == row | asked:
+                return row["loss"]
     with tempfile.TemporaryDirectory(dir=o.output) as run:
         script = Path(__file__).with_name("train.py")
         command = [sys.executable, script, *words, f"--output={run}"]

@@ -753,6 +753,12 @@ def test_a_mixture_learnt_by_runs_of_train(tmp_path, run_main, monkeypatch):
     assert log[0]["options"]["mix"] == ",".join(str(recipe["shares"][name]) for name in "ab")
     plain = json.loads(rows[1])
     assert plain["words"][1] == "--mix=0.5,0.5" and log[-1]["val_loss"] < plain["loss"]
+    (tmp_path / "bad").mkdir()
+    for text in ("5\n", "{\n"):
+        (tmp_path / "bad/mix.jsonl").write_text(text)
+        bad = run_main("data.py", "--mix=a,b", "--runs=4", "--output=bad", cwd=tmp_path)
+        assert bad.returncode == 1 and "mix.jsonl is damaged" in bad.stderr and bad.stderr.count("\n") == 1, bad.stderr
+    (tmp_path / "bad/mix.jsonl").unlink()
     for words, part in ((["--mix=a"], "two folders"), (["--mix=a,nowhere"], "nowhere"), (["--mix=a,b", "--runs=2"], "--runs=2"),
                         (["--mix=a,b", "--train=--n_layer=-1", "--runs=4"], "n_layer")):
         bad = run_main("data.py", *words, "--output=bad", cwd=tmp_path)
