@@ -1569,8 +1569,11 @@ def merge(folder: str, output: str) -> None:
     require(all("pieces" in part for part in parts), f"--merge={folder}: whole checkpoints are there, no parts")
     runs = {str([part.get(key) for key in ("world", "mesh", "step", "train", "corpus")]) for part in parts}
     require(len(runs) == 1, f"the parts in {folder} are of different runs or steps")
-    config = Config(**parts[0]["config"])
-    weights, states = assemble(parts, config, parts[0]["world"])
+    try:
+        config = Config(**parts[0]["config"])
+        weights, states = assemble(parts, config, parts[0]["world"])
+    except (TypeError, KeyError, AttributeError, IndexError) as error:  # what is no part, though it has its keys
+        raise ValueError(f"--merge={folder}: a part is damaged: {error!r:.100}") from error
     if config.tie_embeddings:
         weights["head.weight"] = weights["embedding.weight"]
     rest = {key: value for key, value in parts[0].items() if key not in ("at", "mesh", "pieces", "world")}

@@ -898,16 +898,16 @@ def test_validation_on_another_folder(launch, folder, tmp_path):
     """--eval_data: its val.npy alone counts; other tokenizers and missing files are refused."""
     other = tmp_path / "other"
     other.mkdir()
-    assert launch().code == 0
+    assert launch("--max_iters=3").code == 0
     before = read_log(tmp_path / "out")[-1]
     np.save(other / "val.npy", np.load(folder / "val.npy")[:50])
-    assert launch(f"--eval_data={other}", output=tmp_path / "b").code == 0
+    assert launch("--max_iters=3", f"--eval_data={other}", output=tmp_path / "b").code == 0
     after = read_log(tmp_path / "b")[-1]
     assert after["train_loss"] == before["train_loss"] and after["val_loss"] != before["val_loss"]
     np.save(other / "val.npy", np.load(folder / "val.npy"))
-    assert launch(f"--eval_data={other}", output=tmp_path / "c").code == 0
+    assert launch("--max_iters=3", f"--eval_data={other}", output=tmp_path / "c").code == 0
     assert read_log(tmp_path / "c")[-1]["val_loss"] == before["val_loss"]
-    assert launch(f"--eval_data={other},{folder},{other}", "--eval_tokens=2", output=tmp_path / "d").code == 0
+    assert launch(f"--eval_data={other},{folder},{other}", "--max_iters=3", "--eval_tokens=2", output=tmp_path / "d").code == 0
     assert read_log(tmp_path / "d")[-1]["val_loss"] > 1  # something of each, be it ever so little
     refused(launch(f"--eval_data={tmp_path / 'none'}"), "none")
     for path, text in ((folder, "abc"), (other, "abd")):
