@@ -1282,6 +1282,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         end = self.server.tokenizer.special_tokens.get(TEMPLATES[o.template][2] if chat else END, -1)
         seed = body.get("seed", random.getrandbits(32))
         top = body.get("top_logprobs", 0) if chat else int(body.get("logprobs", 0))
+        insist(not chat or not top or body.get("logprobs"), 400, "top_logprobs needs logprobs", param="top_logprobs")
         return [Reply(ids, length, sampling, f"{seed} {number}", end, TextStream(stops), bias, top)
                 for ids in prompts for number in range(body.get("n", 1))]
 
@@ -1580,6 +1581,8 @@ def main() -> None:
         rest = {name: value for name, value in checkpoint.items() if name not in ("optimizer", "progress")}
         save_checkpoint(o.output, from_checkpoint(rest), **rest)
         return print(f"next: python train.py --init_from={o.output}, which goes on with what is left")
+    written = not o.prune or o.eval or o.output == Options.output
+    require(written, f"--output={o.output}: what --prune leaves is written to a FILE.pt")
     model, tokenizer = load(o.ckpt, o.device, o.prune)
     if o.quantize:
         print(quantise(model, o.quantize), file=sys.stderr)

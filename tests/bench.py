@@ -23,6 +23,8 @@ import time
 from datetime import datetime
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).resolve().parent.parent
 OPEN = re.compile(r"\b([A-Z]{4,}(?!_)|val\.npy|shakespeare\.txt)\b")  # what a reader has to put in
 GPU = ("bench_gpu", "kernels.py")
@@ -49,7 +51,6 @@ def filled(command: str, values: dict) -> tuple[str, list[str]]:
 
 def machine() -> str:
     """Processor, cores, versions"""
-    import torch
     names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if os.path.exists("/proc/cpuinfo") else []
     return f"{(names or [platform.processor()])[0]}, {os.cpu_count()} cores, torch {torch.__version__}, Python {platform.python_version()}"
 
@@ -76,7 +77,7 @@ def main():
         print(f"{command}\n    {what}")
         if o.list or f"`{command}`" in before:
             continue
-        if open_words or not __import__("torch").cuda.is_available() and any(part in command for part in GPU):
+        if open_words or not torch.cuda.is_available() and any(part in command for part in GPU):
             print(f"    left out: {', '.join(open_words) or 'no GPU'}")
             continue
         began, load = time.time(), os.getloadavg()[0]

@@ -321,6 +321,8 @@ def test_prune_from_the_command_line(ckpt, main, tmp_path):
     for more in ("--quantize=int8", "--eval=mmlu"):  # would not be in the file
         code, _, err = main(*words, "--prune=0.5", f"--output={tmp_path / 'more.pt'}", more)
         assert code == 1 and "for --prune alone" in err and not (tmp_path / "more.pt").exists(), err
+    code, _, err = main(*words, "--prune=0.5", f"--output={tmp_path / 'small'}")
+    assert code == 1 and "written to a FILE.pt" in err, err
     code, _, err = main(*words, "--prune=0.5", f"--output={ckpt}")
     assert code == 1 and "take the place of --ckpt" in err and "optimizer" in torch.load(ckpt, weights_only=True), err
     usual = resource.getrlimit(resource.RLIMIT_FSIZE)

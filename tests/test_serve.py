@@ -392,6 +392,13 @@ def test_parameters_that_are_refused(server, body, param, said):
     assert (status, named) == (400, param) and said in message and "\n" not in message
 
 
+def test_likely_tokens_need_log_probabilities(server):
+    ask = dict(messages=MESSAGES, top_logprobs=2, max_tokens=2)
+    status, message, named, _ = refusal(server, ask, "/v1/chat/completions")
+    assert (status, named) == (400, "top_logprobs") and "needs logprobs" in message
+    assert chat(server, **ask, logprobs=True)["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+
+
 @pytest.mark.parametrize("messages", [[], "hi", [5], [{}], [{"role": "user"}], [{"role": "me", "content": "x"}],
                                       [{"role": "user", "content": 5}], [{"role": ["user"], "content": "x"}]])
 def test_messages_that_are_refused(server, messages):
