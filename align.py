@@ -1712,6 +1712,7 @@ def run(main: Callable[[], None]) -> None:
 def main():
     o = options(Options, sys.argv[1:])
     sys.stdout.reconfigure(errors="replace")  # for a terminal that is not UTF-8
+    train.keep_freed_memory()
     if o.label:
         label(o)
     elif o.eval:

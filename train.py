@@ -577,6 +577,13 @@ def pick_device(name: str) -> torch.device:
         raise ValueError(f"--device={name} cannot be used: {str(error).splitlines()[0]}") from error
 
 
+def keep_freed_memory():
+    """Tell glibc, where it is, to return no memory to the system: new pages cost more than the arithmetic on them."""
+    with contextlib.suppress(OSError, TypeError, AttributeError):
+        ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
+        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
 def free_memory(device: torch.device) -> float:
     """Bytes that can still be had on a GPU or a Linux machine; elsewhere infinite."""
     if device.type == "cuda":
@@ -1175,9 +1182,7 @@ def main():
     if "LOCAL_RANK" in os.environ:  # torchrun
         join_ranks(o)
         sys.stdout = open(os.devnull, "w") if ranks()[0] else sys.stdout  # one of them prints
-    with contextlib.suppress(OSError, TypeError, AttributeError):  # glibc only
-        ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX: keep freed memory, for new pages cost more than
-        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the arithmetic on them
+    keep_freed_memory()
     ckpt = Path(o.output) / "ckpt.pt"
     ckpt.parent.mkdir(parents=True, exist_ok=True)
     _lock = claim(ckpt.parent) if ranks()[0] == 0 else None
