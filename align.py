@@ -49,7 +49,7 @@ from torch.nn.utils import parametrize
 import bpe
 import sample
 import train
-from model import GPT, ROLES, Config, Linear, load_checkpoint, replacing, require, save_checkpoint
+from model import GPT, ROLES, Config, Counts, Linear, load_checkpoint, replacing, require, save_checkpoint
 from sample import END, Engine, Request, Sampling
 
 
@@ -313,7 +313,7 @@ class Policy(nn.Module):
             states = self.gpt.hidden(tokens).flatten(0, 1)[at]  # (N, C)
         finally:
             vars(self.gpt).pop("look", None)
-        logits = self.gpt.head(states)[:, :self.vocab_size].log_softmax(-1)  # (N, V)
+        logits = self.gpt.logits(states)[:, :self.vocab_size].log_softmax(-1)  # (N, V)
         targets = tokens.flatten()[at + 1]
         return SimpleNamespace(
             logp=logits.gather(1, targets[:, None])[:, 0],
@@ -1364,6 +1364,8 @@ def align(words: list[str]) -> tuple[dict, dict]:
     o.verifier = o.verifier or "refuse" * (o.task == "refuse")
     check_numbers(o)
     gpt, tokenizer = sample.load(o.ckpt, o.device)
+    gpt.config.counts = 0
+    gpt.counts = Counts(gpt.config)  # none, for those of the text know nothing of what is learned here
     require(tokenizer, f"{o.ckpt} has no tokenizer: it takes and gives no text")
     items = read_items(o, tokenizer, gpt.config.block_size)
     require(len(items) > 1, f"--data={o.data} has one row; one is held out, so two are needed")

@@ -944,29 +944,30 @@ class NgramModel:
     """Interpolated Kneser-Ney with three discounts (Chen and Goodman 1998), over units 0 .. vocab_size - 1.
 
     p(w | h) = (c(hw) - D(c)) / c(h) + back(h) p(w | h without its first unit), and in the end 1 / vocab_size. c counts
-    occurrences at the highest order, below it the different units that stand before. Of each order, from 1 on, there
-    are the 64-bit keys of its n-grams, sorted; with each the first term and, for the order above, back(h).
+    occurrences at the highest order, below it the different units that stand before. N-grams are numbered order by
+    order; hw is the pair (number of h within its order) * vocab_size + w, and each order's pairs are sorted, so that
+    those of one history stand together. With each pair are the first term and, for the order above, back(hw).
     """
     vocab_size: int
-    sizes: np.ndarray  # numbers of n-grams: the next three arrays hold one order after the other
-    keys: np.ndarray
+    sizes: np.ndarray  # numbers of n-grams, from order 1 on: the next three arrays hold one order after the other
+    pairs: np.ndarray
     first_terms: np.ndarray
     backs: np.ndarray  # begins with that of the empty history, the last order has none
 
     def bits(self, units: np.ndarray) -> np.ndarray:
         """-log2 p of each unit after those before it, of shape (N,)."""
         chances = np.full(units.size, 1 / self.vocab_size)
-        backs = np.full(units.size + 1, self.backs[0])  # of the history of each unit, and one behind the last
-        ends = np.cumsum(self.sizes)
-        for n, (start, end) in enumerate(zip(ends - self.sizes, ends), 1):
-            wanted = ngram_keys(units.astype(np.uint64), n)
-            place = start + np.searchsorted(self.keys[start:end], wanted)
-            place = np.minimum(place, end - 1)
-            found = self.keys[place] == wanted
-            chances[n - 1:] *= backs[:-1]
-            chances[n - 1:] += np.where(found, self.first_terms[place], 0)
-            if end < len(self.keys):
-                backs = np.where(found, self.backs[1 + place], 1)
+        backs = np.full(units.size, self.backs[0])
+        history = np.zeros(units.size, np.int64)  # number of what stands before each unit, -1 where it was never seen
+        for start, end in itertools.pairwise([0, *np.cumsum(self.sizes)]):
+            wanted = history * self.vocab_size + units
+            place = np.searchsorted(self.pairs[start:end], wanted).clip(max=end - start - 1)
+            found = self.pairs[start + place] == wanted
+            seen = np.where(found, self.first_terms[start + place], 0)
+            chances = chances * backs + seen
+            if end < len(self.pairs):
+                history = np.append(-1, np.where(found, place, -1))[:units.size]
+                backs = np.where(history < 0, 1, self.backs[1 + start + history])
         return -np.log2(chances)
 
 
@@ -974,23 +975,30 @@ def train_ngrams(units: np.ndarray, vocab_size: int, order: int) -> NgramModel:
     """Count the n-grams of units (integers, shape (N,)). 10 million and order 6 take half a minute and 3 GB."""
     if not 1 <= order <= units.size:
         raise ValueError(f"{units.size:,} units are too few for {order}-grams")
-    units = units.astype(np.uint64)
-    keys, first, places = np.unique(ngram_keys(units, order), True, True)
-    counts, rows = np.bincount(places), []
-    for n in range(order, 0, -1):
+    units = units.astype(np.int64)
+    levels = []
+    places = np.zeros(units.size + 1, np.int64)
+    for n in range(order):  # the number of each unit's history, with the unit
+        pairs, first, places = np.unique(places[:-1] * vocab_size + units[n:], True, True)
+        levels.append((pairs, first, places))
+    rows = []
+    counts = np.bincount(places)
+    for n in range(order - 1, -1, -1):
+        pairs, first, _ = levels[n]
         # How much an n-gram seen c = 1, 2, 3 or more times is worth less than c, from how many are seen so often.
         few = np.maximum(1.0, np.bincount(np.minimum(counts, 5), minlength=6)[1:5])
         ratio = few[0] / (few[0] + 2 * few[1])
         less = [c - (c + 1) * ratio * few[c] / few[c - 1] for c in (1, 2, 3)]
         discounts = np.clip(less, 0.1, [0.95, 1.9, 2.85])[np.minimum(counts, 3) - 1]
-        shorter, starts, places = np.unique(ngram_keys(units, n - 1), True, True)
-        history = places[first]
-        total = np.bincount(history, counts, shorter.size)
-        back = np.bincount(history, discounts, shorter.size) / np.maximum(1, total)
-        rows.insert(0, (keys, (counts - discounts) / total[history], np.where(total, back, 1)))
-        counts = np.bincount(places[first + 1], minlength=shorter.size)
-        counts = np.maximum(1, counts)  # the text begins with it
-        keys, first = shorter, starts
+        history = pairs // vocab_size
+        shorter = len(levels[n - 1][0]) if n else 1
+        total = np.bincount(history, counts, shorter)
+        back = np.bincount(history, discounts, shorter)
+        back = np.where(total, back / np.maximum(1, total), 1)
+        rows.insert(0, (pairs, (counts - discounts) / total[history], back))
+        if n:
+            counts = np.bincount(levels[n - 1][2][first + 1], minlength=shorter)
+            counts = np.maximum(1, counts)  # the text begins with it
     return NgramModel(vocab_size, np.array([len(row[0]) for row in rows]), *map(np.concatenate, zip(*rows)))
 
 

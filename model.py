@@ -67,6 +67,8 @@ class Config:
     router_z: float = 0.001  # weight of the loss on large router scores
     ngram: int = 0  # longest n-gram that has an embedding of its own (0, 1: tokens alone)
     ngram_rows: int = 65536  # rows of the table of each n
+    counts: int = 0  # longest n-gram whose counts, made by train.py, foretell tokens beside the network (0: none)
+    counts_weight: float = 0.5  # share of the counts' probabilities in the mean of both
     softcap: float = 0.0  # logits stay between -softcap and softcap (0: no limit)
     ahead: int = 0  # further tokens that heads of their own foretell in training (multi-token prediction)
     ahead_loss: float = 0.3  # weight of their losses
@@ -110,6 +112,7 @@ class Config:
                 free = getattr(type(self), name) == 0 or name in ("balance_loss", "router_z", "ahead_loss")
                 require(value > 0 or value == 0 and free, f"--{name}={value} is too small")
         require(self.dropout < 1, f"--dropout={self.dropout} must be below 1")
+        require(self.counts_weight <= 1, f"--counts_weight={self.counts_weight} must be at most 1")
         require(self.head_dim or self.n_embd % self.n_head == 0,
                 f"--n_embd={self.n_embd} is no multiple of --n_head={self.n_head}: set --head_dim")
         require(self.n_head % (self.n_kv_head or 1) == 0,
@@ -404,6 +407,96 @@ class NGrams(nn.Module):
             key = scramble(key * GOLDEN + before.where(place >= back, -1))  # -1: the document began later
             x = x + table(key % len(table.weight))
         return x
+
+
+class Counts(nn.Module):
+    """Outside training, the mean of the network's probabilities and of those that counts of n-grams give.
+
+    The mean is Jelinek and Mercer's (1980), the counts' share Kneser and Ney's. The arrays, which are no parameters,
+    are those of data.py's NgramModel; how n-grams are numbered is explained there.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.V, self.order = config.vocab_size, config.counts
+        self.weight = config.counts_weight
+        arrays = dict(sizes=torch.long, pairs=torch.long, first_terms=None, backs=None)
+        for name in arrays if self.order else ():
+            empty = torch.zeros(0, dtype=arrays[name])
+            self.register_buffer(name, empty)
+
+    @property
+    def at_work(self) -> bool:
+        counted = self.order and len(self.sizes)
+        return bool(counted) and not self.training
+
+    def fill(self, arrays: dict[str, Tensor]) -> None:
+        """Take over what was counted. Raises RuntimeError where the arrays do not fit together."""
+        for name, own in [*self.named_buffers()]:
+            new = arrays[name].to(own)
+            setattr(self, name, new)
+        self.levels()
+
+    def _load_from_state_dict(self, weights, prefix, *rest):
+        """As torch's, but of any size"""
+        names = [name for name, _ in self.named_buffers()]
+        self.fill({name: weights.pop(prefix + name) for name in names})
+
+    def levels(self):
+        """Of each order the pairs, the first terms, and how much each history leaves to the order below"""
+        if not self.order:
+            return []
+        sizes = self.sizes.tolist()
+        histories = [1, *sizes[:-1]][:len(sizes)]
+        pairs = self.pairs.split(sizes)
+        terms = self.first_terms.split(sizes)
+        backs = self.backs.split(histories)
+        return [*zip(pairs, terms, backs)]
+
+    def forward(self, x, tokens, at):
+        """x (B, T, C) -> (B, T, C + order - 1): behind it the numbers of the histories that end at each token"""
+        T = x.shape[1]
+        found = [x]
+        near = torch.arange(1 - self.order, T, device=at.device)  # the new tokens, and those before them
+        near = (at[:, :1] + near).expand(len(x), -1)
+        units = tokens.gather(1, near.clamp(min=0))
+        history = torch.zeros_like(near)
+        history[near < 0] = -1
+        for pairs, _, _ in self.levels()[:-1]:
+            wanted = history * self.V + units
+            place = torch.searchsorted(pairs, wanted)
+            place = place.clamp(max=len(pairs) - 1)
+            number = place.where(pairs[place] == wanted, -1)
+            new = number[:, -T:, None]
+            found.append(new.double())  # which holds it exactly
+            history = F.pad(number[:, :-1], (1, 0), value=-1)
+        return torch.cat(found, -1)
+
+    def mixed(self, logits, numbers):
+        """Log-probabilities (..., V) from logits and from what forward has put behind x (..., order - 1)"""
+        network = logits.flatten(0, -2).softmax(-1)  # (R, V)
+        chances = self.backs.new_full(network.shape, 1 / self.V)
+        spots = chances.view(-1)
+        row = torch.arange(len(network), device=network.device)
+        histories = numbers.flatten(0, -2).long().T
+        for history, level in zip((0 * row, *histories), self.levels()):
+            pairs, terms, backs = level
+            left = backs[history.clamp(min=0)]
+            left[history < 0] = 1
+            chances *= left[:, None]
+            begin = history * self.V
+            first = torch.searchsorted(pairs, begin)
+            end = torch.searchsorted(pairs, begin + self.V)
+            count = end - first  # of its pairs, which stand side by side
+            before = count.cumsum(0) - count
+            places = (first - before).repeat_interleave(count)
+            places += torch.arange(len(places), device=places.device)
+            words = row * self.V - begin
+            words = words.repeat_interleave(count)
+            words += pairs.index_select(0, places)
+            spots.index_add_(0, words, terms.index_select(0, places))
+        mean = network.lerp(chances.to(network), self.weight)
+        return mean.log().view_as(logits)
 
 
 # positions: `at` is where the tokens stand, (1, T), or (B, T) where rows have different lengths
@@ -902,6 +995,7 @@ class GPT(nn.Module):
         self.noise = {}  # shared by all dropouts, see there
         self.embedding = Embedding(config.n_embd, config.vocab_size)
         self.ngrams = NGrams(config)
+        self.counts = Counts(config)
         kinds = config.tiled("position")
         self.position = POSITIONS[max(kinds, key=lambda kind: kind != "none")](config)
         self.turned = [int(kind != "none") for kind in kinds]
@@ -958,7 +1052,7 @@ class GPT(nn.Module):
             first = state.lengths
         first = torch.tensor(first, device=device)[:, None]
         at = first + torch.arange(T, device=device)  # (1, T), ragged (B, T)
-        if not self.config.end_token and self.config.ngram < 2:
+        if not (self.config.end_token or self.config.ngram > 1 or self.config.counts):
             return tokens, at, at
         seen, = state.append(-1, at, tokens)
         if not self.config.end_token:
@@ -985,11 +1079,21 @@ class GPT(nn.Module):
             call = Call(tokens, at, place, turns[turned], state)
             x = self.through(block, x, x0, call, layer)
         state.lengths = [length + T for length in state.lengths]
-        return self.norm(x)
+        x = self.norm(x)
+        return self.counts(x, seen, at) if self.counts.at_work else x
+
+    def logits(self, x: Tensor) -> Tensor:
+        """What `hidden` gives (..., C), with its numbers of histories behind it -> logits (..., V)."""
+        if not self.counts.at_work:
+            return self.head(x)
+        x, numbers = x.tensor_split([self.config.n_embd], -1)
+        kind = next(self.parameters()).dtype
+        logits = self.head(x.to(kind))
+        return self.counts.mixed(logits, numbers)
 
     def forward(self, tokens: Tensor, state: State | None = None) -> Tensor:
         """Token ids (B, T) -> logits (B, T, V) of each next token; errors as in `hidden`."""
-        return self.head(self.hidden(tokens, state))
+        return self.logits(self.hidden(tokens, state))
 
     def extra_loss(self) -> Tensor | float:
         """What the last forward pass in training adds to the loss, in nats a token: the balance of experts."""
@@ -1219,7 +1323,10 @@ def from_checkpoint(checkpoint: dict) -> GPT:
     """The model of a checkpoint's dict, with its weights. Raises ValueError where they do not fit together."""
     try:
         model = GPT(Config(**checkpoint["config"]))
-        model.load_state_dict(checkpoint["weights"])
+        weights = checkpoint["weights"]
+        if not model.config.counts:  # they can be left out
+            weights = {name: weight for name, weight in weights.items() if not name.startswith("counts.")}
+        model.load_state_dict(weights)
     except Exception as error:  # unknown fields, weights of other names, shapes or kinds: it fails in many ways
         reason = str(error).strip().rpartition("\n")[2]
         raise ValueError(f"checkpoint does not fit model.py: {reason}") from error
@@ -1380,7 +1487,8 @@ def export_hf(gpt: GPT, folder: str | os.PathLike) -> str:
     """Write a folder that HuggingFace's libraries read; returns the kind. Raises ValueError where none is the same."""
     def full(c):  # without what training alone asks for, and with nothing left to be derived
         return vars(c) | dict(n_kv_head=c.n_kv_head or c.n_head, head_dim=c.head_width, n_inner=c.inner, dropout=0.0,
-                              ahead=0, ahead_loss=0.0, init="", rope_base=(c.position == "rope") * c.rope_base)
+                              ahead=0, ahead_loss=0.0, counts_weight=0.0, init="",
+                              rope_base=(c.position == "rope") * c.rope_base)
     own, texts, differ = full(gpt.config), {}, {}
     for kind in HF_KINDS:
         texts[kind] = {name: own[key] or None for key, name in column(HF_OPTIONS, kind).items()}

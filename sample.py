@@ -309,7 +309,7 @@ class Engine:
 
     Requests join and leave between steps: those beyond `slots` wait. With requests given, the state has room for the
     longest of them, else for block_size tokens. The model needs config.block_size, config.vocab_size, parameters,
-    hidden, head and new_state. `vocab_size`: only the first so many tokens are produced (0: all). `draft`: a function
+    hidden, logits and new_state. `vocab_size`: only the first so many tokens are produced (0: all). `draft`: a function
     (request, count) -> up to so many tokens that may come next. The tokens of a request do not depend on it: each is
     chosen from the model's own logits with the request's own random number, and a guess saves a step where it is that
     very token (Leviathan et al. 2023 accept more of a sampled text, but not the same text).
@@ -413,7 +413,7 @@ class Engine:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (B, T, C) -> (B, T, V)"""
-        return self.model.head(hidden)[..., :self.vocab_size].float()
+        return self.model.logits(hidden)[..., :self.vocab_size].float()
 
     def extend(self, group: list[Request], logits: Tensor):
         """Add a token to each request from logits (B, V), those behind its last one."""
@@ -466,7 +466,7 @@ class Draft:
         guesses = look_up(request, count)
         for _ in range(0 if guesses else count):
             hidden = past.take_in(context + guesses)
-            logits = self.model.head(hidden)[0, 0, :self.vocab_size]
+            logits = self.model.logits(hidden)[0, 0, :self.vocab_size]
             guesses.append(int(logits.argmax()))
         return guesses
 
@@ -846,7 +846,7 @@ class Exam:
         room = max(1, past.capacity - max(map(len, ends)))
         first = past.take_in(context[-room:])  # (1, 1, C)
         rest = run_on(past.model, ends, past.state.fork([0] * B))[:, :-1]  # (B, T - 1, C)
-        logits = past.model.head(torch.cat((first.expand(B, -1, -1), rest), 1))
+        logits = past.model.logits(torch.cat((first.expand(B, -1, -1), rest), 1))
         logprobs = logits.float().log_softmax(-1)  # (B, T, V)
         return [row[range(len(end)), end].tolist() for row, end in zip(logprobs, ends)]
 

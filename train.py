@@ -224,11 +224,11 @@ class Objective(nn.Module):
 
     def rows(self, x, targets, theirs=None):
         """The loss of rows x (R, C) of the last layer; `theirs` is the teacher's."""
-        logits = self.gpt.head(x)  # (R, V)
+        logits = self.gpt.logits(x)  # (R, V)
         loss = F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
         if theirs is not None:
             teacher, weight, heat = self.teacher
-            gaps = divergence(logits, teacher.head(theirs), heat)
+            gaps = divergence(logits, teacher.logits(theirs), heat)
             loss = (1 - weight) * loss + weight * (gaps * (targets >= 0)).sum()
         if self.z_loss and self.training:
             squares = logits.logsumexp(-1).square()
@@ -540,10 +540,11 @@ def refuse(o: Options, sources: list[Source]):
         require(value >= least.get(name, 0), f"--{name}={value} must be at least {least.get(name, 0)}")
     require(max(o.beta1, o.beta2, o.momentum) < 1, "--beta1, --beta2 and --momentum must be below 1")
     require(o.decay_from < o.max_iters, f"--decay_from={o.decay_from} is not before --max_iters={o.max_iters}")
+    require(not (o.counts and o.compile), "--counts does not go with --compile")
     if o.parallel:
         require(not o.parts or not o.parallel.startswith("torch"), "--parts is for the forms of ddp.py")
         require(dist.is_initialized(), "--parallel needs processes: torchrun --nproc_per_node=2 train.py ...")
-        for name in ("compile", "kernels", "noise_scale", "z_loss", "dropout", "teacher"):
+        for name in ("compile", "kernels", "noise_scale", "z_loss", "dropout", "teacher", "counts"):
             require(not getattr(o, name), f"--{name} does not go with --parallel")
         require(o.dtype != "float16", "--dtype=float16 does not go with --parallel; bfloat16 does")
     for tokens, _ in sources:
@@ -633,6 +634,25 @@ def open_tokenizer(folders: list[Path]):
             same = bpe.load(folder / "tokenizer.json").to_dict() == tokenizer.to_dict()
             require(same, f"{folder} and {folders[0]} hold tokens of different tokenizers")
     return tokenizer
+
+
+def count_ngrams(gpt: GPT, sources: list[Source]) -> None:
+    """Fill the model's counts of n-grams, where --counts asks for them and no checkpoint brought them.
+
+    Raises ValueError where the text is too short for them, or too large for the memory.
+    """
+    n_tokens, order = sum(len(source.tokens) for source in sources), gpt.config.counts
+    if not order or len(gpt.counts.sizes):
+        return
+    import data
+    need = 25 * order * n_tokens  # bytes, as measured
+    free = free_memory(torch.device("cpu"))
+    require(need < free, f"counting {n_tokens:,} tokens takes {need / 2**30:.1f} GiB, {free / 2**30:.1f} are free")
+    began = time.perf_counter()
+    found = data.train_ngrams(np.concatenate([source.tokens for source in sources]), gpt.config.vocab_size, order)
+    names = [name for name, _ in gpt.counts.named_buffers()]
+    gpt.counts.fill({name: torch.from_numpy(getattr(found, name)) for name in names})
+    print(f"{found.sizes.sum():,} n-grams counted in {time.perf_counter() - began:.0f} s")
 
 
 def open_teacher(o: Options, config: Config, tokenizer: object, device: torch.device) -> tuple:
@@ -1212,6 +1232,7 @@ def main():
     o = recipe(o, n_tokens, vocab_size, peak.item())
     refuse(o, sources)
     training = Run(o, vocab_size, tokenizer, checkpoint)
+    count_ngrams(training.gpt, sources)
     training.corpus = corpus_hash(sources)
     same = o.ckpt or checkpoint.get("corpus", training.corpus) == training.corpus
     require(same, "the token files are not those that the run began with; --ckpt=... begins a branch on others")

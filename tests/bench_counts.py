@@ -2,9 +2,9 @@
 
 Usage: python tests/bench_counts.py [out] [--orders=3,4,6]
 
-OUT is the folder of a run that has made its own token files. The counts are Kneser-Ney's over all of train.npy; the network has seen the
-part that its steps read. Both together: weight x p(network) + (1 - weight) x p(counts), token by token (Jelinek and Mercer 1980). The
-weight is fitted on the first half of val.npy, and all figures are of the second half.
+OUT is the folder of a run without --counts that has made its own token files. The counts are Kneser-Ney's over all of train.npy; the
+network has seen the part that its steps read. Both together: weight x p(network) + (1 - weight) x p(counts), token by token (Jelinek
+and Mercer 1980). The weight is fitted on the first half of val.npy, and all figures are of the second half.
 """
 import argparse
 import json

@@ -14,6 +14,7 @@ import torch
 
 import align
 import bpe
+import data
 import sample
 from align import Options, options
 from model import GPT, Config, load_checkpoint, save_checkpoint
@@ -471,7 +472,7 @@ class Script(torch.nn.Module):
         self.config = SimpleNamespace(block_size=64, vocab_size=tokenizer.vocab_size)
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self.n_prompt, self.filled, self.V = n_prompt, filled, tokenizer.vocab_size
-        self.head = torch.nn.Identity()
+        self.logits = torch.nn.Identity()
 
     def new_state(self, batch, capacity=-1):
         return sample.State([[]], [0] * batch, [0] * batch, [capacity] * batch)
@@ -553,6 +554,22 @@ def test_resuming_repeats_the_run(words, start, capsys):
     assert one["progress"]["rolled"] == cut["progress"]["rolled"]
     steps = [json.loads(line).get("step") for line in open("cut/log.jsonl")]
     assert steps == [None, 0, 2, 4]
+
+
+@pytest.mark.parametrize("name", ["sft", "dpo", "grpo"])
+def test_counts_of_ngrams_stay_behind(name, start, tokenizer, capsys):
+    """A model with --counts is aligned as the same without them, and comes out without them."""
+    gpt = tiny(tokenizer, counts=2)
+    text = np.random.default_rng(0).integers(gpt.config.vocab_size, size=500)
+    found = data.train_ngrams(text, gpt.config.vocab_size, 2)
+    gpt.counts.fill({key: torch.from_numpy(getattr(found, key)) for key, _ in gpt.counts.named_buffers()})
+    save_checkpoint("counted.pt", gpt, tokenizer=tokenizer.to_dict())
+    words = f"--algorithm={name} --data={DATA.get(name, 'prompts.jsonl')} {COMMON} --max_iters=2" + " --verifier=regex" * (name == "grpo")
+    align.align(f"{words} --output=a".split())
+    align.align(f"{words} --output=b --ckpt=counted.pt".split())
+    a, b = (load_checkpoint(f"{folder}/ckpt.pt") for folder in "ab")
+    assert b["config"]["counts"] == 0 and a["weights"].keys() == b["weights"].keys()
+    assert all(torch.equal(weight, b["weights"][key]) for key, weight in a["weights"].items())
 
 
 @pytest.mark.parametrize("rows, said", [

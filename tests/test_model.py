@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import data
 import model
 from model import GPT, Config
 
@@ -53,7 +54,17 @@ def make(**changes):
     with torch.no_grad():
         for weight in gpt.parameters():
             weight.add_(torch.randn_like(weight) * 0.3)
+    if gpt.config.counts:
+        count(gpt)
     return gpt.eval()
+
+
+def count(gpt):
+    """Fill a model's counts of n-grams from a short text; returns what counted them."""
+    text = torch.randint(gpt.config.vocab_size, (150,)) * torch.randint(2, (150,))
+    found = data.train_ngrams(text.numpy(), gpt.config.vocab_size, gpt.config.counts)
+    gpt.counts.fill({name: torch.from_numpy(getattr(found, name)) for name, _ in gpt.counts.named_buffers()})
+    return found
 
 
 def tiled(config):
@@ -90,7 +101,7 @@ def close(a, b, tolerance=1e-9):
 # every key of every axis alone, then the pairs that interact
 SINGLES = [{}, *({axis: key} for axis, table in model.AXES.items() for key in list(table)[1:]
                   if key not in ("window", "strided", "mup"))]
-SINGLES += [WINDOW, dict(mixer="strided", window=3), dict(init="mup", tie_embeddings=False, base_width=8), dict(ngram=4, ngram_rows=97), dict(softcap=2.0), dict(n_kv_head=1), dict(n_expert=5, n_inner=8), dict(n_inner=20), dict(bias=True), dict(qk_norm=False), dict(tie_embeddings=False),
+SINGLES += [WINDOW, dict(mixer="strided", window=3), dict(init="mup", tie_embeddings=False, base_width=8), dict(ngram=4, ngram_rows=97), dict(counts=4), dict(softcap=2.0), dict(n_kv_head=1), dict(n_expert=5, n_inner=8), dict(n_inner=20), dict(bias=True), dict(qk_norm=False), dict(tie_embeddings=False),
             dict(qkv_bias=True), GPT2, dict(GPT2, bias=True), dict(n_layer=5, **HYBRID)]
 PAIRS = [dict(position=position, n_kv_head=2, head_dim=6, **HYBRID) for position in model.POSITIONS]
 PAIRS += [dict(position=position, qk_norm=False, **WINDOW) for position in model.POSITIONS]
@@ -98,6 +109,7 @@ PAIRS += [dict(mixer=f"{mixer},attention", head_dim=6, placement=placement, bias
           for mixer, placement in zip(RECURRENT, ("post", "reordered", "parallel"))]
 PAIRS += [dict(norm=norm, placement=placement, bias=True) for norm in model.NORMS for placement in model.PLACEMENTS]
 PAIRS += [dict(ffn=ffn, bias=True, placement="post", position="learned") for ffn in model.FFNS]
+PAIRS += [dict(counts=1, softcap=2.0), dict(counts=3, counts_weight=0.9, ngram=3, ngram_rows=97, mixer="gdn,window", window=3, end_token=3)]
 PAIRS += [dict(mixer="valued,window", window=3, ngram=3, ngram_rows=97, softcap=30.0, n_kv_head=2, tie_embeddings=False),
           dict(mixer="valued", n_kv_head=1, head_dim=6, bias=True, norm="layernorm", position="none"),
           dict(mixer="gdn", ngram=2, ngram_rows=97, placement="parallel")]
@@ -501,6 +513,31 @@ def test_ngrams_by_hand():
         for b, t in itertools.product(range(3), range(12)):
             grams = [([-1] * 3 + rows[b])[t + 4 - n:t + 4] for n in (2, 3, 4)]
             close(added[b, t], sum(table.weight[hashed(gram, 97)] for table, gram in zip(gpt.ngrams.tables, grams)))
+
+
+@torch.no_grad()
+def test_counts_by_hand(tmp_path):
+    """The mean of the network's softmax and of what data.py says of each token that could follow; the network alone in training."""
+    gpt, x = make(counts=4, counts_weight=0.3), tokens(3, 12)
+    found = count(gpt)
+    x[:, 6:] *= torch.randint(2, (3, 6))  # some of it is like the counted text
+    alone = gpt.head(gpt.train().hidden(x))
+    close(gpt(x), alone)
+    wanted = torch.zeros(3, 12, 23)
+    for b, t, word in itertools.product(range(3), range(12), range(23)):
+        wanted[b, t, word] = 2.0 ** -found.bits(torch.cat((x[b, :t + 1], torch.tensor([word]))).numpy())[-1]
+    close(gpt.eval()(x), (0.7 * alone.softmax(2) + 0.3 * wanted).log())
+    close(gpt(x).exp().sum(2), torch.ones(3, 12))
+    assert len({round(p, 9) for p in wanted[0, -1].tolist()}) > 3
+    # in a file, and without them
+    model.save_checkpoint(tmp_path / "c.pt", gpt)
+    checkpoint = model.load_checkpoint(tmp_path / "c.pt")
+    close(model.from_checkpoint(checkpoint).eval()(x), gpt(x))
+    close(model.from_checkpoint(checkpoint | dict(config=checkpoint["config"] | dict(counts=0))).eval()(x), alone)
+    for name, value in (("pairs", torch.zeros(3)), ("sizes", torch.tensor([1, 2, 3])), ("backs", torch.zeros(0)), ("sizes", torch.tensor([-1]))):
+        weights = checkpoint["weights"] | {f"counts.{name}": value}
+        with pytest.raises(ValueError, match="checkpoint does not fit model.py: .*split"):
+            model.from_checkpoint(checkpoint | dict(weights=weights))
 
 
 def test_ngrams_seldom_meet_in_a_row():
@@ -1234,7 +1271,7 @@ def test_accounting_of_parameters_flops_and_bytes(name, single):
     # of a token: keys and values or a latent, the token itself where it is looked at; of a sequence: S, and the last call
     sums = [mixer for mixer in tiled(config) if mixer in RECURRENT]
     constant = sum(4 * (heads * hd + config.n_head * (3 * hd + 2)) + 8 for mixer in sums)
-    token = 8 * bool(config.ngram > 1 or config.end_token)
+    token = 8 * bool(config.ngram > 1 or config.counts or config.end_token)
     for mixer in tiled(config):
         token += 4 * (latent + hd if mixer == "latent" else config.n_embd if mixer == "hyena" else 0 if mixer in RECURRENT else 2 * (config.n_kv_head or config.n_head) * hd)
     state = gpt.new_state(2, 5)
@@ -1685,7 +1722,7 @@ def test_missing_files(hf_folder):
 
 
 @pytest.mark.parametrize("changes,named", [
-    (dict(GPT2), "bias"), (dict(ngram=3), "ngram"), (dict(mixer="gdn"), "mixer"), (dict(placement="post"), "placement"),
+    (dict(GPT2), "bias"), (dict(ngram=3), "ngram"), (dict(counts=3), "counts"), (dict(mixer="gdn"), "mixer"), (dict(placement="post"), "placement"),
     (dict(softcap=3.0), "softcap"), (dict(ffn="relu2"), "ffn"), (dict(GPT2, bias=True, n_kv_head=2), "n_kv_head"), (dict(bias=True), "bias"),
     (dict(HYBRID), "mixer")])
 def test_export_of_what_no_family_computes(tmp_path, changes, named):

@@ -25,9 +25,9 @@ from conftest import ROOT, tiny_documents
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
 CEILING = {
     "bpe.py": 705,
-    "data.py": 1770,
-    "model.py": 1050,
-    "train.py": 937,
+    "data.py": 1780,
+    "model.py": 1140,
+    "train.py": 952,
     "kernels.py": 1720,
     "ddp.py": 1221,
     "scaling.py": 1040,

@@ -21,6 +21,7 @@ from conftest import ROOT
 from torch import nn
 
 import bpe
+import data
 import model
 import sample
 from sample import END, Engine, Request, Sampling, TextStream
@@ -48,6 +49,9 @@ def make_model(seed=0, **config):
         for weight in gpt.parameters():
             if weight.ndim > 1:
                 weight.copy_(torch.randn(weight.shape, generator=generator) * 0.4)
+    if gpt.config.counts:
+        found = data.train_ngrams(torch.randint(40, (4000,), generator=generator).numpy(), 40, gpt.config.counts)
+        gpt.counts.fill({name: torch.from_numpy(getattr(found, name)) for name, _ in gpt.counts.named_buffers()})
     return gpt
 
 
@@ -94,6 +98,8 @@ class Script(nn.Module):
             self.lengths = lengths
 
     class Head(nn.Module):
+        """What the model says, behind each number of tokens."""
+
         def __init__(self, tokens, vocab_size):
             super().__init__()
             self.table = nn.Parameter(1e3 * torch.eye(vocab_size)[tokens])
@@ -105,6 +111,9 @@ class Script(nn.Module):
         super().__init__()
         self.config = model.Config(vocab_size=vocab_size, block_size=10**6)
         self.head, self.start = self.Head(tokens, vocab_size), prompt_length
+
+    def logits(self, at):
+        return self.head(at)
 
     def new_state(self, batch, capacity):
         return self.State([0] * batch)
@@ -287,6 +296,21 @@ def test_greedy_is_the_plain_loop(mixer, position):
     assert decode(gpt, [Request(prompt, 20, GREEDY) for prompt in prompts]) == want, "in one batch"
 
 
+def test_counts_of_ngrams_speak_too():
+    """The engine gives what the whole forward pass of a model with --counts does, in batches and behind drafts."""
+    plain, gpt = make_model(), make_model(counts=3, counts_weight=0.9)
+    prompts = [[7], list(range(9)), list(range(16)), [i * i % 40 for i in range(30)]]
+    want = [plain_loop(gpt, prompt, 20) for prompt in prompts]
+    assert want != [plain_loop(plain, prompt, 20) for prompt in prompts]
+    assert decode(gpt, [Request(prompt, 20, GREEDY) for prompt in prompts]) == want
+    for other in (gpt, plain):
+        engine = Engine(gpt, [Request(prompt, 20, GREEDY) for prompt in prompts])
+        engine.draft = sample.Draft(other, 40)
+        while engine.step():
+            pass
+        assert engine.guessed[1] > 0
+
+
 @pytest.mark.parametrize("block", [1, 2, 3])
 def test_the_smallest_blocks(block):
     gpt = make_model(block_size=block)
@@ -341,16 +365,16 @@ class Recorder:
 
     def __init__(self, gpt):
         self.gpt, self.shapes, self.capacities, self.rows = gpt, [], [], []
-        self.config, self.head = gpt.config, self
+        self.config = gpt.config
         self.parameters, self.modules = gpt.parameters, gpt.modules
 
     def hidden(self, tokens, state):
         self.shapes.append(tuple(tokens.shape))
         return self.gpt.hidden(tokens, state)
 
-    def __call__(self, x):
+    def logits(self, x):
         self.rows.append(tuple(x.shape[:-1]))
-        return self.gpt.head(x)
+        return self.gpt.logits(x)
 
     def new_state(self, batch, capacity):
         self.capacities.append((batch, capacity))

@@ -12,6 +12,7 @@ import os
 import pickle
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -28,6 +29,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import bpe
+import data
 import model
 import train
 
@@ -811,7 +813,7 @@ def test_stopped_by_ctrl_c_and_resumed_is_bit_identical(step, launch, tmp_path, 
 
 
 @pytest.mark.parametrize("step", [2, 5, 7, 11])
-@pytest.mark.parametrize("words", [[], ["--optimizer=adamw", "--schedule=cosine", "--seed=3", "--batch_size=6", "--micro_batch=4"]])
+@pytest.mark.parametrize("words", [[], ["--optimizer=adamw", "--schedule=cosine", "--seed=3", "--batch_size=6", "--micro_batch=4"], ["--counts=3"]])
 def test_killed_and_resumed_is_bit_identical(step, words, launch, tmp_path, monkeypatch):
     """What dies without a farewell goes on from its last checkpoint, or from nothing; the log has each record once."""
     class Killed(BaseException):
@@ -892,6 +894,38 @@ def test_shares_from_a_file_go_by_the_names_of_folders(tmp_path):
     (tmp_path / "mix.json").write_text(json.dumps({"shares": {"b": 0.2, "a/c": 0.8, "unused": 1}}))
     for names, expected in ((["a/c", "b"], [0.8, 0.2]), (["b", "a/c"], [0.2, 0.8])):
         assert train.shares(str(tmp_path / "mix.json"), list(map(Path, names))) == expected
+
+
+def test_counts_beside_the_network(launch, folder, tmp_path, monkeypatch):
+    """Training is as without them, validation is of the mean with data.py's counts of the training tokens, of any number of folders."""
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    np.save(other / "train.npy", random_ids(500, seed=2) // 9)
+    words = ["--max_iters=3", "--ngram=0", f"--data={folder},{other}"]
+    assert launch(*words, output=tmp_path / "plain").code == 0
+    done = launch(*words, "--counts=3", "--counts_weight=0.4")
+    assert done.code == 0 and re.search(r"^[\d,]+ n-grams counted in \d+ s$", done.out, re.M), done.message
+    (plain, both), last = (model.load_checkpoint(tmp_path / name / "ckpt.pt") for name in ("plain", "out")), read_log(tmp_path / "out")[-1]
+    assert all(torch.equal(weight, both["weights"][name]) for name, weight in plain["weights"].items())
+    assert last["train_loss"] == read_log(tmp_path / "plain")[-1]["train_loss"] and last["val_loss"] != read_log(tmp_path / "plain")[-1]["val_loss"]
+    counts = data.train_ngrams(np.concatenate([np.load(folder / "train.npy"), np.load(other / "train.npy")]), V, 3)
+    network, val, nats = model.from_checkpoint(plain).eval(), np.load(folder / "val.npy"), []
+    for start in range(0, len(val) - 1, T):
+        window = val[start:start + T + 1]
+        with torch.no_grad():
+            chances = network(torch.from_numpy(window[None, :-1].astype(np.int64)))[0].softmax(1)
+        mean = 0.6 * chances[range(len(window) - 1), window[1:].astype(int)].double().numpy() + 0.4 * 2 ** -counts.bits(window)[1:]
+        nats += [-np.log(mean)] * 2  # both folders have the same val.npy
+    assert last["val_loss"] == pytest.approx(np.concatenate(nats).mean(), rel=1e-5)
+    # a model trained on, with and without them; and what does not go
+    assert launch("--max_iters=2", f"--init_from={tmp_path / 'out' / 'ckpt.pt'}", output=tmp_path / "on").code == 0
+    assert torch.equal(model.load_checkpoint(tmp_path / "on" / "ckpt.pt")["weights"]["counts.pairs"], both["weights"]["counts.pairs"])
+    refused(launch("--counts=3", "--compile", output=tmp_path / "c"), "--counts does not go with --compile")
+    refused(launch("--counts=-1", output=tmp_path / "c"), "--counts=-1 is too small")
+    refused(launch("--counts=3", "--counts_weight=1.5", output=tmp_path / "c"), "--counts_weight=1.5 must be at most 1")
+    refused(launch("--counts=5000", "--max_iters=3", output=tmp_path / "c"), "too few for 5000-grams")
+    monkeypatch.setattr(train, "free_memory", lambda device: 2**20 if device.type == "cpu" else 0)
+    refused(launch("--counts=300", "--micro_batch=1", output=tmp_path / "c"), "GiB, 0.0 are free")
 
 
 def test_validation_on_another_folder(launch, folder, tmp_path):
