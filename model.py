@@ -438,9 +438,10 @@ class Counts(nn.Module):
         self.levels()
 
     def _load_from_state_dict(self, weights, prefix, *rest):
-        """As torch's, but of any size"""
+        """As torch's, but of any size, and it may be that nothing was counted yet"""
         names = [name for name, _ in self.named_buffers()]
-        self.fill({name: weights.pop(prefix + name) for name in names})
+        if f"{prefix}sizes" in weights:
+            self.fill({name: weights.pop(prefix + name) for name in names})
 
     def levels(self):
         """Of each order the pairs, the first terms, and how much each history leaves to the order below"""

@@ -1174,6 +1174,8 @@ def take_up(o: Options, words: list[str]) -> tuple[Options, dict]:
         stored = {name: value for name, value in checkpoint["config"].items() if name != "vocab_size"}
         for name in ("progress", "optimizer", "corpus"):
             checkpoint.pop(name, None)
+        for name in [name for name in checkpoint["weights"] if name.startswith("counts.")]:
+            del checkpoint["weights"][name]  # of another text, or the same: it is counted anew
         if checkpoint.get("tokenizer"):  # for text, which data.py is to encode with it
             stored["tokenizer"] = f"{o.output}/init-tokenizer.json"
             if ranks()[0] == 0:
@@ -1193,7 +1195,10 @@ def take_up(o: Options, words: list[str]) -> tuple[Options, dict]:
             stored.pop(name, None)
         if o.ckpt and (ckpt.parent / "train.npy").exists():
             stored["data"] = str(ckpt.parent)
-    return options(Options, [f"--{key}={stored[key]}" for key in stored] + words), checkpoint
+    own = options(Options, [f"--{key}={stored[key]}" for key in stored] + words)
+    if o.init_from:
+        checkpoint["config"] |= dict(counts=own.counts, counts_weight=own.counts_weight)
+    return own, checkpoint
 
 
 def main():

@@ -190,7 +190,7 @@ def test_a_model_trains_on_kernels_as_without(compiled, monkeypatch):
     monkeypatch.setattr(kernels, "runs", lambda name, device="": True)
     monkeypatch.setattr(model, "ops", model.Fast)
     torch.manual_seed(0)
-    config = model.Config(n_layer=2, n_head=2, n_embd=32, block_size=32, vocab_size=64, ffn="swiglu", ngram=0)
+    config = model.Config(n_layer=1, n_head=2, n_embd=32, block_size=32, vocab_size=64, ffn="swiglu", ngram=0)
     gpt, tokens, found = model.GPT(config).to(DEVICE), torch.randint(64, (2, 32), device=DEVICE), []
     for fused in (None, KERNELS["cross_entropy"]):
         objective = train.Objective(gpt)
@@ -537,20 +537,17 @@ REPORTS = {  # name -> code that prints
                  "print('WRONG', kernels.compile_report(['int8'], [torch.bfloat16], [80]))"}
 
 
-@pytest.fixture(scope="module")
-def reports():
-    """{name: what its code printed}, in one process where kernels are not interpreted; an error is printed, too."""
-    rest = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    code = ("import kernels, traceback\nfrom kernels import torch\nfor name, code in " + repr(REPORTS) + ".items():\n"
-            "    print('##', name)\n    try:\n        exec(code)\n    except Exception:\n        print('FAILED', traceback.format_exc())")
+def report(name):
+    """What the code of this name printed, in a process where kernels are not interpreted."""
+    rest = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    code = f"import kernels\nfrom kernels import torch\n{REPORTS[name]}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=rest)
     assert done.returncode == 0, done.stderr
-    return {name: text for name, _, text in (part.partition("\n") for part in done.stdout.split("## ")[1:])}
+    return done.stdout
 
 
-def test_compiles_for_a_hopper_card(reports):
-    lines = [line.split() for line in reports["hopper"].splitlines()[1:]]
-    assert "FAILED" not in reports["hopper"], reports["hopper"]
+def test_compiles_for_a_hopper_card():
+    lines = [line.split() for line in report("hopper").splitlines()[1:]]
     found = {line[0]: line[-1] for line in lines}
     assert found["flash_kernel"] == found["flash_dq_kernel"] == found["flash_dkdv_kernel"] == "wgmma"
     assert found["softmax_kernel"] == "-" and {line[2] for line in lines} == {"90"}
@@ -567,9 +564,9 @@ def test_compiles_for_three_cards(dtype):
         assert all(any(word in line for line in lines) for word in ("mma.sync", "wgmma", "tcgen05"))
 
 
-def test_compile_report_sees_what_does_not_fit(reports):
-    assert "matmul_kernel" in reports["too large"].split("WRONG")[1], reports["too large"]
+def test_compile_report_sees_what_does_not_fit():
+    assert "matmul_kernel" in report("too large").split("WRONG")[1]
 
 
-def test_head_sizes_up_to_256_compile_for_an_older_card(reports):
-    assert "FAILED" not in reports["heads"] and len(reports["heads"].splitlines()) == 7, reports["heads"]
+def test_head_sizes_up_to_256_compile_for_an_older_card():
+    assert len(report("heads").splitlines()) == 7

@@ -413,14 +413,14 @@ class Fixed(nn.Module):
 
     def __init__(self, logits):
         super().__init__()
-        self.logits, self.head = nn.Parameter(logits), nn.Identity()
+        self.given, self.logits = nn.Parameter(logits), nn.Identity()
         self.config = model.Config(vocab_size=logits.shape[-1])
 
     def extra_loss(self):
         return 0.0
 
     def hidden(self, tokens):
-        return self.logits
+        return self.given
 
 
 def brute_loss(logits, targets):
@@ -446,7 +446,7 @@ def test_objective(scale, dtype, tolerance):
     assert count.item() == n == 12 and total.item() == pytest.approx(expected, rel=tolerance)
     assert total.item() == pytest.approx(12 * F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1).item(), rel=tolerance)
     total.backward()
-    gradient = objective.gpt.logits.grad
+    gradient = objective.gpt.given.grad
     assert gradient.isfinite().all() and not gradient[0, 2].any() and not gradient[2, 3:].any()
     gradient[0, 2] = gradient[2, 3:] = 0
     one = (F.softmax(logits.detach(), -1) - F.one_hot(targets.clamp(min=0), 11)) * (targets >= 0)[..., None]
@@ -917,9 +917,15 @@ def test_counts_beside_the_network(launch, folder, tmp_path, monkeypatch):
         mean = 0.6 * chances[range(len(window) - 1), window[1:].astype(int)].double().numpy() + 0.4 * 2 ** -counts.bits(window)[1:]
         nats += [-np.log(mean)] * 2  # both folders have the same val.npy
     assert last["val_loss"] == pytest.approx(np.concatenate(nats).mean(), rel=1e-5)
-    # a model trained on, with and without them; and what does not go
-    assert launch("--max_iters=2", f"--init_from={tmp_path / 'out' / 'ckpt.pt'}", output=tmp_path / "on").code == 0
-    assert torch.equal(model.load_checkpoint(tmp_path / "on" / "ckpt.pt")["weights"]["counts.pairs"], both["weights"]["counts.pairs"])
+    # a new run from these weights counts its own text, or does not; a plain model can have counts, too
+    for name, words, size in (("out", [], 3), ("out", ["--counts=0"], None), ("plain", ["--counts=2"], 2)):
+        assert launch("--max_iters=2", f"--init_from={tmp_path / name / 'ckpt.pt'}", *words, f"--data={other}", output=tmp_path / "on").code == 0
+        weights = model.load_checkpoint(tmp_path / "on" / "ckpt.pt")["weights"]
+        assert ("counts.pairs" in weights) == (size is not None)
+        if size:
+            own = data.train_ngrams(np.load(other / "train.npy"), V, size)
+            assert np.array_equal(weights["counts.pairs"].numpy(), own.pairs) and len(own.sizes) == size
+    refused(launch("--resume", "--counts=2"), "another shape")
     refused(launch("--counts=3", "--compile", output=tmp_path / "c"), "--counts does not go with --compile")
     refused(launch("--counts=-1", output=tmp_path / "c"), "--counts=-1 is too small")
     refused(launch("--counts=3", "--counts_weight=1.5", output=tmp_path / "c"), "--counts_weight=1.5 must be at most 1")
