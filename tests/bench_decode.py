@@ -42,7 +42,7 @@ def with_state(gpt, count):
 def without(gpt, count):
     context = list(PROMPT)
     for _ in range(count):
-        context.append(int(gpt.head(gpt.hidden(torch.tensor([context]))[0, -1]).argmax()))
+        context.append(int(gpt.logits(gpt.hidden(torch.tensor([context]))[0, -1]).argmax()))
     return context[len(PROMPT):]
 
 

@@ -4,7 +4,7 @@ Usage: python tests/bench_recipe.py STUDY [--data=FOLDER] [--seeds=3] [--threads
 
 optimizers  each optimizer of hidden matrices at equal tokens, over a sweep of its learning rate
 tokens      tokens that our default and a GPT-2 shape with AdamW (its rate swept) of as many parameters need to one loss
-ablations   the default without each of its ingredients, in the same minutes
+ablations   the default without each of its ingredients, after the same steps (or, with `-- --minutes=2`, the same minutes)
 dial        budgets of 1, 2, 5, 10 minutes, and the same in FLOPs
 knee        steps to one loss by batch size, the critical batch that fits them, and the noise scale that train.py measures
 tokenizer   kinds of tokenizer and sizes of the vocabulary at equal FLOPs, each from the text (--data is not used)
