@@ -3,7 +3,8 @@
 Usage: python tests/bench_recipe.py STUDY [--data=FOLDER] [--seeds=3] [--threads=2] [--only=LABEL] [-- more words]
 
 optimizers  each optimizer of hidden matrices at equal tokens, over a sweep of its learning rate
-tokens      tokens that our default and a GPT-2 shape with AdamW (its rate swept) of as many parameters need to one loss
+tokens      tokens after which our default, with tables of n-grams and without, has the loss that a GPT-2 shape of as many
+            parameters with AdamW ends with, at the best of three rates
 ablations   the default without each of its ingredients, after the same steps (or, with `-- --minutes=2`, the same minutes)
 dial        budgets of 1, 2, 5, 10 minutes, and the same in FLOPs
 knee        steps to one loss by batch size, the critical batch that fits them, and the noise scale that train.py measures
@@ -32,7 +33,8 @@ RATES = {"muon": (0.005, 0.01, 0.02), "soap": (0.0025, 0.005, 0.01), "adamw": (0
 STUDIES = {
     "optimizers": {f"{name} {rate}": f"--optimizer={name} --learning_rate={rate}"
                    for name, rates in RATES.items() for rate in rates},
-    "tokens": {"default": "", **{f"gpt2 adamw {rate}": f"{GPT2} --learning_rate={rate}" for rate in (0.001, 0.002, 0.004)}},
+    "tokens": {"default": "", "without tables": "--ngram=0",
+               **{f"gpt2 {rate}": f"{GPT2} --learning_rate={rate} --ngram=0 --n_embd=96 --n_head=2" for rate in (0.002, 0.005, 0.01)}},
     "ablations": {
         "default": "",
         "adamw": "--optimizer=adamw",
@@ -108,8 +110,9 @@ def main():
             noise = f", noise scale {statistics.median(one['noise_scale'] for one in last):,.0f}" if "noise_scale" in last[0] else ""
             print(f"| {label}{noise} | {spread([one['bpb'] for one in last])} | {statistics.median(one['seconds'] for one in last):.0f} "
                   f"| {statistics.median(one['tokens'] for one in last):,.0f} | {statistics.median(one['flops'] for one in last):.3g} |")
-    if o.study in ("tokens", "knee"):  # when does each run reach the loss that the last row ends with?
-        goal = max(statistics.median(run[-1]["val_loss"] for run in runs) for runs in found.values() if runs)
+    if o.study in ("tokens", "knee"):  # when does each run reach a loss that all reach, or the best of GPT-2's?
+        ends = {label: statistics.median(run[-1]["val_loss"] for run in runs) for label, runs in found.items() if runs}
+        goal = max(ends.values()) if o.study == "knee" else min(loss for label, loss in ends.items() if label.startswith("gpt2"))
         needed = {}
         for label, runs in found.items():
             reached = [next(((one["step"], one["tokens"]) for one in run if one["val_loss"] <= goal), (float("inf"),) * 2) for run in runs]
