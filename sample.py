@@ -51,6 +51,7 @@ from model import ROLES as WEIGHTS
 END = "<|endoftext|>"
 Seen = Sequence[list[int]]  # the tokens of each row so far
 CHUNK = 512  # tokens of a prompt that are computed together
+DTYPES = ("float32", "bfloat16", "float16")
 GUESSES = 4  # tokens that a draft may guess ahead
 
 
@@ -80,6 +81,7 @@ class Options(Sampling):
     stop: str = ""  # comma list of texts that end a sample; \n, \t, \, and \\ stand for such characters
     seed: int = 0  # of the random numbers; each sample has its own sequence of them
     device: str = ""  # cpu, cuda, mps (empty: the fastest that is there)
+    dtype: str = "float32"  # of weights and arithmetic: float32, bfloat16, float16
     quantize: str = ""  # whole numbers as weights: int8, int4 (empty: as they are)
     prune: str = ""  # leave out a share of each matrix, as 0.5, or layers, as layers:2; --output=FILE.pt keeps the rest
     draft: str = ""  # guess ahead, for speed and not for another text: lookup (in the text so far), or a checkpoint
@@ -1584,6 +1586,8 @@ def main() -> None:
     written = not o.prune or o.eval or o.output == Options.output
     require(written, f"--output={o.output}: what --prune leaves is written to a FILE.pt")
     model, tokenizer = load(o.ckpt, o.device, o.prune)
+    require(o.dtype in DTYPES, f"--dtype={o.dtype}: choose from {', '.join(DTYPES)}")
+    model.to(getattr(torch, o.dtype))
     if o.quantize:
         print(quantise(model, o.quantize), file=sys.stderr)
     elif not o.draft and model.head.weight.is_cpu:  # a draft's guesses make several vectors of one

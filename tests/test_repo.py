@@ -32,7 +32,7 @@ CEILING = {
     "ddp.py": 1221,
     "scaling.py": 1040,
     "align.py": 1310,
-    "sample.py": 1210,
+    "sample.py": 1215,
 }
 # Who may import whom: at the top of the file, and on demand inside a function.
 OURS = {"bpe.py": ("", ""), "data.py": ("bpe", ""), "model.py": ("", "kernels"), "train.py": ("model", "bpe data ddp kernels"),

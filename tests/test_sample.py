@@ -722,10 +722,27 @@ def test_a_vocabulary_below_the_models_is_no_mistake(ckpt, tmp_path, main, token
     (["--temperature=-1"], "--temperature=-1"), (["--top_p=0"], "--top_p=0"), (["--top_p=1.5"], "--top_p=1.5"),
     (["--top_k=-1"], "--top_k=-1"), (["--min_p=2"], "--min_p=2"), (["--repetition_penalty=0"], "--repetition_penalty=0"),
     (["--n_samples=0"], "--n_samples=0"), (["--max_new_tokens=-1"], "--max_new_tokens=-1"),
-    (["--device=tpu9"], "--device=tpu9"), (["--device=cuda:77"], "--device=cuda:77"), (["--device=meta"], "--device=meta")])
+    (["--device=tpu9"], "--device=tpu9"), (["--device=cuda:77"], "--device=cuda:77"), (["--dtype=int8"], "choose from float32, bfloat16, float16"), (["--device=meta"], "--device=meta")])
 def test_options_that_are_refused(ckpt, main, words, message):
     code, out, err = main(f"--ckpt={ckpt}", "--max_new_tokens=3", *words)
     assert (code, out, err.count("\n")) == (1, "", 1) and message in err, err
+
+
+@pytest.mark.parametrize("dtype, off", [("float32", 0), ("bfloat16", 0.06), ("float16", 0.008)])
+def test_numbers_of_other_types(ckpt, main, monkeypatch, dtype, off):
+    """All weights and the state are of that type, and logits near those of single precision."""
+    engines = []
+    monkeypatch.setattr(sample, "Engine", lambda *words, **how: engines.append(Engine(*words, **how)) or engines[-1])
+    code, out, err = main(f"--ckpt={ckpt}", f"--dtype={dtype}", "--prompt=one two", "--max_new_tokens=3", "--device=cpu")
+    assert code == 0 and out.startswith("one two"), err
+    gpt, kind = engines[0].model, getattr(torch, dtype)
+    assert {weight.dtype for weight in gpt.parameters()} == {kind}
+    x, state = torch.arange(8)[None], gpt.new_state(1)
+    with torch.inference_mode():
+        found, right = gpt(x, state).float(), sample.load(ckpt, "cpu")[0](x)
+    assert {kept.dtype for layer in state.layers for kept in layer} == {kind}
+    gap = (found - right).abs().max() / right.abs().max()
+    assert gap == off == 0 or off / 50 < gap < off
 
 
 def test_a_missing_checkpoint_says_how_to_make_one(main, tmp_path, monkeypatch):
