@@ -431,11 +431,15 @@ class Counts(nn.Module):
         return bool(counted) and not self.training
 
     def fill(self, arrays: dict[str, Tensor]) -> None:
-        """Take over what was counted. Raises RuntimeError where the arrays do not fit together."""
+        """Take over what was counted. Raises RuntimeError or ValueError where the arrays do not fit together."""
         for name, own in [*self.named_buffers()]:
             new = arrays[name].to(own)
             setattr(self, name, new)
-        self.levels()
+        for pairs, _, backs in self.levels():
+            edge = len(backs) * self.V
+            rise = F.pad(pairs, (1, 0), value=-1).diff()
+            good = (rise > 0) & (pairs < edge)
+            require(good.all(), "these are no counts of n-grams")
 
     def _load_from_state_dict(self, weights, prefix, *rest):
         """As torch's, but of any size, and it may be that nothing was counted yet"""

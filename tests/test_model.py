@@ -538,6 +538,11 @@ def test_counts_by_hand(tmp_path):
         weights = checkpoint["weights"] | {f"counts.{name}": value}
         with pytest.raises(ValueError, match="checkpoint does not fit model.py: .*split"):
             model.from_checkpoint(checkpoint | dict(weights=weights))
+    for place, value in ((0, -5), (3, 0), (-1, 2**40)):
+        pairs = checkpoint["weights"]["counts.pairs"].clone()
+        pairs[place] = value
+        with pytest.raises(ValueError, match="these are no counts of n-grams"):
+            model.from_checkpoint(checkpoint | dict(weights=checkpoint["weights"] | {"counts.pairs": pairs}))
 
 
 def test_ngrams_seldom_meet_in_a_row():

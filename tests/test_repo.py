@@ -26,7 +26,7 @@ SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
 CEILING = {
     "bpe.py": 705,
     "data.py": 1780,
-    "model.py": 1140,
+    "model.py": 1142,
     "train.py": 956,
     "kernels.py": 1720,
     "ddp.py": 1221,
