@@ -34,7 +34,7 @@ STUDIES = {
     "optimizers": {f"{name} {rate}": f"--optimizer={name} --learning_rate={rate}"
                    for name, rates in RATES.items() for rate in rates},
     "tokens": {"default": "", "without tables": "--ngram=0",
-               **{f"gpt2 {rate}": f"{GPT2} --learning_rate={rate} --ngram=0 --n_embd=96 --n_head=2" for rate in (0.002, 0.005, 0.01)}},
+               **{f"gpt2 {rate}": f"{GPT2} --learning_rate={rate} --ngram=0 --n_embd=96 --n_head=2" for rate in (0.0005, 0.001, 0.002)}},
     "ablations": {
         "default": "",
         "adamw": "--optimizer=adamw",
