@@ -311,11 +311,11 @@ def tokens(tmp_path):
     return folder
 
 
-def test_a_run_goes_on_in_another_form(tokens, tmp_path, run_script, run_main):
+def test_a_run_goes_on_in_another_form(tokens, tmp_path, run_main):
     """Four steps sharded, then four cut by heads and written in parts, are eight steps of one process."""
     words = ["--n_layer=2", "--n_head=4", "--n_embd=32", "--block_size=32", "--ngram=0", "--vocab_size=64", "--batch_size=8",
              "--eval_interval=4", "--schedule=constant", "--dtype=float64", f"--data={tokens}"]
-    done = run_script("train.py", *words, f"--output={tmp_path / 'one'}", "--max_iters=8", cwd=tmp_path)
+    done = run_main("train.py", *words, f"--output={tmp_path / 'one'}", "--max_iters=8", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     words = [str(ROOT / "train.py"), *words, f"--output={tmp_path / 'two'}"]
     two_processes(free_port(), [*words, "--max_iters=4", "--parallel=fsdp"])

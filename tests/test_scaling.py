@@ -96,7 +96,7 @@ def test_a_known_law_is_found_again(noise, tolerance):
     assert found["N_exponent"][0] + found["D_exponent"][0] == pytest.approx(1)
 
 
-@pytest.mark.parametrize("studies", [30, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("studies", [20, pytest.param(200, marks=pytest.mark.slow)])
 def test_intervals_of_noisy_runs_hold_the_truth(studies):
     """The 90% intervals hold the exponents, the best size, and a new run's loss, about as often as they say.
 
@@ -724,7 +724,7 @@ def test_the_target_run_is_trained_by_check(ledger, tmp_path, monkeypatch, capsy
     assert "inside the interval" in go(f"--check={tmp_path / 'target'}") and len(ledger.calls()) == calls  # read, not run
 
 
-@pytest.mark.parametrize("kills", [6, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [4, pytest.param(50, marks=pytest.mark.slow)])
 def test_kills_at_random_moments(kills, ledger, tmp_path):
     """kill -9 again and again: no row is lost, none is charged twice, and the end is that of a study left alone."""
     settings = dict(budgets="2e9,6e9", sizes=3, tuned=1, workers=2)
