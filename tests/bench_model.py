@@ -85,7 +85,7 @@ def speed():
     same = dict(norm="layernorm", position="learned", ffn="gelu", qk_norm=False, init="gpt2")
     peer, ours, modern = NanoGPT(**SHAPE), GPT(Config(**SHAPE, **same)), GPT(Config(**SHAPE))
     sizes = [sum(weight.numel() for weight in gpt.parameters()) for gpt in (peer, ours, modern)]
-    a, b, c = in_turns([step(gpt, ids) for gpt in (peer, ours, modern)], 3)
+    a, b, c = in_turns([step(gpt, ids) for gpt in (peer, ours, modern)], 7)
     print(f"forward + backward of 1 x 1024 tokens: nanoGPT's model {a:.2f} s, the same shape {a / b:.2f} x its speed, "
           f"the modern shape {a / c:.2f} x ({', '.join(f'{size:,}' for size in sizes)} parameters)")
     for delta in (False, True):
