@@ -228,7 +228,7 @@ class Objective(nn.Module):
         loss = F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
         if theirs is not None:
             teacher, weight, heat = self.teacher
-            gaps = divergence(logits, teacher.logits(theirs), heat)
+            gaps = divergence(logits, teacher.head(theirs), heat)
             loss = (1 - weight) * loss + weight * (gaps * (targets >= 0)).sum()
         if self.z_loss and self.training:
             squares = logits.logsumexp(-1).square()
@@ -662,6 +662,7 @@ def open_teacher(o: Options, config: Config, tokenizer: object, device: torch.de
     require(0 <= o.teacher_weight <= 1, f"--teacher_weight={o.teacher_weight} must be from 0 to 1")
     require(o.teacher_temperature > 0, f"--teacher_temperature={o.teacher_temperature} must be above 0")
     checkpoint = model.load_checkpoint(o.teacher)
+    checkpoint["config"]["counts"] = 0  # which know the training text by heart
     teacher = model.from_checkpoint(checkpoint).to(device).eval().requires_grad_(False)
     same = (checkpoint.get("tokenizer") or {}) == tokenizer.to_dict()
     same = same and teacher.config.vocab_size == config.vocab_size

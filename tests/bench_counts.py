@@ -43,6 +43,8 @@ def main():
     folder = Path(o.out)
     train, val = np.load(folder / "train.npy"), np.load(folder / "val.npy")
     gpt, tokenizer = sample.load(folder / "ckpt.pt", "cpu")
+    if gpt.config.counts:
+        sys.exit(f"{folder} is a run with --counts: its probabilities are not the network's alone")
     lengths = np.array([len(word) for word in tokenizer.vocab] + [0] * (gpt.config.vocab_size - len(tokenizer.vocab)))
     lengths[[*tokenizer.special_tokens.values()]] = 0
     half = len(val) // 2

@@ -38,6 +38,7 @@ STUDIES = {
     "ablations": {
         "default": "",
         "adamw": "--optimizer=adamw",
+        "soap": "--optimizer=soap",
         "without tables": "--ngram=0",
         "swiglu": "--ffn=swiglu",
         "gelu": "--ffn=gelu",

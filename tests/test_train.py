@@ -926,6 +926,10 @@ def test_counts_beside_the_network(launch, folder, tmp_path, monkeypatch):
             own = data.train_ngrams(np.load(other / "train.npy"), V, size)
             assert np.array_equal(weights["counts.pairs"].numpy(), own.pairs) and len(own.sizes) == size
     refused(launch("--resume", "--counts=2"), "another shape")
+    # the counts know the training text by heart: they are no part of a teacher
+    for name in ("plain", "out"):
+        assert launch("--max_iters=2", "--ngram=0", f"--teacher={tmp_path / name / 'ckpt.pt'}", output=tmp_path / f"of {name}").code == 0
+    assert read_log(tmp_path / "of plain")[-1]["train_loss"] == read_log(tmp_path / "of out")[-1]["train_loss"]
     refused(launch("--counts=3", "--compile", output=tmp_path / "c"), "--counts does not go with --compile")
     refused(launch("--counts=-1", output=tmp_path / "c"), "--counts=-1 is too small")
     refused(launch("--counts=3", "--counts_weight=1.5", output=tmp_path / "c"), "--counts_weight=1.5 must be at most 1")
