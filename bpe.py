@@ -29,6 +29,7 @@ import textwrap
 import threading
 import time
 import unicodedata
+from array import array
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -68,7 +69,10 @@ CHUNK = 1 << 14  # characters read at a time
 BLOCK = 1 << 21  # characters that are split at a time, and are worth sending to a process
 LONG, MANY = 64, 100  # bytes of a piece, and number of pieces, for which numpy is quicker than a loop, too
 SHORT = 1000  # characters below which a loop is quicker than numpy
-CACHE = 1 << 18  # pieces whose ids are remembered while encoding
+CACHE = 1 << 18  # pieces that are remembered
+SLOTS = 18  # bits of the number of a slot in a table of pieces
+HASH = 0x9E3779B97F4A7C15  # an odd number whose products spread over 64 bits (Knuth 1973, 6.4)
+LOWEST = np.array([2 ** (8 * min(size, 8)) - 1 for size in range(17)], np.uint64)  # of 8 bytes, the lowest `size`
 LOW = 0xFFFFFFFF  # of a pair of ids as one number, the right one
 END, UNKNOWN = "<|endoftext|>", "<|unk|>"
 
@@ -300,7 +304,7 @@ def in_groups(texts: Iterable[str]) -> Iterator[list[str]]:
     yield from filter(None, [group])
 
 
-# ---- pieces: `split` is the definition, `piece_ends` and `distinct` do the same for much text in arrays
+# ---- pieces: `split` is the definition, `piece_ends` and `Pieces` do the same for much text in arrays
 
 def well_formed(text: str, form: str = "") -> str:
     """The text with surrogate pairs joined and lone surrogates, which have no UTF-8, replaced by U+FFFD.
@@ -313,13 +317,19 @@ def well_formed(text: str, form: str = "") -> str:
     return unicodedata.normalize(form, text) if form else text
 
 
+@functools.lru_cache
+def repeated(pattern: str) -> regex.Pattern:
+    """A pattern as often as it matches in a row; its last group is empty and stands behind each match."""
+    return regex.compile("(?:(?:" + pattern + ")())*+")
+
+
 def cut(text: str, pattern: str) -> list[int]:
     """Where the pieces of a text end: captures of a group in one match, which is quicker than many, and timed in whole.
 
     ValueError if the pattern is a user's own and leaves some of the text, or takes too long.
     """
     try:
-        found = regex.match("(?:(?:" + pattern + ")())*+", text, timeout=10 + len(text) / 1e5)  # () is the last group
+        found = repeated(pattern).match(text, timeout=10 + len(text) / 1e5)
     except (regex.error, TimeoutError) as error:
         raise ValueError(f"pattern {pattern!r} is no regular expression, or takes too long: {error}") from None
     if found.end() < len(text):
@@ -381,33 +391,57 @@ def piece_ends(text: str, pattern: str) -> np.ndarray:
     return np.cumsum(sizes)[ends - 1]
 
 
-def distinct(texts: list[str], pattern: str) -> tuple[list[bytes], np.ndarray, list[int]]:
-    """The distinct pieces of texts; for each piece in order its number among these; how many pieces each text has."""
-    ends = [piece_ends(text, pattern) for text in texts]
-    data = "".join(texts).encode()
-    counts = list(map(len, ends))
-    lengths = [end.max(initial=0) for end in ends]
-    offsets = np.cumsum([0, *lengths])[:-1]
-    ends = np.concatenate(ends) + offsets.repeat(counts)
-    starts = np.append(0, ends)[:-1]
-    # Pieces of up to 7 bytes, which are most, are compared as numbers: the bytes, and above them the length.
-    sizes = ends - starts
-    short = sizes < 8
-    at = np.ndarray(len(data) + 1, "<i8", data + bytes(8), 0, (1,))  # the 8 bytes from each place on
-    size = sizes[short]
-    key = at[starts[short]] & (1 << 8 * size) - 1 | size << 56
-    _, first, number = np.unique(key, return_index=True, return_inverse=True)
-    which = np.empty(len(ends), np.int64)
-    which[short] = number
+class Pieces:
+    """Distinct pieces of text in UTF-8, numbered in the order in which they come.
 
-    def cut(chosen):
-        bounds = zip(starts[chosen].tolist(), ends[chosen].tolist())
-        return [data[start:end] for start, end in bounds]
+    A piece of up to 15 bytes is two numbers: `head`, its first 8 bytes, and `tail`, the others with the length above
+    them. A hash of both is a slot of three arrays, where numpy finds what is known; the dictionary `number` finds the
+    rest. The first piece keeps a slot, so frequent ones, which come early, have theirs.
+    """
 
-    pieces = cut(np.flatnonzero(short)[first])
-    numbers = defaultdict(itertools.count(len(pieces)).__next__)
-    which[~short] = list(map(numbers.__getitem__, cut(~short)))
-    return pieces + list(numbers), which, counts
+    def __init__(self):
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin anew: to be called between texts when it is `full`, which bounds memory."""
+        self.number = {}  # piece -> its number
+        self.head, self.tail, self.found = np.zeros((3, 1 << SLOTS), np.uint64)
+        self.full = False
+
+    def numbers(self, texts: list[str], pattern: str) -> tuple[np.ndarray, list[int]]:
+        """The number of each piece of well-formed texts in order, and how many pieces each text has."""
+        ends = [piece_ends(text, pattern) for text in texts]
+        data = "".join(texts).encode()
+        counts = list(map(len, ends))
+        offsets = np.cumsum([0, *(end.max(initial=0) for end in ends)])[:-1]
+        ends = np.concatenate(ends) + offsets.repeat(counts)
+        starts = np.append(0, ends)[:-1]
+        at = np.ndarray(len(data) + 9, "<u8", data + bytes(16), 0, (1,))  # the 8 bytes from each place on
+        which = np.empty(len(ends), np.int64)
+        for begin in range(0, len(ends), CHUNK):  # what is learnt serves the next ones
+            span = slice(begin, begin + CHUNK)
+            which[span] = self._look_up(data, at, starts[span], ends[span])
+        self.full = len(self.number) > CACHE or (ends - starts).max(initial=0) > 1024
+        return which, counts
+
+    def _look_up(self, data, at, starts, ends):
+        size = np.minimum(ends - starts, 16)
+        head = at[starts] & LOWEST[size]
+        tail = size.astype(np.uint64) << 56
+        long = np.flatnonzero(size > 8)
+        tail[long] |= at[starts[long] + 8] & LOWEST[size[long] - 8]
+        slot = ((head ^ tail * HASH) * HASH >> 64 - SLOTS).astype(np.int64)
+        found = self.found[slot].astype(np.int64)
+        other = (self.head[slot] != head) | (self.tail[slot] != tail)
+        missing = np.flatnonzero(other)
+        number = self.number
+        bounds = zip(starts[missing].tolist(), ends[missing].tolist())
+        found[missing] = [number.setdefault(data[start:end], len(number)) for start, end in bounds]
+        empty = self.tail[slot] == 0
+        free = np.flatnonzero(other & empty & (size < 16))
+        for column, values in (self.head, head), (self.tail, tail), (self.found, found):
+            column[slot[free]] = values[free]
+        return found
 
 
 def stretches(flat: np.ndarray, sizes: np.ndarray, which: np.ndarray) -> np.ndarray:
@@ -423,16 +457,19 @@ def stretches(flat: np.ndarray, sizes: np.ndarray, which: np.ndarray) -> np.ndar
 
 # ---- training: from counted pieces to a vocabulary
 
-def count_pieces(text: str, pattern: str, special_tokens: list, longest: int) -> Counter:
+def count_pieces(text: str, pattern: str, special_tokens: list, longest: int, seen: Pieces) -> Counter:
     """How often each piece occurs in a text, those of more than `longest` bytes all as b"" (0: any may be longer).
 
     Special tokens are boundaries and not counted.
     """
     texts = regex.split(any_of(special_tokens), well_formed(text))
-    pieces, which, _ = distinct(texts, pattern)
+    if seen.full:
+        seen.forget()
+    which, _ = seen.numbers(texts, pattern)
     counts = Counter()
-    for piece, number in zip(pieces, np.bincount(which).tolist()):
-        counts[b"" if 0 < longest < len(piece) else piece] += number
+    for piece, times in zip(seen.number, np.bincount(which).tolist()):
+        if times:
+            counts[b"" if 0 < longest < len(piece) else piece] += times
     return counts
 
 
@@ -604,7 +641,8 @@ def train(
     pattern = PATTERNS.get("char" if kind == "char" else pattern, pattern)
     counts = Counter() if counts is None else counts
     texts = chunks((text + END for text in documents), pattern, BLOCK, END)
-    for part in parallel(count_pieces, texts, workers or os.cpu_count(), pattern, names, max_chunk_bytes):
+    given = pattern, names, max_chunk_bytes, Pieces()
+    for part in parallel(count_pieces, texts, workers or os.cpu_count(), *given):
         counts.update(part)
     left_out = [piece for piece, number in counts.items() if not piece or number < min_count]
     if left_out:
@@ -675,7 +713,8 @@ class Tokenizer:
         self.dtype = np.dtype(np.uint16 if len(vocab) <= 1 << 16 else np.uint32)
         self.length = np.array(list(map(len, vocab)))
         self.flat = np.frombuffer(b"".join(vocab), np.uint8)
-        self.cache = {}  # piece -> ids as bytes
+        self.cache = {}  # piece -> ids, of short texts
+        self._forget()
 
     def encode(self, text: str, allowed_special: str | set = "none") -> list[int]:
         """Ids of a text. What looks like a special token in it is ordinary text ("none"), an error ("none_raise"), or
@@ -686,27 +725,48 @@ class Tokenizer:
         allowed = names if allowed_special == "all" else () if isinstance(allowed_special, str) else allowed_special
         found = any_of(names.keys() & allowed)
         for i, part in enumerate(regex.split(f"({found})", text) if found else [text]):
-            ids += [names[part]] if i % 2 else self.encode_ordinary(part).tolist()
+            if i % 2:
+                ids.append(names[part])
+            else:
+                ids += self._encode_short(part) if len(part) < SHORT else self.encode_ordinary(part).tolist()
+        return ids
+
+    def _encode_short(self, text):
+        """The simple way, and what `encode_together` must equal: cut into pieces, look each up or merge its bytes."""
+        ids = []
+        if len(self.cache) > CACHE:
+            self.cache.clear()
+        for piece in split(well_formed(text, self.form), self.pattern):
+            if piece not in self.cache:
+                self.cache[piece] = self._ids(piece.encode())
+            ids += self.cache[piece]
         return ids
 
     def encode_ordinary(self, text: str) -> np.ndarray:
         """Ids of a text, special tokens in it as ordinary text: uint16, or uint32 for more than 65,536 tokens."""
-        if len(text) < SHORT:  # the simple way, and what encode_together must equal
-            pieces = split(well_formed(text, self.form), self.pattern)
-            known = self.ids_of(list(map(str.encode, pieces)))
-            return np.frombuffer(bytearray().join(known), self.dtype)
+        if len(text) < SHORT:
+            return np.array(self._encode_short(text), self.dtype)
         blocks = chunks([text], self.pattern, BLOCK)
         return np.concatenate([self.encode_together([block])[0] for block in blocks])
 
+    def _forget(self):
+        self.seen = Pieces()  # of much text
+        self.ids = np.empty(0, self.dtype)  # those of the first piece, of the second, ...
+        self.sizes = np.empty(0, np.int64)  # how many each has
+
     def encode_together(self, texts: list[str]) -> list[np.ndarray]:
         """Ids of each text, as of `encode_ordinary`; each distinct piece of them all is looked up once."""
+        if self.seen.full:
+            self._forget()
         texts = [well_formed(text, self.form) for text in texts]
-        pieces, which, counts = distinct(texts, self.pattern)
-        known = self.ids_of(pieces)
-        flat = np.frombuffer(b"".join(known), self.dtype)
-        sizes = np.array(list(map(len, known)), np.int64) // flat.itemsize
-        ids = stretches(flat, sizes, which)
-        ends = np.append(0, np.cumsum(sizes[which]))
+        which, counts = self.seen.numbers(texts, self.pattern)
+        new = self.ids_of(list(itertools.islice(self.seen.number, len(self.sizes), None)))
+        ids = np.frombuffer(b"".join(new), self.dtype)
+        sizes = np.array(list(map(len, new)), np.int64)
+        self.ids = np.append(self.ids, ids)
+        self.sizes = np.append(self.sizes, sizes // ids.itemsize)
+        ids = stretches(self.ids, self.sizes, which)
+        ends = np.append(0, np.cumsum(self.sizes[which]))
         return np.split(ids, ends[np.cumsum(counts)[:-1]])
 
     def encode_batch(self, texts: Iterable[str], workers: int = 0) -> list[np.ndarray]:
@@ -737,18 +797,12 @@ class Tokenizer:
             yield from self.encode_ordinary(chunk).tolist()
 
     def ids_of(self, pieces: list[bytes]) -> list[bytes]:
-        """The ids of each piece, as the bytes of an array; they are remembered."""
-        if len(self.cache) > CACHE:
-            self.cache = {}
-        with contextlib.suppress(KeyError):
-            return list(map(self.cache.__getitem__, pieces))
-        missing = set(pieces).difference(self.cache)
-        merged = [piece for piece in missing if len(piece) <= LONG and piece not in self.index]
+        """The ids of distinct pieces, each as the bytes of an array."""
+        merged = [piece for piece in pieces if len(piece) <= LONG and piece not in self.index]
+        known = {}
         if len(merged) > MANY and self.unknown is None:
-            self.cache.update(zip(merged, self._merge_together(merged)))
-        for piece in missing.difference(self.cache):
-            self.cache[piece] = np.array(self._ids(piece), self.dtype).tobytes()
-        return list(map(self.cache.__getitem__, pieces))
+            known = dict(zip(merged, self._merge_together(merged)))
+        return [known.get(piece) or array(self.dtype.char, self._ids(piece)).tobytes() for piece in pieces]
 
     def _ids(self, data):
         """Ids of one piece: a token's own, <|unk|>, or what merging leaves of the bytes.
@@ -763,7 +817,7 @@ class Tokenizer:
             def make(pair, cost):
                 return cost + never
             row = merge_row([data], self.byte_ids, self.length, self._costs, int, make)
-            return row[row >= 0]
+            return row[row >= 0].tolist()
         ids = [self.byte_ids[byte] for byte in data]
         while made := [get(pair, never) for pair in zip(ids, ids[1:])]:
             if (new := min(made)) == never:
@@ -778,21 +832,23 @@ class Tokenizer:
         ids = np.array(self.byte_ids)[data]
         piece = np.arange(len(pieces)).repeat(list(map(len, pieces)))
         done, never = [], self.vocab_size
+        cost = np.full(len(ids), never)  # of each id with the next one of its piece
+        changed = np.arange(len(ids))
         while len(ids):
-            pairs = ids[:-1] << 32 | ids[1:]
-            at = np.searchsorted(self.sorted_pairs, pairs)
-            same = piece[:-1] == piece[1:]
-            known = same & (self.sorted_pairs[at] == pairs)
-            cost = np.append(np.where(known, self.made[at], never), never)
-            starts = np.flatnonzero(np.append(True, ~same))
+            changed = changed[piece[changed] == np.append(piece, -1)[changed + 1]]
+            cost[changed] = self._costs(ids[changed] << 32 | ids[changed + 1]) + never
+            starts = np.flatnonzero(np.append(True, piece[1:] != piece[:-1]))
             sizes = np.diff(np.append(starts, len(ids)))
             lowest = np.minimum.reduceat(cost, starts).repeat(sizes)
             more = lowest < never
             done.append((ids[~more], piece[~more]))
             places = every_other(np.flatnonzero((cost == lowest) & more), 1)
             ids[places] = cost[places]
+            cost[places] = never
             more[places + 1] = False
-            ids, piece = ids[more], piece[more]
+            changed = (np.cumsum(more) - 1)[places]
+            changed = np.concatenate((changed, changed[changed > 0] - 1))
+            ids, piece, cost = ids[more], piece[more], cost[more]
         ids, piece = map(np.concatenate, zip(*done))
         ids = ids[piece.argsort(kind="stable")].astype(self.dtype)
         ends = np.cumsum(np.bincount(piece))

@@ -276,17 +276,32 @@ def test_lone_surrogates_become_the_replacement_character():
 
 
 def test_pieces_in_arrays_are_those_of_the_definition(monkeypatch):
-    """piece_ends and distinct, which work on much text at once, against split; NULs, marks and astral characters too."""
+    """piece_ends and Pieces, which work on much text at once, against split; NULs, marks and astral characters too."""
     monkeypatch.setattr(bpe, "SHORT", 0)
-    rng = random.Random(8)
+    monkeypatch.setattr(bpe, "CHUNK", 40)
+    monkeypatch.setattr(bpe, "SLOTS", 5)  # so that most pieces find their slot taken
+    rng, seen = random.Random(8), bpe.Pieces()
     for round in range(600):
         pattern = rng.choice([GPT2, GPT2, GPT2, *PATTERNS.values(), r"\w+|\W"])
         texts = [random_text(rng, rng.randrange(60)) + random_unicode(rng, rng.randrange(9)) for _ in range(rng.randrange(1, 5))]
         texts += rng.choice([[], ["it's 'll 'tis '", "  ", "\0\0\0\0", "\0" * 7, "\0" * 8], ["aaaaaaa\0", "aaaaaaa"], ["\ufffd"]])
-        pieces, which, counts = bpe.distinct(texts, pattern)
+        if round % 50 == 0:
+            seen.forget()
+        which, counts = seen.numbers(texts, pattern)
         expected = [[piece.encode() for piece in bpe.split(text, pattern)] for text in texts]
-        assert len(set(pieces)) == len(pieces) and counts == list(map(len, expected))
+        assert list(seen.number.values()) == list(range(len(seen.number))) and counts == list(map(len, expected))
+        pieces = list(seen.number)
         assert [pieces[i] for i in which] == sum(expected, []), texts
+
+
+def test_pieces_of_one_beginning_and_end_are_told_apart_by_length():
+    """Up to 15 bytes a piece is two numbers; a longer one is none, also where its length is one of a byte's in 8 bits."""
+    sizes = [*range(1, 40), *range(250, 280), 511, 512, 513]
+    for letter in "a\0":
+        texts, seen = [letter * size for size in sizes], bpe.Pieces()
+        for _ in range(3):
+            which, counts = seen.numbers(texts, PATTERNS["bytes"])
+            assert which.tolist() == list(range(len(sizes))) and set(counts) == {1}
 
 
 def test_kinds_of_all_characters():
@@ -344,11 +359,21 @@ def test_groups_in_a_pattern_keep_their_numbers():
 
 
 def test_a_pattern_that_backtracks_without_end_is_named(monkeypatch):
-    find, given = regex.match, []
-    monkeypatch.setattr(bpe.regex, "match", lambda *what, timeout: (given.append(timeout), find(*what, timeout=0.1))[1])
+    given, repeated = [], bpe.repeated
+
+    class Impatient:
+        def __init__(self, pattern):
+            self.pattern = repeated(pattern)
+
+        def match(self, text, timeout):
+            given.append(timeout)
+            return self.pattern.match(text, timeout=0.1)
+
+    monkeypatch.setattr(bpe, "repeated", Impatient)
     with pytest.raises(ValueError, match=r"a\+\)\+b.*too long"):
         bpe.train("bpe", ["a" * 60 + "c"], 300, r"(?:(?:a|a)+)+b|(?:a+)+b|.", workers=1)
     assert 10 <= given[0] < 11
+    monkeypatch.undo()
     assert bpe.split("ab1", r"(a)|(?P<letter>b)|.") == ["a", "b", "1"]  # groups of the user's do no harm
 
 
@@ -441,13 +466,17 @@ def test_growth_of_encoding_one_long_piece(text, tokenizer, monkeypatch):
 def test_the_cache_is_bounded_and_changes_nothing(monkeypatch, tokenizer):
     monkeypatch.setattr(bpe, "CACHE", 50)
     monkeypatch.setattr(bpe, "CHUNK", 20)
-    copy, most = bpe.from_dict(tokenizer.to_dict()), 0
+    short, long = [], []
+    copy = bpe.from_dict(tokenizer.to_dict())
     rng = random.Random(6)
-    for _ in range(30):
-        text = " ".join(random_text(rng, 9) for _ in range(50))
+    for _ in range(60):
+        text = " ".join(random_text(rng, 9) for _ in range(rng.choice([50, 200])))
         assert copy.encode(text) == tokenizer.encode(text)
-        most = max(most, len(copy.cache))
-    assert 50 < most <= 50 + 450  # those of one text more
+        short.append(len(copy.cache))
+        long.append(len(copy.seen.number))
+        assert len(copy.sizes) == len(copy.seen.number)
+    assert 50 < max(short) <= 50 + 450 and 50 < max(long) <= 50 + 2000  # those of one text more
+    assert copy.encode("x" * 5000) == tokenizer.encode("x" * 5000) and copy.seen.full  # so large a piece is not kept
 
 
 def work_on(job, offset):
