@@ -24,7 +24,7 @@ from conftest import ROOT, tiny_documents
 
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
 CEILING = {
-    "bpe.py": 705,
+    "bpe.py": 745,
     "data.py": 1780,
     "model.py": 1142,
     "train.py": 956,
