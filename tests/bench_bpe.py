@@ -4,12 +4,19 @@ Both sides use all the cores they are given, and start-up of processes is includ
 tokenizer is loaded freshly for each encoding; tiktoken has GPT-2's pattern as it publishes it. One column is wall time, the
 other processor time of all processes, which other programs on the machine disturb less. The ids are compared.
 Run it under `taskset -c 0,1` for two cores. Arguments: number of rounds (3), share of files (1).
+
+    python tests/bench_bpe.py memory FILE
+
+trains 32,000 tokens on a quarter of a text, then on all of it, and prints the peak memory of all processes, seconds, and how
+many distinct pieces there are.
 """
 import os
 import platform
 import statistics
 import sys
+import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -68,7 +75,26 @@ def equal(ours, theirs):
     assert [list(ids) for ids in ours] == theirs, "the ids differ"
 
 
+def memory(path):
+    """Peak memory and time of training on a part and on the whole of a text."""
+    from bench_data import measured
+    for share in (0.25, 1):
+        with tempfile.TemporaryDirectory() as folder, open(path, "rb") as text:
+            part, size = Path(folder, "part.txt"), int(share * os.path.getsize(path))
+            with open(part, "wb") as file:
+                for start in range(0, size, 1 << 20):
+                    file.write(text.read(min(1 << 20, size - start)))
+            words = ["bpe.py", f"--input={part}", "--vocab_size=32000", f"--output={folder}/tokenizer.json"]
+            peak, seconds = measured(words)
+            counts, seen = Counter(), bpe.Pieces()
+            for chunk in bpe.chunks((text for text, _ in bpe.read_parts([part], "", {})), bpe.PATTERNS["gpt2"], bpe.BLOCK):
+                counts.update(bpe.count_pieces(chunk, bpe.PATTERNS["gpt2"], [bpe.END], 0, seen))
+        print(f"{size / 1e6:,.0f} MB, {len(counts):,} distinct pieces: peak memory {peak / 1e6:,.0f} MB, {seconds:.0f} s", flush=True)
+
+
 def main():
+    if sys.argv[1:2] == ["memory"]:
+        return memory(sys.argv[2])
     rounds, share = (kind(word) for kind, word in zip((int, float), [*sys.argv[1:], *"3 1".split()[len(sys.argv) - 1:]]))
     documents = read()[::round(1 / share)]
     print(f"{len(documents)} documents, {sum(len(text.encode()) for text in documents) / 1e6:.1f} MB; {CORES} cores of "
