@@ -7,7 +7,7 @@ Writes: --output, a folder: train.npy and val.npy (1-D, uint16 or uint32; every 
         mix.json, mix.jsonl
 Usage:  python data.py --input=stories.txt --separator="<|endoftext|>"
         python data.py --input=crawl.warc.gz --steps=extract,length,pii,dedup,tokenise --report=report.html --look=3
-        python data.py --input=sharegpt.json --steps=chat,exact --output=chats
+        python data.py --input=sharegpt.jsonl --steps=chat,exact --output=chats
         python data.py --mix=a,b,c --eval_data=target --train="--n_layer=1 --max_iters=100" --output=mix
         python data.py --train_language=languages.json  (also --train_classifier, --train_ngrams)
 
@@ -1632,8 +1632,8 @@ def turn_text(turn: dict) -> str:
     return "\n".join(filter(None, parts))
 
 
-def to_messages(row: dict) -> tuple[list[dict], str]:
-    """(Messages of a row of jsonl in one of the LAYOUTS, as align.py reads them; why they are none, or "").
+def to_messages(row: dict) -> list[dict]:
+    """Messages of a row of jsonl in one of the LAYOUTS, as align.py reads them; [] if it holds no conversation.
 
     Turns of a user, or of the system, that follow one another become one.
     """
@@ -1648,36 +1648,21 @@ def to_messages(row: dict) -> tuple[list[dict], str]:
     for turn in turns:
         role, text = ROLES.get(turn.get("role") or turn.get("from")), turn_text(turn)
         if not role or not text.strip():
-            return [], "a turn without text" if role else "a role that is not known"
+            return []
         if messages and role == messages[-1]["role"] and role in ("user", "system"):
             messages[-1]["content"] += f"\n\n{text}"
         else:
             messages.append(dict(role=role, content=text))
-    if not messages or messages[-1]["role"] != "assistant":
-        return [], "no reply at the end" if fitting else "a layout that is not known"
-    return messages, ""
-
-
-def rows_of_array(path: Path) -> Iterable[bytes]:
-    """The elements of a JSON file that is one array, which must fit in memory; else the whole, or lines of jsonl."""
-    raw = b"".join(block or b"" for block in read_blocks(path))
-    try:
-        rows = json.loads(raw)
-    except (ValueError, RecursionError):
-        return raw.split(b"\n")
-    return (json.dumps(row).encode() for row in rows) if isinstance(rows, list) else [raw]
+    return messages if messages and messages[-1]["role"] == "assistant" else []
 
 
 def read_raw(files: Iterable[Path], o: Options) -> Iterator[dict]:
     """What files hold, as records with "raw" (bytes; None for a damaged place), "origin", "kind" (page, text or row of
     jsonl) and "headers" (of a record of a WARC file)."""
-    rows = {".jsonl", ".json"} if "chat" in o.steps.split(",") else {".jsonl"}
     for path in files:
-        kind = "page" if PAGES.search(path.name) else "row" if rows.intersection(path.suffixes) else "text"
+        kind = "page" if PAGES.search(path.name) else "row" if ".jsonl" in path.suffixes else "text"
         broken, between = Counter(), {"row": b"\n", "text": o.separator.encode()}.get(kind, b"")
-        if kind == "row" and ".json" in path.suffixes:
-            found = (({}, row) for row in rows_of_array(path))
-        elif ".warc" in path.suffixes:
+        if ".warc" in path.suffixes:
             found = read_warc(path, broken, o.max_document_bytes)
         else:
             found = (({}, raw) for raw in cut_at(between, read_blocks(path), o.max_document_bytes))
@@ -1708,10 +1693,10 @@ def read_record(record: dict, o: Options, counts: Counter) -> str:
     try:  # a row
         record |= json.loads(raw.decode("utf-8", "replace"))
         if "chat" in o.steps.split(","):
-            record["messages"], reason = to_messages(record)
-            if reason:
-                return reason
+            record["messages"] = to_messages(record)
             record.pop("text", "")
+            if not record["messages"]:
+                return "no conversation"
         for holder, key in places(record):  # JSON can spell half of a surrogate pair
             holder[key] = bpe.well_formed(holder[key])
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):

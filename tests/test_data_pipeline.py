@@ -645,10 +645,10 @@ LAYOUTS = [
         ("assistant", '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": "ü"}}\n</tool_call>'), ("tool", "3"), ("assistant", "It is three."))),
 ]
 MALFORMED = [
-    ({"conversation": []}, "a layout that is not known"), ({"text": "no conversation"}, "a layout that is not known"),
-    ({"messages": []}, "no reply at the end"), ({"messages": OPENAI[:1]}, "no reply at the end"), ({"prompt": "q", "completion": ""}, "no reply at the end"),
-    ({"messages": [{"role": "narrator", "content": "x"}]}, "a role that is not known"), ({"messages": [{"content": "x"}]}, "a role that is not known"),
-    ({"messages": [{"role": "user", "content": " "}, {"role": "assistant", "content": "x"}]}, "a turn without text"),
+    *[(row, "no conversation") for row in (
+        {"conversation": []}, {"text": "no conversation"}, {"messages": []}, {"messages": OPENAI[:1]}, {"prompt": "q", "completion": ""},
+        {"messages": [{"role": "narrator", "content": "x"}]}, {"messages": [{"content": "x"}]},
+        {"messages": [{"role": "user", "content": " "}, {"role": "assistant", "content": "x"}]})],
     *[(row, "no JSON with a text or messages") for row in (
         [1], 3, {"messages": 5}, {"messages": ["x"]}, {"messages": {"role": "user"}}, {"messages": [{"role": ["user"], "content": "x"}]},
         {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, {"messages": [{"role": "assistant", "tool_calls": [{"function": {}}]}]},
@@ -657,26 +657,19 @@ MALFORMED = [
 
 
 def test_conversations_in_common_layouts_become_messages_that_align_reads(tmp_path):
-    """Each layout, from jsonl and as one JSON array; what is none is counted by reason; in = kept + dropped."""
+    """Each layout; what is none is counted by reason; in = kept + dropped."""
     rows = [row for row, _ in LAYOUTS + MALFORMED]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "{broken\n", encoding="utf-8")
-    (tmp_path / "b.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
-    for name, broken in (("a.jsonl", 1), ("b.json", 0)):
-        manifest = prepare(tmp_path / name, tmp_path / f"out-{name}", "chat,pii", workers=1)
-        found = [tuple((turn["role"], turn["content"]) for turn in row["messages"]) for row in documents_of(tmp_path / f"out-{name}")]
-        assert found == [tuple(said) for _, said in LAYOUTS]
-        dropped = Counter(reason for _, reason in MALFORMED) + Counter({"no JSON with a text or messages": broken})
-        assert manifest["steps"]["read"]["dropped"] == dropped and balanced(manifest["steps"], "pii")
-        assert manifest["steps"]["read"]["in"] == len(rows) + broken
+    manifest = prepare(tmp_path / "a.jsonl", tmp_path / "out", "chat,pii", workers=1)
+    found = [tuple((turn["role"], turn["content"]) for turn in row["messages"]) for row in documents_of(tmp_path / "out")]
+    assert found == [tuple(said) for _, said in LAYOUTS]
+    dropped = Counter(reason for _, reason in MALFORMED) + Counter({"no JSON with a text or messages": 1})
+    assert manifest["steps"]["read"]["dropped"] == dropped and balanced(manifest["steps"], "pii")
+    assert manifest["steps"]["read"]["in"] == len(rows) + 1
     coder = bpe.train("byte", ["a"], 300)
-    for row in documents_of(tmp_path / "out-a.jsonl"):
+    for row in documents_of(tmp_path / "out"):
         ids, mask = sample.render(row["messages"], "plain", coder)
         assert len(ids) == len(mask) and 0 < sum(mask) < len(mask)
-    (tmp_path / "c.json").write_text('{"messages": [')
-    assert prepare(tmp_path / "c.json", tmp_path / "c", "chat")["steps"]["read"]["dropped"] == {"no JSON with a text or messages": 1}
-    (tmp_path / "e.json").write_bytes((tmp_path / "a.jsonl").read_bytes())  # jsonl under another name
-    assert prepare(tmp_path / "e.json", tmp_path / "e", "chat")["steps"]["read"]["kept"] == len(LAYOUTS)
-    assert prepare(tmp_path / "b.json", tmp_path / "d", "exact")["steps"]["read"]["kept"] == 1  # without `chat` it is text
 
 
 # ---------------------------------------------------------------------------------------------------------------- mixing
