@@ -4,7 +4,7 @@ Reads:  --input: text files, folders, .jsonl files (field "text" or "messages"),
         files; without it the text of Python's standard library
 Writes: --output, a folder: train.npy and val.npy (1-D, uint16 or uint32; every document ends with <|endoftext|>),
         tokenizer.json, manifest.json; with other steps documents.jsonl, removed.jsonl, contamination.json; with --mix
-        mix.json, mix.jsonl
+        mix.json and the logs of its runs
 Usage:  python data.py --input=stories.txt --separator="<|endoftext|>"
         python data.py --input=crawl.warc.gz --steps=extract,length,pii,dedup,tokenise --report=report.html --look=3
         python data.py --input=sharegpt.jsonl --steps=chat,exact --output=chats
@@ -1471,58 +1471,46 @@ def learn_shares(run: Callable[[list[float]], float], sizes: list[int], count: i
     """Shares with the least loss, from `count` calls of run(shares) -> loss (RegMix, Liu et al. 2024).
 
     Least squares fit the log of the loss by a quadratic of the shares, where RegMix has boosted trees. "low" and "high"
-    bound the shares in 90% of the fits to runs drawn anew from these (bootstrap); "loss" is what the fit predicts,
-    "error" how far it is off, as a share of the loss, for a run that it has not seen (root mean square). The first two
-    runs are shares by size and all alike.
+    bound the shares in 90% of the fits to runs drawn anew from these (bootstrap); "loss" is what the fit predicts. The
+    first two runs are shares by size and all alike.
     """
     random, k = np.random.default_rng(seed), len(sizes)
     least = 1 + k * (k + 1) // 2
     if count < least:
         raise ValueError(f"--runs={count} are too few for {k} sources: {least} at least")
-    plain = [shares_by_size(sizes, each) for each in (1, np.inf)][:len({*sizes})]  # of equal sizes both are one
-    shares = np.round([*plain, *random.dirichlet(np.ones(k), count - len(plain))], 6)
+    plain = [shares_by_size(sizes, temperature) for temperature in (1, np.inf)]
+    shares = np.round([*plain, *random.dirichlet(np.ones(k), count - 2)], 6)
     losses = np.log([run(row.tolist()) for row in shares])
     terms, guesses = with_products(shares), random.dirichlet(np.ones(k), GUESSES)
     products = with_products(guesses)
 
-    def best(rows: np.ndarray) -> np.ndarray:
+    def best(rows: np.ndarray) -> tuple[np.ndarray, float]:
         fit = np.linalg.lstsq(terms[rows], losses[rows], rcond=None)[0]
-        return guesses[np.argpartition(products @ fit, BEST)[:BEST]].mean(0)
+        found = guesses[np.argpartition(products @ fit, BEST)[:BEST]].mean(0)
+        return found, float(np.exp(with_products(found[None]) @ fit)[0])
 
-    found = best(np.arange(count))
-    samples = [best(rows) for rows in random.integers(count, size=(200, count))]
+    found, loss = best(np.arange(count))
+    samples = [best(rows)[0] for rows in random.integers(count, size=(200, count))]
     low, high = np.quantile(samples, [0.05, 0.95], 0)
-    inverse = np.linalg.pinv(terms)
-    fit = inverse @ losses
-    own = np.sum(terms * inverse.T, 1)  # how much of its own loss is in what is fitted to a run
-    missed = (losses - terms @ fit) / (1 - own)  # by a fit without this run
-    loss = float(np.exp(with_products(found[None]) @ fit)[0])
-    error = float(np.sqrt(np.mean(missed**2)))
-    return dict(shares=found, low=low, high=high, loss=loss, error=error)
+    return dict(shares=found, low=low, high=high, loss=loss)
 
 
 def loss_of_shares(o: Options, sizes: list[int], shares: list[float]) -> float:
-    """Loss at the end of a run of train.py with some shares. OUTPUT/mix.jsonl keeps it: no run is done twice."""
-    path, mix = Path(o.output, "mix.jsonl"), ",".join(map(str, shares))
+    """Loss at the end of a run of train.py with some shares. Its log stays in OUTPUT: no run is done twice."""
+    mix = ",".join(map(str, shares))
     words = [f"--data={o.mix}", f"--mix={mix}", f"--eval_data={o.eval_data}", *o.train.split()]
-    asked = dict(sizes=sizes, words=words)
-    with bpe.blaming(f"{path} is damaged"):
-        rows = [json.loads(line) for line in open(path)] if path.exists() else []
-        for row in rows:
-            if row == row | asked:
-                return row["loss"]
-    with tempfile.TemporaryDirectory(dir=o.output) as run:
-        script = Path(__file__).with_name("train.py")
-        command = [sys.executable, script, *words, f"--output={run}"]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise ValueError(done.stderr.strip())
-        last = Path(run, "log.jsonl").read_text().splitlines()[-1]
-        rows.append(asked | dict(loss=json.loads(last)["val_loss"]))
-    with bpe.replacing(path) as file:
-        file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
-    print(f"{len(rows)}: --mix={mix} ends at {rows[-1]['loss']:.4f}", flush=True)
-    return rows[-1]["loss"]
+    log = Path(o.output, hashlib.sha256(f"{sizes} {words}".encode()).hexdigest()[:16] + ".jsonl")
+    if not log.exists():
+        with tempfile.TemporaryDirectory(dir=o.output) as run:
+            command = [sys.executable, Path(__file__).with_name("train.py"), *words, f"--output={run}"]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise ValueError(done.stderr.strip())
+            os.replace(Path(run, "log.jsonl"), log)
+    with bpe.blaming(f"{log} is damaged"):
+        loss = json.loads(log.read_text().splitlines()[-1])["val_loss"]
+    print(f"--mix={mix} ends at {loss:.4f}", flush=True)
+    return loss
 
 
 def mix_sources(o: Options) -> None:
@@ -1545,7 +1533,7 @@ def mix_sources(o: Options) -> None:
         span = f"  (90%: {rows['low'][folder]:.3f} to {rows['high'][folder]:.3f})" if "low" in rows else ""
         print(f"{folder}: {size:,} tokens, share {rows['shares'][folder]:.3f}{span}")
     if "loss" in found:
-        print(f"predicted loss {found['loss']:.4f}; a run that the fit has not seen is off by {found['error']:.2%}")
+        print(f"predicted loss {found['loss']:.4f}")
     print(f"next: python train.py --data={o.mix} --mix={path}")
 
 
