@@ -66,7 +66,6 @@ import numpy as np
 
 import bpe
 
-FORMAT = 1  # of the manifest; counts up when files of the same manifest would become different
 PIECE = 1 << 20  # characters of the longest piece of a document
 PAGES = re.compile(r"\.(html?|pdf|warc|warc\.wet)(\.(gz|bz2|xz|zst))?$", re.I)  # the files that the step extract is for
 JOB = 1 << 22  # characters that a process encodes: bounds memory
@@ -176,45 +175,37 @@ def show_live(text: str) -> None:
 
 def read_jsonl(path: Path, counts: Counter) -> Iterator[tuple[str, bool]]:
     """The field "text" of each line of a file, as (text, True); lines that have none are counted in "bad_lines"."""
-    with open(path, "rb") as file:
+    with bpe.opened(path) as file:
         for line in file:
             text = line.decode("utf-8", "replace")
             counts["utf8_errors"] += text.count("\ufffd") - line.count("\ufffd".encode())
             try:
-                text = json.loads(text)["text"].encode("utf-16-le", "surrogatepass")
-                yield text.decode("utf-16-le", "replace"), True  # JSON can spell half of a surrogate pair
+                yield bpe.well_formed(json.loads(text)["text"]), True
             except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
                 counts["bad_lines"] += not line.isspace()
 
 
 @dataclasses.dataclass
 class Corpus:
-    """The documents of some files, read anew at each pass.
-
-    held[i] is 1 where document i is for validation. Where `border` (in characters from the beginning) lies inside a
-    document, this document counts as two.
-    """
+    """The documents of some files, read anew at each pass. Of document i the first training[i] characters are for
+    training, the others for validation."""
     files: list[Path]
     separator: str  # between the documents of a file
-    size: int  # bytes of all files
-    characters: int = 0  # of all documents
-    held: bytes = b""
-    border: int = 0
+    training: np.ndarray = None  # (documents,) int64; only of few documents one has both parts
     counts: Counter = dataclasses.field(default_factory=Counter)  # of the latest pass: utf8_errors, bad_lines
 
-    def pieces(self, label: str) -> Iterator[tuple[str, bool]]:
+    def pieces(self) -> Iterator[tuple[str, bool]]:
         """All documents in pieces (text, whether the document ends here), empty documents left out.
 
         A piece ends where no pattern looks across, so that it encodes as the whole does; only where a text has no such
-        place for long is it cut anywhere. `label` stands in the live line.
+        place for long is it cut anywhere.
         """
-        self.counts, errors, at, due = Counter(), {}, 0, 0.0
+        self.counts, errors = Counter(), {}
         for path in self.files:
-            plain = path.suffix != ".jsonl"
+            plain = ".jsonl" not in path.suffixes
             parts = bpe.read_parts([path], self.separator, errors) if plain else read_jsonl(path, self.counts)
             rest, begun = "", False
             for text, ends in parts:
-                at += len(text)
                 rest += text
                 place = bpe.CUT.search(rest) if len(rest) > PIECE else None
                 end = place.end() if place else len(rest)
@@ -224,54 +215,46 @@ class Corpus:
                 elif place or end > 4 * PIECE:
                     yield rest[:end], False
                     rest, begun = rest[end:], True
-                if time.monotonic() > due:
-                    show_live(f"{label} {at / (self.characters or self.size):.0%}")
-                    due = time.monotonic() + 0.2
         self.counts["utf8_errors"] += sum(errors.values())
-        show_live("")
 
     def split(self, val_fraction: float, seed: int) -> None:
-        """Decide which documents are for validation."""
+        """Decide what is for validation."""
         salt = hashlib.sha256(f"{seed}\n".encode())
-        hashes, starts, digest = array.array("I"), [0], salt.copy()
-        for text, ends in self.pieces("reading"):
+        hashes, sizes, digest, size = array.array("I"), array.array("q"), salt.copy(), 0
+        for text, ends in self.pieces():
             digest.update(text.encode())
-            self.characters += len(text)
+            size += len(text)
             if ends:
                 hashes.append(int.from_bytes(digest.digest()[:4], "big"))
-                digest = salt.copy()
-                starts += [self.characters] * (len(hashes) < FEW)
+                sizes.append(size)
+                digest, size = salt.copy(), 0
         if not hashes:
             raise ValueError(f"the input holds no document ({self.counts['bad_lines']} lines are not JSON with a text)")
-        if len(hashes) < FEW:
-            print(f"{len(hashes)} documents are fewer than {FEW}: the last tenth of the text is for validation")
-            self.border = self.characters * 9 // 10
-            self.held = bytes(start >= self.border for start in sorted({*starts[:-1], self.border}))
+        shares, sizes = np.array(hashes) / 2**32, np.array(sizes)
+        if len(sizes) < FEW:
+            print(f"{len(sizes)} documents are fewer than {FEW}: the last tenth of the text is for validation")
+            starts = np.cumsum(sizes) - sizes
+            self.training = np.clip(sizes.sum() * 9 // 10 - starts, 0, sizes)
         else:
-            share = np.array(hashes) / 2 ** 32
             # Of a few dozen documents none may lie below the fraction: then the lowest is held out.
-            self.held = (share <= max(val_fraction, share.min())).tobytes()
-        if len(set(self.held)) < 2:
+            self.training = np.where(shares <= max(val_fraction, shares.min()), 0, sizes)
+        if not 0 < self.training.sum() < sizes.sum():
             raise ValueError("nothing can be held out for validation: the text is too short or all documents are equal")
 
-    def sided(self, label: str) -> Iterator[tuple[int, str, bool]]:
-        """As `pieces`, each with the side of its document: (1 for validation, text, whether the document ends here)."""
-        document, at = 0, 0
-        changed = ValueError("the input changed while it was read: run again")
-        for text, ends in self.pieces(label):
-            if document == len(self.held):
-                raise changed
-            inside = self.border - at
-            at += len(text)
-            if 0 < inside < len(text) + (not ends):
-                yield self.held[document], text[:inside], True
-                text = text[inside:]
-                document += 1
-            if text or ends:
-                yield self.held[document], text, ends
+    def sided(self) -> Iterator[tuple[int, str, bool]]:
+        """As `pieces`, each with its side (1 for validation); a document that has both parts counts as two."""
+        document, at = 0, 0  # at: characters of the document that came before
+        for text, ends in self.pieces():
+            if document == len(self.training):
+                raise ValueError("the input changed while it was read: run again")
+            inside = int(self.training[document]) - at
+            at = 0 if ends else at + len(text)
             document += ends
-        if (document, at) != (len(self.held), self.characters):
-            raise changed
+            if 0 < inside < len(text) + (not ends):
+                yield 0, text[:inside], True
+                inside, text = 0, text[inside:]
+            if text or ends:
+                yield int(inside <= 0), text, ends
 
 
 # --- WARC: web archives (ISO 28500) ----------------------------------------------------------------------------------
@@ -1064,8 +1047,7 @@ def train_filter(o: Options) -> None:
     """Do what one of the options --train_... asks for: the model is written to --output, if that ends in .npz."""
     def texts(input: str) -> Iterator[str]:
         files = bpe.find_files(input)
-        corpus = Corpus(files, o.separator, 1 + sum(map(os.path.getsize, files)))
-        return (text for text, _ in corpus.pieces("reading"))
+        return (text for text, _ in Corpus(files, o.separator).pieces())
 
     if o.train_language:
         model, name = train_language(read_languages(Path(o.train_language))), "language.npz"
@@ -1146,15 +1128,14 @@ def rewrite(texts: Iterable[str], style: str, url: str, model: str = "", cache: 
 # --- steps -----------------------------------------------------------------------------------------------------------
 
 
-def encode(batch: list[tuple[int, str, bool]], tokenizer: bpe.Tokenizer) -> list[tuple[np.ndarray, int, int]]:
-    """[(side, text, ends)] -> for train and for val (ids, documents that end, bytes of text)."""
+def encode(batch: list[tuple[int, str, bool]], tokenizer: bpe.Tokenizer) -> list[tuple[np.ndarray, int]]:
+    """[(side, text, ends)] -> for train and for val (ids, bytes of text)."""
     end = np.full(1, tokenizer.special_tokens[bpe.END], tokenizer.dtype)
-    ids, documents, size = [[end[:0]], [end[:0]]], [0, 0], [0, 0]
+    ids, size = [[end[:0]], [end[:0]]], [0, 0]
     for (side, text, ends), row in zip(batch, tokenizer.encode_batch([text for _, text, _ in batch], 1)):
         ids[side] += [row, end[:ends]]
-        documents[side] += ends
         size[side] += len(text.encode())
-    return list(zip(map(np.concatenate, ids), documents, size))
+    return list(zip(map(np.concatenate, ids), size))
 
 
 def batches(pieces: Iterable[tuple[int, str, bool]]) -> Iterator[list[tuple[int, str, bool]]]:
@@ -1175,24 +1156,21 @@ def write_header(file: BinaryIO, dtype: np.dtype, length: int) -> None:
     np.lib.format.write_array_header_1_0(file, {"descr": dtype.str, "fortran_order": False, "shape": (length,)})
 
 
-def tokenise(corpus: Corpus, tokenizer: bpe.Tokenizer, folder: Path, workers: int) -> dict[str, Counter]:
-    """Write train.npy and val.npy into `folder`; for each the numbers of documents, bytes (of text) and tokens."""
+def tokenise(corpus: Corpus, tokenizer: bpe.Tokenizer, files: list[BinaryIO], workers: int) -> dict[str, Counter]:
+    """Write train.npy and val.npy into `files`; for each the numbers of documents, bytes (of text) and tokens."""
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
-    counts = {"train": Counter(), "val": Counter()}
-    answers = bpe.parallel(encode, batches(corpus.sided("encoding")), workers, tokenizer)
-    with contextlib.closing(answers), open(folder / "train.npy", "wb") as train, open(folder / "val.npy", "wb") as val:
-        for file in (train, val):
-            write_header(file, dtype, 0)
+    counts, end = {"train": Counter(), "val": Counter()}, tokenizer.special_tokens[bpe.END]
+    for file in files:
+        write_header(file, dtype, 0)
+    with contextlib.closing(bpe.parallel(encode, batches(corpus.sided()), workers, tokenizer)) as answers:
         for answer in answers:
-            for file, count, (ids, documents, size) in zip((train, val), counts.values(), answer):
+            for file, count, (ids, size) in zip(files, counts.values(), answer):
                 if ids.max(initial=0) >= tokenizer.vocab_size:
                     raise ValueError(f"the tokenizer gave id {ids.max()}, its vocabulary has {tokenizer.vocab_size}")
                 file.write(ids.astype(dtype).tobytes())
-                count.update(documents=documents, bytes=size, tokens=ids.size)  # adds
-        for file, count in zip((train, val), counts.values()):
-            write_header(file, dtype, count["tokens"])
-            file.flush()
-            os.fsync(file.fileno())
+                count.update(documents=int((ids == end).sum()), bytes=size, tokens=ids.size)  # adds
+    for file, count in zip(files, counts.values()):
+        write_header(file, dtype, count["tokens"])
     return counts
 
 
@@ -1767,27 +1745,6 @@ def stages(steps: str) -> list[tuple[str, list[str], str]]:
     return [*out, (before, local, "")]
 
 
-def check_steps(o: Options) -> None:
-    """Raise ValueError for steps that are none or in a wrong order, and for options of theirs that cannot work."""
-    names = o.steps.split(",")
-    known = ["extract", "chat", *FILTERS, "pii", *KEYS, "decontaminate", "tokenise"]
-    misplaced = {"extract", "chat"}.intersection(names[1:]) or "tokenise" in names[:-1]
-    if misplaced or not {*names} <= {*known} or len({*names}) < len(names):
-        order = "extract or chat first, tokenise last, none twice"
-        raise ValueError(f"--steps={o.steps}: choose from {','.join(known)}; {order}")
-    for name in {*FILTERS}.intersection(names):  # a model that is missing is told before the work
-        drop_filtered(name, {"text": "a text"}, o)
-    if "decontaminate" in names and not o.eval_data:
-        raise ValueError("the step decontaminate needs --eval_data, the evaluation sets")
-    if not 0 < o.false_positives < 1 or not 0 < o.threshold <= 1:
-        raise ValueError("--threshold and --false_positives must lie between 0 and 1")
-    if names == ["tokenise"] and (o.shard or o.merge):
-        raise ValueError("--shard and --merge are for steps before tokenise")
-    os.stat(Path(o.report).parent)  # a missing folder is told before the work
-    if o.max_document_bytes < 1 or o.look < 0:
-        raise ValueError("--max_document_bytes must be above 0, and --look must not be negative")
-
-
 def do_document(
     record: dict,
     flags: np.ndarray,
@@ -1984,14 +1941,15 @@ class Pipeline:
             counts.update(json.loads(path.read_bytes()))
         return counts
 
-    def write(self, counts: Counter, folder: Path) -> None:
+    def kept(self) -> list[Path]:
+        """The files of the documents that all stages keep."""
+        return [self.path(len(self.stages) - 1, part, "jsonl") for part in self.parts]
+
+    def write(self, counts: Counter, create: Callable[[str], BinaryIO]) -> None:
         """Write what was kept as documents.jsonl, the beginnings of what was not as removed.jsonl, and leaks."""
-        last = len(self.stages) - 1
-        with open(folder / "documents.jsonl", "wb") as file:
-            append_files(file, [self.path(last, part, "jsonl") for part in self.parts])
-        with open(folder / "removed.jsonl", "wb") as file:
-            pairs = itertools.product(range(last + 1), self.parts)
-            append_files(file, [self.path(number, part, "removed") for number, part in pairs])
+        append_files(create("documents.jsonl"), self.kept())
+        pairs = itertools.product(range(len(self.stages)), self.parts)
+        append_files(create("removed.jsonl"), [self.path(number, part, "removed") for number, part in pairs])
         if "decontaminate" in self.o.steps:
             _, items, short = evaluation_keys(self.o.eval_data)
             found = {name: counts[f"decontaminate/found/{name}"] for name, _ in items}
@@ -2000,7 +1958,7 @@ class Pipeline:
                 "looked_for": Counter(name.split()[0] for name, _ in items),
                 "too_short": Counter(name.split()[0] for name in short),
             }
-            (folder / "contamination.json").write_text(json.dumps(report, indent=1))
+            create("contamination.json").write(json.dumps(report, indent=1).encode())
 
 
 # --- looking at it
@@ -2171,16 +2129,13 @@ PATH = ("extract", "length", "pii", "dedup", "decontaminate", "tokenise")  # ste
 # --- the whole -------------------------------------------------------------------------------------------------------
 
 
-def fingerprint(path: Path, text: bool = False) -> dict:
-    """Path, bytes and hash of a file. Raises ValueError if it shall be text and looks binary."""
-    digest, size = hashlib.sha256(), 0
+def fingerprint(path: str | Path) -> dict:
+    """Path, bytes and hash of a file."""
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(PIECE):
-            if text and not size and b"\0" in block[:8192] and path.suffix != ".gz":
-                raise ValueError(f"{path} is binary (a zero byte within its first 8 kB), not text in UTF-8")
             digest.update(block)
-            size += len(block)
-    return {"path": str(path), "bytes": size, "sha256": digest.hexdigest()}
+        return {"path": str(path), "bytes": file.tell(), "sha256": digest.hexdigest()}
 
 
 def earlier(folder: Path, wanted: dict) -> dict:
@@ -2193,15 +2148,24 @@ def earlier(folder: Path, wanted: dict) -> dict:
         return {}
 
 
-def check_options(options: dict, workers: int, folder: Path) -> None:
-    """Raise ValueError for options that cannot work, before anything is read."""
-    tokenizer, kinds = options["tokenizer"], ", ".join(bpe.TRAINERS)
-    if tokenizer not in bpe.TRAINERS and not os.path.exists(tokenizer):
-        raise ValueError(f"--tokenizer={tokenizer} is neither a file nor a kind ({kinds})")
-    if not 0 < options["val_fraction"] < 1 or workers < 0:
-        raise ValueError("--val_fraction must lie between 0 and 1, and --workers must not be negative")
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output={folder} is a file; it must be a folder")
+def check_options(o: Options) -> None:
+    """Raise ValueError for options that cannot work and steps that are none or in a wrong order, before the work."""
+    names, kinds = o.steps.split(","), ", ".join(bpe.TRAINERS)
+    known = ["extract", "chat", *FILTERS, "pii", *KEYS, "decontaminate", "tokenise"]
+    misplaced = {"extract", "chat"}.intersection(names[1:]) or "tokenise" in names[:-1]
+    if misplaced or not {*names} <= {*known} or len({*names}) < len(names):
+        order = "extract or chat first, tokenise last, none twice"
+        raise ValueError(f"--steps={o.steps}: choose from {','.join(known)}; {order}")
+    if names == ["tokenise"] and (o.shard or o.merge):
+        raise ValueError("--shard and --merge are for steps before tokenise")
+    if "decontaminate" in names and not o.eval_data:
+        raise ValueError("the step decontaminate needs --eval_data, the evaluation sets")
+    if not 0 < o.val_fraction < 1 or not 0 < o.false_positives < 1 or not 0 < o.threshold <= 1 or o.workers < 0:
+        raise ValueError("--val_fraction, --threshold and --false_positives lie between 0 and 1, --workers is 0 or more")
+    if o.tokenizer not in bpe.TRAINERS and not os.path.exists(o.tokenizer):
+        raise ValueError(f"--tokenizer={o.tokenizer} is neither a file nor a kind ({kinds})")
+    for name in {*FILTERS}.intersection(names):  # opens its model
+        drop_filtered(name, {"text": "a text"}, o)
 
 
 @contextlib.contextmanager
@@ -2209,40 +2173,20 @@ def claimed(folder: Path, o: Options) -> Iterator[None]:
     """Make a folder and keep other runs out of it, but those of other shards. Raises ValueError if one is in it."""
     folder.mkdir(parents=True, exist_ok=True)
     index, count = shard_of(o)
-    path = folder / ".lock"
     try:
-        with open(path, "w") as lock:
+        with open(folder / ".lock", "w") as lock:
             with contextlib.suppress(ImportError):  # not on Windows
                 import fcntl
-                try:  # a shard locks one byte, a whole run all
-                    fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, count > 1, index)
-                except OSError:
-                    raise ValueError(f"another run of data.py works in {folder}") from None
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, count > 1, index)  # a shard locks one byte, else all
             try:
                 yield
             finally:
                 if count == 1:
-                    path.unlink(missing_ok=True)
-    except OSError as error:
-        if error.errno and not error.filename:  # a full disk
-            raise OSError(error.errno, error.strerror, str(folder)) from None
-        raise
-
-
-@contextlib.contextmanager
-def rebuilding(folder: Path) -> Iterator[Path]:
-    """A new folder inside `folder`. When the block ends well, its files take the place of those outside."""
-    part = folder / "new.part"
-    shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
-    part.mkdir(parents=True)
-    try:
-        yield part
-        # An old manifest must not vouch for new files, so it goes first and the new one comes last.
-        (folder / "manifest.json").unlink(missing_ok=True)
-        for path in sorted(part.iterdir(), key=lambda path: path.name == "manifest.json"):
-            os.replace(path, folder / path.name)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+                    os.unlink(lock.name)
+    except (BlockingIOError, PermissionError) as error:
+        raise error if error.filename else ValueError(f"another run of data.py works in {folder}") from None
+    except OSError as error:  # a full disk has no name
+        raise error if error.filename else OSError(error.errno, error.strerror, str(folder)) from None
 
 
 def input_files(o: Options) -> list[Path]:
@@ -2259,17 +2203,17 @@ def input_files(o: Options) -> list[Path]:
     return [path for path in files or bpe.find_files(o.input) if folder not in Path(os.path.realpath(path)).parents]
 
 
-def encode_all(corpus: Corpus, o: Options, coder: bpe.Tokenizer | None, part: Path, workers: int) -> dict:
+def encode_all(corpus: Corpus, o: Options, coder: bpe.Tokenizer | None, create: Callable, workers: int) -> dict:
     """Hold documents out, train the tokenizer unless one is given, write token files; what the manifest says of it."""
     corpus.split(o.val_fraction, o.seed)
-    texts = (text for side, text, _ in corpus.sided("training the tokenizer") if side == 0)
+    texts = (text for side, text, _ in corpus.sided() if side == 0)
     coder = coder or bpe.train(o.tokenizer, texts, o.vocab_size, o.pattern, workers=workers)
     if bpe.END not in coder.special_tokens:
         raise ValueError(f"--tokenizer={o.tokenizer} has no {bpe.END}, which ends each document")
     began = time.monotonic()
-    counts = tokenise(corpus, coder, part, workers)
+    counts = tokenise(corpus, coder, [create("train.npy"), create("val.npy")], workers)
     tokens = sum(count["tokens"] for count in counts.values())
-    coder.save(part / "tokenizer.json")
+    create("tokenizer.json").write(json.dumps(coder.to_dict()).encode())
     return {**counts, "utf8_errors": corpus.counts["utf8_errors"], "bad_lines": corpus.counts["bad_lines"],
             "tokens_per_s": round(tokens / (time.monotonic() - began))}
 
@@ -2284,43 +2228,48 @@ def prepare(input: str, tokenizer: str, output: str, vocab_size: int, pattern: s
     """
     began, folder, tokenizer = time.monotonic(), Path(output), tokenizer or "bpe"
     o = Options(input, output, tokenizer, vocab_size, pattern, separator, val_fraction, workers, seed, **more)
-    options = {name: value for name, value in vars(o).items() if name not in FREE}
-    kind = tokenizer in bpe.TRAINERS
-    check_options(options, workers, folder)
-    check_steps(o)
+    check_options(o)
     files = input_files(o)
-    inputs = [fingerprint(path, o.steps == "tokenise") for path in files]
+    inputs = [fingerprint(path) for path in files]
     size = sum(file["bytes"] for file in inputs)
     if not size:
         raise ValueError(f"--input={input} holds no text")
-    beside = [tokenizer] * (not kind) + [value for value in options.values() if os.path.isfile(str(value))]
+    options = {name: value for name, value in vars(o).items() if name not in FREE}
+    beside = [value for value in options.values() if os.path.isfile(str(value))]
     beside += bpe.find_files(o.eval_data) if o.eval_data else []
-    code = [fingerprint(Path(path))["sha256"] for path in (__file__, bpe.__file__, *beside)]
-    wanted = {"format": FORMAT, "options": options, "code": code, "inputs": inputs}
+    code = [fingerprint(path)["sha256"] for path in (__file__, bpe.__file__, *beside)]
+    wanted = {"options": options, "code": code, "inputs": inputs}
     if manifest := earlier(folder, wanted):
         print(f"{folder}: the files of an earlier run with the same input and options are reused")
         return manifest
     workers = min(workers or os.cpu_count(), 1 + size // JOB)
+    manifest, written = {}, {}
     with claimed(folder, o):
-        coder, manifest = None if kind else bpe.load(tokenizer), {}  # a bad file is told before the work
-        if o.steps != "tokenise":
-            work = folder / f"parts-{hashlib.sha256(json.dumps(wanted).encode()).hexdigest()[:16]}"
-            pipeline = Pipeline(files, o, work, workers)
-            counts = pipeline.run()
-            manifest = {"steps": nested(counts)}
-            print("\n".join(table(o.steps, manifest["steps"])))
-            if o.shard:
-                return manifest
-        with rebuilding(folder) as part:
+        coder = None if tokenizer in bpe.TRAINERS else bpe.load(tokenizer)  # a bad file is told before the work
+        with contextlib.ExitStack() as stack:  # at its end all files take their places
+
+            def create(name: str) -> BinaryIO:
+                written[name] = stack.enter_context(bpe.replacing(folder / name))
+                return written[name]
+
             if o.steps != "tokenise":
-                pipeline.write(counts, part)
-                files = [part / "documents.jsonl"]
+                work = folder / f"parts-{hashlib.sha256(json.dumps(wanted).encode()).hexdigest()[:16]}"
+                pipeline = Pipeline(files, o, work, workers)
+                counts = pipeline.run()
+                manifest["steps"] = nested(counts)
+                print("\n".join(table(o.steps, manifest["steps"])))
+                if o.shard:
+                    return manifest
+                pipeline.write(counts, create)
+                files = pipeline.kept()
             if "tokenise" in o.steps:
-                manifest |= encode_all(Corpus(files, o.separator, size), o, coder, part, workers)
-            manifest = {**wanted, **manifest, "seconds": round(time.monotonic() - began, 3),
-                        "files": {path.name: path.stat().st_size for path in sorted(part.iterdir())}}
-            manifest["inputs"] = manifest.pop("inputs")  # many lines, so last
-            (part / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+                manifest |= encode_all(Corpus(files, o.separator), o, coder, create, workers)
+            sizes = {name: file.seek(0, os.SEEK_END) for name, file in written.items()}
+            (folder / "manifest.json").unlink(missing_ok=True)  # the old one must not vouch for new files
+        manifest = {**wanted, **manifest, "seconds": round(time.monotonic() - began, 3), "files": sizes}
+        manifest["inputs"] = manifest.pop("inputs")  # many lines, so last
+        with bpe.replacing(folder / "manifest.json") as file:
+            file.write(json.dumps(manifest, indent=1).encode())
         for path in folder.glob("parts-*"):
             shutil.rmtree(path)
     return manifest

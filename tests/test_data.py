@@ -127,7 +127,7 @@ def test_pieces_are_cut_where_the_pattern_does_not_look_across(pattern, small_pi
     for _ in range(50):
         text = random_text(rng, 300)
         (tmp_path / "text.txt").write_bytes(text.encode())
-        pieces = [piece for piece, _ in data.Corpus([tmp_path / "text.txt"], "", 1).pieces("")]
+        pieces = [piece for piece, _ in data.Corpus([tmp_path / "text.txt"], "").pieces()]
         assert len(pieces) > 3 and max(map(len, pieces)) < 600
         assert "".join(pieces) == text
         assert sum((bpe.split(piece, bpe.PATTERNS[pattern]) for piece in pieces), []) == bpe.split(text, bpe.PATTERNS[pattern])
@@ -135,7 +135,7 @@ def test_pieces_are_cut_where_the_pattern_does_not_look_across(pattern, small_pi
 
 def test_a_text_without_white_space_is_cut_anyway(small_pieces, tmp_path):
     (tmp_path / "text.txt").write_bytes(b"x" * 5000)
-    pieces = list(data.Corpus([tmp_path / "text.txt"], "", 1).pieces(""))
+    pieces = list(data.Corpus([tmp_path / "text.txt"], "").pieces())
     assert "".join(text for text, _ in pieces) == "x" * 5000 and max(len(text) for text, _ in pieces) < 400
     assert [ends for _, ends in pieces] == [False] * (len(pieces) - 1) + [True]
 
@@ -417,12 +417,12 @@ def test_an_id_beyond_the_vocabulary_is_refused(corpus, tmp_path, monkeypatch):
     assert state(tmp_path / "out") == before
 
 
-@pytest.mark.parametrize("length", [-40, -1, 1, 40])
-def test_an_input_that_changes_meanwhile_is_refused(length, corpus, tmp_path, monkeypatch):
+@pytest.mark.parametrize("length", [1, 40])
+def test_an_input_that_grows_meanwhile_is_refused(length, corpus, tmp_path, monkeypatch):
     train, raw = bpe.train, corpus.read_bytes()
 
     def change(*words, **more):
-        corpus.write_bytes(raw[:length] if length < 0 else raw + f"{END} more text{END}".encode()[:length + 13])
+        corpus.write_bytes(raw + f"{END} more text{END}".encode()[:length + 13])
         return train(*words, **more)
     monkeypatch.setattr(bpe, "train", change)
     with pytest.raises(ValueError, match="changed while it was read"):
@@ -560,7 +560,7 @@ def long_run(tmp_path, documents):
                                    cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
                                    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # `pytest &` ignores it
         started.append(process)
-        part, deadline = tmp_path / "out/new.part/train.npy", time.monotonic() + 30
+        part, deadline = tmp_path / "out/train.npy.part", time.monotonic() + 30
         if not Path(f"/proc/{process.pid}/task/{process.pid}/children").exists():
             pytest.skip("the system does not tell the children of a process")
         def ready():
@@ -621,17 +621,6 @@ def test_a_killed_worker_ends_the_run_in_one_line(stage, long_run, tmp_path):
     assert process.returncode == 1 and err.count("\n") == 1
     assert err.startswith("data.py: ") and ("a process was killed" in err or "end of file" in err)
     assert gone(workers) and state(tmp_path) == before
-
-
-def test_a_terminal_sees_a_live_line(corpus, tmp_path):
-    pty = pytest.importorskip("pty")
-    ours, theirs = pty.openpty()
-    done = subprocess.run([sys.executable, str(ROOT / "data.py"), "--input=corpus.txt", "--output=out", "--tokenizer=byte"],
-                          cwd=tmp_path, stdout=subprocess.PIPE, stderr=theirs, timeout=60)
-    os.close(theirs)
-    seen = os.read(ours, 100_000).decode()
-    assert done.returncode == 0 and "\rreading " in seen and "\rencoding " in seen and "%" in seen
-    assert seen.endswith(" " * 79 + "\r")  # the line is cleared
 
 
 @pytest.mark.slow
