@@ -24,7 +24,6 @@ import contextlib
 import csv
 import dataclasses
 import difflib
-import functools
 import gzip
 import hashlib
 import heapq
@@ -56,7 +55,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, lru_cache, partial, partialmethod
 from pathlib import Path
 from types import ModuleType
 from typing import BinaryIO
@@ -68,7 +67,8 @@ import bpe
 
 PIECE = 1 << 20  # characters of the longest piece of a document
 PAGES = re.compile(r"\.(html?|pdf|warc|warc\.wet)(\.(gz|bz2|xz|zst))?$", re.I)  # the files that the step extract is for
-JOB = 1 << 22  # characters that a process encodes: bounds memory
+JOB = 1 << 22  # characters that a process encodes, bytes of documents in a part: bounds memory
+HEADER = 128  # bytes before the tokens of a token file
 FEW = 20  # fewer documents than this are too few to hold out whole ones
 FREE = {"input", "output", "workers", "shard", "merge", "report", "look"}  # options that change no file
 
@@ -84,6 +84,7 @@ class Options:
     val_fraction: float = 0.02  # share of the documents that is held out for validation
     workers: int = 0  # processes; 0: one per core
     seed: int = 0  # another seed holds out other documents
+    shuffle: bool = False  # token files have their documents in an order drawn by the seed, else in that of the input
     steps: str = "tokenise"  # in this order, such as extract,length,pii,dedup,tokenise (a wrong name lists all)
     language: str = ""  # codes that the step language keeps, such as en,de; empty: all
     quality: str = "quality.npz"  # classifier of the step quality
@@ -269,7 +270,7 @@ HEAD = 1 << 16  # bytes of the longest header of a record; as many of a file are
 
 
 @lru_cache
-def unpackers() -> tuple[dict[bytes, Callable], tuple[type, ...]]:
+def unpackers() -> tuple[dict, tuple]:
     """{the first byte of a packed file: what unpacks it}, and the errors of a damaged one; zstd since Python 3.14."""
     kinds = {b"\x1f": partial(zlib.decompressobj, 31), b"B": bz2.BZ2Decompressor, b"\xfd": lzma.LZMADecompressor}
     errors = [zlib.error, lzma.LZMAError, OSError, EOFError]
@@ -343,7 +344,8 @@ def read_warc(path: str | Path, counts: Counter | None = None, most: int = 1 << 
                 counts["broken"] += 1
                 del held[:at if at > 0 else len(held)]
                 continue
-            headers, payload = dict(FIELD.findall(head[1].decode("utf-8", "replace"))), bytes(held[head.end():end])
+            headers = dict(FIELD.findall(head[1].decode("utf-8", "replace")))
+            payload = bytes(held[head.end():end])
             del held[:end]
             if headers.get("Content-Type", "").startswith("application/http"):
                 headers["http"], payload = http_body(payload, most)
@@ -379,7 +381,7 @@ BLOCKS = set("""address article aside blockquote body br center dd details dialo
     th thead tr ul""".split())  # a new line begins where they begin and end
 VOID = set("area base br col embed hr img input link meta param source track wbr".split())  # they hold nothing
 # A tag that ends the element in which it stands, if that is one of these.
-ENDS = {"li": ["li"], "td": ["td", "th"], "th": ["td", "th"], "tr": ["tr", "td", "th"], "dt": ["dd"], "dd": ["dt"]}
+ENDS = dict(li="li", td="td th", th="td th", tr="tr td th", dt="dd", dd="dt")
 # Kinds of blocks, with what stands before the text in Markdown.
 KINDS = {f"h{n}": "#" * n + " " for n in range(1, 7)} | {"li": "- ", "blockquote": "> ", "td": "", "th": "", "pre": ""}
 BOXES = set("div article main body td".split())  # elements that may hold the whole main content
@@ -512,7 +514,7 @@ def parse_html(page: str) -> tuple[list[Element], list[tuple[Element, str, int]]
                 break
             outer = outer.parent or outer
         if name and not end and name not in VOID:
-            if element.name in ENDS.get(name, ()) or element.name == "p" and name in BLOCKS:
+            if element.name in ENDS.get(name, "").split() or element.name == "p" and name in BLOCKS:
                 element = element.parent
             element = Element(name, element, is_noise(name, attributes), element.block)
             element.block = element if name in KINDS else element.block
@@ -632,11 +634,13 @@ class Document:
     def word_length(self, _: str) -> float:
         return self.ends[-1] / max(1, len(self.words))
 
-    def words_with(self, pattern: str) -> float:
-        return sum(map(bool, map(re.compile(pattern).search, self.words))) / max(1, len(self.words))
+    def share(self, part: str, pattern: str) -> float:
+        """The share of the words or lines in which a pattern occurs."""
+        units, search = getattr(self, part), re.compile(pattern).search
+        return sum(map(bool, map(search, units))) / max(1, len(units))
 
-    def lines_with(self, pattern: str) -> float:
-        return sum(map(bool, map(re.compile(pattern).search, self.lines))) / max(1, len(self.lines))
+    words_with = partialmethod(share, "words")
+    lines_with = partialmethod(share, "lines")
 
     def stop_words(self, _: str) -> int:
         """How many different ones of Gopher's English stop words occur."""
@@ -679,9 +683,10 @@ class Document:
 
 # Filter, rule, statistic, its argument, and the bounds between which it must lie. Sources: Rae et al. 2021 (Gopher),
 # appendix A1 and table A1; Raffel et al. 2020 (C4), as rules for a whole page, its list of bad words being the filter
-# "harmful" here; Penedo et al. 2024 (FineWeb), section 3.6.
+# "harmful" here; Penedo et al. 2024 (FineWeb), section 3.6; long: Fu et al. 2024, 4,000 tokens.
 TABLE = r"""
     length      characters                      count                 text                    200    1000000
+    long        characters                      count                 text                    16000  inf
     gopher      words                           count                 words                   50     100000
     gopher      mean_word_length                word_length           -                       3      10
     gopher      hashes                          found_per_word        \#                      0      0.1
@@ -727,7 +732,8 @@ def obey(name: str, text: str) -> tuple[bool, str]:
 def luhn(number: str) -> bool:
     """Whether the check digit of a card number is right, and its first digit one that cards have (ISO/IEC 7812)."""
     digits = [int(digit) for digit in number if digit.isdecimal()][::-1]
-    return digits[-1] in (2, 3, 4, 5, 6) and sum(sum(divmod(d << i % 2, 10)) for i, d in enumerate(digits)) % 10 == 0
+    total = sum(digits[::2]) + sum(sum(divmod(2 * digit, 10)) for digit in digits[1::2])
+    return 2 <= digits[-1] <= 6 and total % 10 == 0
 
 
 def is_public(address: str) -> bool:
@@ -763,15 +769,13 @@ PERSONAL = {
 def mask(kind: str, text: str) -> tuple[str, int]:
     """(The text with <KIND> in place of each of these data, how many there were)."""
     pattern, good = PERSONAL[kind]
-    count = 0
+    found = []
 
     def replace(match: re.Match) -> str:
-        nonlocal count
-        real = good(match[0])
-        count += bool(real)
-        return f"<{kind.upper()}>" if real else match[0]
+        found.append(bool(good(match[0])))
+        return f"<{kind.upper()}>" if found[-1] else match[0]
 
-    return re.sub(pattern, replace, text, flags=re.X), count
+    return re.sub(pattern, replace, text, flags=re.X), sum(found)
 
 
 MASKS = {kind: partial(mask, kind) for kind in PERSONAL}
@@ -795,7 +799,8 @@ def load_arrays(path: str, kind: type) -> object:
     """Read what save_arrays wrote of a dataclass `kind`. Raises ValueError for another file, OSError for none."""
     with bpe.blaming(f"{path} holds no model of the kind {kind.__name__}"), open(path, "rb") as file:
         try:
-            return kind(**{name: array[()] for name, array in np.load(file, allow_pickle=False).items()})
+            fields = np.load(file, allow_pickle=False)
+            return kind(**{name: array[()] for name, array in fields.items()})
         except (zipfile.BadZipFile, zlib.error) as error:
             raise ValueError(error) from None
 
@@ -853,8 +858,10 @@ def train_language(languages: dict[str, list[str]]) -> Classifier:
     have in common. A text that stands under several codes is not translated, and left out.
     """
     codes = Counter(text for texts in languages.values() for text in set(texts))
-    known = {code: " ".join(text for text in languages[code] if codes[text] == 1) for code in sorted(languages)}
-    known = {code: text for code, text in known.items() if text.strip()}
+    known = {}
+    for code in sorted(languages):
+        text = " ".join(text for text in languages[code] if codes[text] == 1)
+        known |= {code: text} if text.strip() else {}
     if len(known) < 2:
         raise ValueError("texts of two languages at least are needed, which do not stand under several of them")
     counts = np.zeros((1 << 16, len(known)))
@@ -878,16 +885,21 @@ def train_classifier(positive: Iterable[str], negative: Iterable[str], seed: int
 
     The label "positive" is the second one. Raises ValueError if one kind has no text.
     """
-    weights, squares = np.zeros(1 << 18, np.float32), np.full(1 << 18, 1e-8, np.float32)
+    weights = np.zeros(1 << 18, np.float32)
+    squares = np.full_like(weights, 1e-8)
     square = 1e-8  # of the offset
     model = Classifier(np.array(["negative", "positive"]), "words", 2, 0.5, weights, 1.0)
-    texts = [(model.features(text[:SEEN]), label) for label, kind in enumerate((negative, positive)) for text in kind]
-    texts = [(found, label) for found, label in texts if found.size]
+    texts = []
+    for label, kind in enumerate((negative, positive)):
+        rows = (model.features(text[:SEEN]) for text in kind)
+        texts += [(found, label) for found in rows if found.size]
     if len({label for _, label in texts}) < 2:
         raise ValueError("texts of both kinds are needed, positive and negative")
     random = np.random.default_rng(seed)
-    orders = [random.permutation(len(texts)) for _ in range(3)]
-    for batch in itertools.chain(*(np.array_split(order, 1 + len(texts) // 64) for order in orders)):
+    groups = []
+    for _ in range(3):
+        groups += np.array_split(random.permutation(len(texts)), 1 + len(texts) // 64)
+    for batch in groups:
         parts, labels = zip(*(texts[i] for i in batch))
         found, sizes = np.concatenate(parts), np.array([*map(len, parts)])
         starts = np.cumsum(sizes) - sizes
@@ -982,7 +994,8 @@ def train_ngrams(units: np.ndarray, vocab_size: int, order: int) -> NgramModel:
         if n:
             counts = np.bincount(levels[n - 1][2][first + 1], minlength=shorter)
             counts = np.maximum(1, counts)  # the text begins with it
-    return NgramModel(vocab_size, np.array([len(row[0]) for row in rows]), *map(np.concatenate, zip(*rows)))
+    sizes = np.array([len(pairs) for pairs, *_ in rows])
+    return NgramModel(vocab_size, sizes, *map(np.concatenate, zip(*rows)))
 
 
 def ngram_bits_per_byte(folder: str | Path, order: int = 6) -> float:
@@ -1017,7 +1030,7 @@ def surprise(path: str, most: float, text: str) -> tuple[bool, float]:
     return bits <= most, bits
 
 
-def filters(o: Options) -> dict[str, Callable[[str], tuple[bool, object]]]:
+def filters(o: Options) -> dict[str, Callable]:
     """{name: a function text -> (whether to keep it, the rule that it breaks or what was measured)}, by some options.
 
     Files of models are read when a first text comes, so that a filter can be sent to any process.
@@ -1128,41 +1141,43 @@ def rewrite(texts: Iterable[str], style: str, url: str, model: str = "", cache: 
 # --- steps -----------------------------------------------------------------------------------------------------------
 
 
-def encode(batch: list[tuple[int, str, bool]], tokenizer: bpe.Tokenizer) -> list[tuple[np.ndarray, int]]:
+def encode(batch: list[tuple], tokenizer: bpe.Tokenizer) -> list[tuple[np.ndarray, int]]:
     """[(side, text, ends)] -> for train and for val (ids, bytes of text)."""
     end = np.full(1, tokenizer.special_tokens[bpe.END], tokenizer.dtype)
     ids, size = [[end[:0]], [end[:0]]], [0, 0]
-    for (side, text, ends), row in zip(batch, tokenizer.encode_batch([text for _, text, _ in batch], 1)):
+    rows = tokenizer.encode_batch([text for _, text, _ in batch], 1)
+    for (side, text, ends), row in zip(batch, rows):
         ids[side] += [row, end[:ends]]
         size[side] += len(text.encode())
     return list(zip(map(np.concatenate, ids), size))
 
 
-def batches(pieces: Iterable[tuple[int, str, bool]]) -> Iterator[list[tuple[int, str, bool]]]:
-    """Pieces in lists of at least JOB characters."""
-    batch, size = [], 0
-    for piece in pieces:
-        batch.append(piece)
-        size += len(piece[1]) + 1
-        if size >= JOB:
+def batches(items: Iterable, size: Callable[[object], int]) -> Iterator[list]:
+    """Items in lists of which each, but the last, has a size of at least JOB."""
+    batch, held = [], 0
+    for item in items:
+        batch.append(item)
+        held += size(item)
+        if held >= JOB:
             yield batch
-            batch, size = [], 0
+            batch, held = [], 0
     yield batch
 
 
 def write_header(file: BinaryIO, dtype: np.dtype, length: int) -> None:
-    """The first 128 bytes of a .npy file of one axis; numpy pads them so that any length fits."""
+    """The first HEADER bytes of a .npy file of one axis; numpy pads them so that any length fits."""
     file.seek(0)
     np.lib.format.write_array_header_1_0(file, {"descr": dtype.str, "fortran_order": False, "shape": (length,)})
 
 
 def tokenise(corpus: Corpus, tokenizer: bpe.Tokenizer, files: list[BinaryIO], workers: int) -> dict[str, Counter]:
     """Write train.npy and val.npy into `files`; for each the numbers of documents, bytes (of text) and tokens."""
-    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+    dtype = tokenizer.dtype.newbyteorder("<")
     counts, end = {"train": Counter(), "val": Counter()}, tokenizer.special_tokens[bpe.END]
     for file in files:
         write_header(file, dtype, 0)
-    with contextlib.closing(bpe.parallel(encode, batches(corpus.sided()), workers, tokenizer)) as answers:
+    jobs = batches(corpus.sided(), lambda piece: len(piece[1]) + 1)
+    with contextlib.closing(bpe.parallel(encode, jobs, workers, tokenizer)) as answers:
         for answer in answers:
             for file, count, (ids, size) in zip(files, counts.values(), answer):
                 if ids.max(initial=0) >= tokenizer.vocab_size:
@@ -1172,6 +1187,21 @@ def tokenise(corpus: Corpus, tokenizer: bpe.Tokenizer, files: list[BinaryIO], wo
     for file, count in zip(files, counts.values()):
         write_header(file, dtype, count["tokens"])
     return counts
+
+
+def shuffle(source: BinaryIO, file: BinaryIO, coder: bpe.Tokenizer, seed: int) -> None:
+    """Copy a token file with its documents in an order drawn by a seed. Memory holds 16 bytes a document."""
+    source.seek(0)
+    file.write(source.read(HEADER))
+    ends = [[HEADER]]
+    while (ids := np.fromfile(source, coder.dtype, PIECE)).size:
+        places = np.flatnonzero(ids == coder.special_tokens[bpe.END])
+        ends.append(source.tell() - ids.nbytes + (places + 1) * ids.itemsize)
+    ends = np.concatenate(ends)
+    for i in np.random.default_rng(seed).permutation(len(ends) - 1):
+        for at in range(ends[i], ends[i + 1], PIECE):
+            source.seek(at)
+            file.write(source.read(min(PIECE, ends[i + 1] - at)))
 
 
 # --- keys of documents: duplicates and evaluation sets ---------------------------------------------------------------
@@ -1292,11 +1322,11 @@ def minhash_pairs(texts: Iterable[str], threshold: float = 0.8) -> list[tuple[in
     """
     keys = [near_keys(text, threshold) for text in texts]
     b = bands_for(threshold)[0]
-    bands, pairs = np.array([key[:b] for key in keys]).reshape(-1, b), set()
+    bands = np.array([key[:b] for key in keys]).reshape(-1, b)
+    pairs = set()
     for group in sharing(bands.T):
         pairs.update(itertools.combinations(group.tolist(), 2))
-    shingles = [key[b:] for key in keys]
-    scored = [(i, j, jaccard(shingles[i], shingles[j])) for i, j in sorted(pairs)]
+    scored = [(i, j, jaccard(keys[i][b:], keys[j][b:])) for i, j in sorted(pairs)]
     return [pair for pair in scored if pair[2] >= threshold]
 
 
@@ -1402,29 +1432,27 @@ def read_evaluation(path: Path) -> Iterator[tuple[str, str]]:
                 yield from ((f"{path.name} {number} {field}", text) for text in texts if isinstance(text, str))
 
 
-@functools.lru_cache(1)
-def evaluation_keys(eval_data: str) -> tuple[dict[int, np.ndarray], list[tuple[str, str]], list[str]]:
-    """({n: (keys, sorted, and the item of each)}, (name, text) of each item, names of those that are too short).
+@lru_cache(1)
+def evaluation_keys(eval_data: str) -> tuple[dict[int, np.ndarray], list[tuple[str, str]]]:
+    """({n: (keys, sorted, and the item of each)}, (name, text) of each item).
 
     An item of LEAKED[1] words or more has its n-grams of that many words, a shorter one its first LEAKED[0] words;
     still shorter ones would be found everywhere (Brown et al. 2020, appendix C).
     """
-    items, short, tables = [], [], {n: [np.zeros((2, 0), np.uint64)] for n in LEAKED}
+    items = []
+    tables = {n: [np.zeros((2, 0), np.uint64)] for n in LEAKED}
     for path in bpe.find_files(eval_data):
         with bpe.blaming(f"--eval_data: {path} is damaged"):
-            for name, text in read_evaluation(path):
-                text = letters_of(text)
-                n = max([n for n in LEAKED if n <= len(text.split())], default=0)
-                if not n:
-                    short.append(name)
-                    continue
-                keys = grams(text, n)[:None if n == LEAKED[1] else 1]
-                tables[n].append(np.stack([keys, np.full_like(keys, len(items))]))
-                items.append((name, text))
+            items += [(name, letters_of(text)) for name, text in read_evaluation(path)]
+    for i, (_, text) in enumerate(items):
+        n = max([n for n in LEAKED if n <= len(text.split())], default=0)
+        if n:
+            keys = grams(text, n)[:None if n == LEAKED[1] else 1]
+            tables[n].append(np.stack([keys, np.full_like(keys, i)]))
     for n, rows in tables.items():
         table = np.concatenate(rows, 1)
         tables[n] = table[:, np.argsort(table[0])]
-    return tables, items, short
+    return tables, items
 
 
 # --- mixing: in which shares train.py draws from several sources -----------------------------------------------------
@@ -1445,7 +1473,7 @@ def with_products(shares: np.ndarray) -> np.ndarray:
     return np.hstack([shares, shares[:, i] * shares[:, j]])
 
 
-def learn_shares(run: Callable[[list[float]], float], sizes: list[int], count: int, seed: int) -> dict[str, object]:
+def learn_shares(run: Callable[[list], float], sizes: list[int], count: int, seed: int) -> dict:
     """Shares with the least loss, from `count` calls of run(shares) -> loss (RegMix, Liu et al. 2024).
 
     Least squares fit the log of the loss by a quadratic of the shares, where RegMix has boosted trees. "low" and "high"
@@ -1504,12 +1532,13 @@ def mix_sources(o: Options) -> None:
             found = dict(shares=shares_by_size(sizes, o.temperature))
         else:
             found = learn_shares(partial(loss_of_shares, o, sizes), sizes, o.runs, o.seed)
-        rows = {key: dict(zip(folders, np.round(found[key], 4).tolist())) for key in found if np.ndim(found[key])}
+        for key in {"shares", "low", "high"} & found.keys():
+            found[key] = dict(zip(folders, np.round(found[key], 4).tolist()))
         with bpe.replacing(path) as file:
-            file.write(json.dumps(found | rows, indent=1).encode())
+            file.write(json.dumps(found, indent=1).encode())
     for folder, size in zip(folders, sizes):
-        span = f"  (90%: {rows['low'][folder]:.3f} to {rows['high'][folder]:.3f})" if "low" in rows else ""
-        print(f"{folder}: {size:,} tokens, share {rows['shares'][folder]:.3f}{span}")
+        span = f"  (90%: {found['low'][folder]:.3f} to {found['high'][folder]:.3f})" if "low" in found else ""
+        print(f"{folder}: {size:,} tokens, share {found['shares'][folder]:.3f}{span}")
     if "loss" in found:
         print(f"predicted loss {found['loss']:.4f}")
     print(f"next: python train.py --data={o.mix} --mix={path}")
@@ -1520,7 +1549,7 @@ def mix_sources(o: Options) -> None:
 # document run together in one pass, in parallel; behind them the keys of all documents are compared: that is a stage.
 # Each part of the input has its files on disk for each stage, so that a run which was killed goes on behind them.
 
-PART = 1 << 26  # bytes of documents in a part, as they are read
+PART = 1 << 26  # bytes of files in a group, of which a shard takes every n-th
 GLANCE = 2000  # characters that are kept of what is dropped
 FIRST = 4  # examples for each reason in the report
 
@@ -1627,7 +1656,8 @@ def read_raw(files: Iterable[Path], o: Options) -> Iterator[dict]:
     jsonl) and "headers" (of a record of a WARC file)."""
     for path in files:
         kind = "page" if PAGES.search(path.name) else "row" if ".jsonl" in path.suffixes else "text"
-        broken, between = Counter(), {"row": b"\n", "text": o.separator.encode()}.get(kind, b"")
+        between = {"row": b"\n", "text": o.separator.encode()}.get(kind, b"")
+        broken = Counter()
         if ".warc" in path.suffixes:
             found = read_warc(path, broken, o.max_document_bytes)
         else:
@@ -1688,7 +1718,7 @@ def mask_all(record: dict, o: Options, counts: Counter) -> str:
 
 def decontaminate(record: dict, o: Options, counts: Counter) -> str:
     """Drop a document that shares LEAKED[1] words in a row with an evaluation set, or holds a shorter item of it."""
-    tables, items, _ = evaluation_keys(o.eval_data)
+    tables, items = evaluation_keys(o.eval_data)
     text, hits = letters_of(text_of(record)), set()
     for n, (keys, owners) in tables.items():
         found = grams(text, n)
@@ -1702,11 +1732,11 @@ def decontaminate(record: dict, o: Options, counts: Counter) -> str:
 
 
 # Steps that look at one document: they change the record in place, and give the reason why it is dropped, or "".
-STEPS: dict[str, Callable[[dict, Options, Counter], str]] = {
+STEPS = {
     "read": read_record, "extract": extract_page, "pii": mask_all, "decontaminate": decontaminate,
 }
 # Steps that compare all documents: the keys of one.
-KEYS: dict[str, Callable[[dict, Options], np.ndarray]] = {
+KEYS = {
     "urls": lambda record, o: digests([normal_url(str(record["url"]))] if record.get("url") else []),
     "exact": lambda record, o: digests([" ".join(text_of(record).split())]),
     "lines": lambda record, o: digests([" ".join(line.split()) for line in lines_of(record)]),
@@ -1776,32 +1806,6 @@ def do_document(
     return None
 
 
-def do_batch(job: tuple, number: int, words: dict) -> tuple[tuple[str, bool], dict, Counter]:
-    """A stage's steps on a batch of documents: (part and whether it ends, what its files get, counts)."""
-    part, records, flags, sizes = job
-    o, counts = Options(**words), Counter()
-    files = {kind: bytearray() for kind in ("jsonl", "removed", "keys", "sizes")}
-    first, local, last = stages(o.steps)[number]
-    for record, flag in zip(records, np.split(flags, np.cumsum(sizes))):
-        record = json.loads(record) if number else record
-        row = do_document(record, flag, [first, *local], o, counts)
-        if row:
-            files["removed"] += json.dumps(row).encode() + b"\n"
-            continue
-        if last:
-            began = time.process_time()
-            keys = KEYS[last](record, o)
-            files["keys"] += keys.tobytes()
-            files["sizes"] += np.int64(len(keys)).tobytes()
-            counts[f"{last}/seconds"] += time.process_time() - began
-        else:
-            domain = normal_url(str(record.get("url") or "")).split("/")[0]
-            for kind, name in (("language", record.get("language")), ("domain", domain)):
-                counts[f"{kind}/documents/{name or 'unknown'}"] += 1
-        files["jsonl"] += json.dumps(record, default=str).encode() + b"\n"
-    return part, files, counts
-
-
 def shard_of(o: Options) -> tuple[int, int]:
     """(i, n) of --shard=i/n; (0, 1) without."""
     found = re.fullmatch(r"(\d{1,9})/(\d{1,9})", o.shard or "0/1")
@@ -1829,68 +1833,63 @@ class Pipeline:
         return self.folder / f"{number}-{part}.{kind}"
 
     def raw_jobs(self) -> Iterator[tuple]:
-        """The input in batches for the first stage, without parts that are done and other shards' groups of files.
-
-        The last part of each group is its "end", of no documents.
-        """
+        """The input in parts for the first stage, without groups of files that are done or of other shards."""
         index, count = shard_of(self.o)
-        none = np.zeros(0, np.int64)
         for group in range(index, len(self.groups), count):
-            batch, end = [], f"{group:05}.end"
-            held = total = number = 0
-            if self.path(0, end).exists():
+            if self.path(0, f"{group:05}", "end").exists():
                 continue
-            for record in itertools.chain(read_raw(self.groups[group], self.o), [None]):
-                batch += [record] * (record is not None)
-                size = len(record["raw"] or b"") + 100 if record else JOB
-                held, total = held + size, total + size
-                if held < JOB:
-                    continue
-                ends, part = record is None or total >= PART, f"{group:05}.{number:04}"
-                if not self.path(0, part).exists():
-                    yield (part, ends), batch, none, np.zeros(len(batch), np.int64)
-                batch, held = [], 0
-                total, number = total * (not ends), number + ends
-            yield (end, True), [], none, none
+            records = read_raw(self.groups[group], self.o)
+            for number, batch in enumerate(batches(records, lambda record: len(record["raw"] or b"") + 100)):
+                yield f"{group:05}.{number:07}", batch, np.zeros(0, bool)
 
     def part_jobs(self, number: int) -> Iterator[tuple]:
-        """What the stage before kept, in batches, with the flags of its keys; without the parts that are done."""
+        """The parts, of which the stage before has written what it kept, with the flags of its keys."""
         flags, used = np.load(self.folder / f"{number - 1}.flags.npy", mmap_mode="r"), 0
         for part in self.parts:
-            sizes, at = np.fromfile(self.path(number - 1, part, "sizes"), np.int64), 0
-            if self.path(number, part).exists():
-                used += sizes.sum()
+            size = np.fromfile(self.path(number - 1, part, "sizes"), np.int64).sum()
+            yield part, [], np.array(flags[used:used + size])
+            used += size
+
+    def do_part(self, job: tuple, number: int) -> str:
+        """A stage's steps on a part of the documents: its files are written, that of the counts as the last."""
+        part, records, flags = job
+        counts, sizes = Counter(), np.zeros(len(records), int)
+        files = {kind: bytearray() for kind in ("jsonl", "removed", "keys", "sizes")}
+        first, local, last = self.stages[number]
+        if number:
+            records = map(json.loads, self.path(number - 1, part, "jsonl").read_bytes().splitlines())
+            sizes = np.fromfile(self.path(number - 1, part, "sizes"), np.int64)
+        for record, flag in zip(records, np.split(flags, np.cumsum(sizes))):
+            row = do_document(record, flag, [first, *local], self.o, counts)
+            if row:
+                files["removed"] += json.dumps(row).encode() + b"\n"
                 continue
-            with open(self.path(number - 1, part, "jsonl"), "rb") as file:
-                while lines := file.readlines(JOB):
-                    few = sizes[at:at + len(lines)]
-                    yield (part, False), lines, np.array(flags[used:used + few.sum()]), few
-                    at += len(lines)
-                    used += few.sum()
-            yield (part, True), [], np.zeros(0, bool), sizes[:0]
+            if last:
+                began = time.process_time()
+                keys = KEYS[last](record, self.o)
+                files["keys"] += keys.tobytes()
+                files["sizes"] += np.int64(len(keys)).tobytes()
+                counts[f"{last}/seconds"] += time.process_time() - began
+            else:
+                domain = normal_url(str(record.get("url") or "")).split("/")[0]
+                for kind, name in (("language", record.get("language")), ("domain", domain)):
+                    counts[f"{kind}/documents/{name or 'unknown'}"] += 1
+            files["jsonl"] += json.dumps(record, default=str).encode() + b"\n"
+        for kind, content in files.items():
+            self.path(number, part, kind).write_bytes(content)
+        with bpe.replacing(self.path(number, part)) as file:
+            file.write(json.dumps(counts).encode())
+        return part
 
     def do_stage(self, number: int) -> None:
-        """All jobs of a stage. If a process is killed, the parts that are not done begin again, but only once."""
+        """All parts of a stage that are not done yet. If a process is killed, they begin again, but only once."""
         for again in (True, False):
-            last, counts = "", Counter()
             jobs = self.part_jobs(number) if number else self.raw_jobs()
+            jobs = (job for job in jobs if not self.path(number, job[0]).exists())
             try:
-                for (part, ends), contents, more in bpe.parallel(do_batch, jobs, self.workers, number, vars(self.o)):
-                    counts = counts if part == last else Counter()
-                    counts.update(more)
-                    for kind, content in contents.items():
-                        with open(self.path(number, part, kind), "ab" if part == last else "wb") as file:
-                            file.write(content)
-                            file.flush()
-                            if ends:
-                                os.fsync(file.fileno())
-                    last = part
-                    if ends:
-                        with bpe.replacing(self.path(number, part)) as file:
-                            file.write(json.dumps(counts).encode())
+                for part in bpe.parallel(self.do_part, jobs, self.workers, number):
                     show_live(f"stage {number + 1} of {len(self.stages)}, part {part}")
-                show_live("")
-                return
+                return show_live("")
             except ChildProcessError:
                 if not again:
                     raise
@@ -1924,16 +1923,18 @@ class Pipeline:
 
     def run(self) -> Counter:
         """All steps but tokenise, with --shard those of the first stage; the counts."""
-        whole = shard_of(self.o)[1] == 1
+        index, count = shard_of(self.o)
         self.folder.mkdir(exist_ok=True)
         if not self.o.merge:
             self.do_stage(0)
-        for number, files in enumerate(self.groups):
-            if whole and not self.path(0, f"{number:05}.end").exists():
+            for group in range(index, len(self.groups), count):
+                self.path(0, f"{group:05}", "end").touch()
+        for group, files in enumerate(self.groups):
+            if count == 1 and not self.path(0, f"{group:05}", "end").exists():
                 raise ValueError(f"--merge: no shard has done {files[0]} yet")
         self.parts = sorted(path.stem[2:] for path in self.folder.glob("0-*.json"))
         for number, (_, _, name) in enumerate(self.stages):
-            if whole and name:
+            if count == 1 and name:
                 self.find_seen(number, name)
                 self.do_stage(number + 1)
         counts = Counter()
@@ -1951,13 +1952,10 @@ class Pipeline:
         pairs = itertools.product(range(len(self.stages)), self.parts)
         append_files(create("removed.jsonl"), [self.path(number, part, "removed") for number, part in pairs])
         if "decontaminate" in self.o.steps:
-            _, items, short = evaluation_keys(self.o.eval_data)
+            _, items = evaluation_keys(self.o.eval_data)
             found = {name: counts[f"decontaminate/found/{name}"] for name, _ in items}
-            report = {
-                "found": +Counter(found),  # those above 0
-                "looked_for": Counter(name.split()[0] for name, _ in items),
-                "too_short": Counter(name.split()[0] for name in short),
-            }
+            short = [name.split()[0] for name, text in items if len(text.split()) < LEAKED[0]]
+            report = dict(found=+Counter(found), too_short=Counter(short))  # those above 0
             create("contamination.json").write(json.dumps(report, indent=1).encode())
 
 
@@ -1991,10 +1989,8 @@ def table(steps: str, counts: dict[str, dict]) -> list[str]:
 
 PAGE = """<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>What the steps removed</title>
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<style>body{font:15px sans-serif;max-width:60em;margin:2em auto} td{padding:2px 12px;text-align:right}
-pre{white-space:pre-wrap;background:#f4f4f4;padding:8px;max-height:14em;overflow:auto}
-h1+pre{max-height:none} h3:empty{display:none}
-td:first-child,td:last-child{text-align:left} i{display:inline-block;height:10px;background:#47c}</style>"""
+<style>body{font:15px sans-serif;max-width:60em;margin:2em auto} td{padding:2px 12px}
+pre{white-space:pre-wrap;background:#f4f4f4;padding:8px}</style>"""
 
 
 def write_report(o: Options, manifest: dict) -> None:
@@ -2020,13 +2016,11 @@ def write_report(o: Options, manifest: dict) -> None:
                 add("h2", f"{step}: {what}")
                 out.append("<table>")
             for name, count in counts:
-                width = f"<i style='width:{300 * count / max(1, counts[0][1]):.0f}px'></i>"
-                out.append(f"<tr><td>{html.escape(name)}<td>{count:,}<td>{width}")
+                out.append(f"<tr><td>{html.escape(name)}<td>{count:,}")
             out.append("</table>" * bool(counts))
             for name, _ in counts:
-                texts = examples.get(f"{step}: {name}", [])
-                add("h3", name * bool(texts))
-                for text in texts:
+                for text in examples.get(f"{step}: {name}", []):
+                    add("h3", name)
                     add("pre", text)
     with bpe.replacing(o.report) as file:
         file.write("\n".join(out).encode("utf-8", "replace"))
@@ -2142,8 +2136,10 @@ def earlier(folder: Path, wanted: dict) -> dict:
     """The manifest of an earlier run, if that began from the same (`wanted`) and its files are whole; else {}."""
     try:
         manifest = json.loads((folder / "manifest.json").read_bytes())
-        whole = all((folder / name).stat().st_size == size for name, size in manifest["files"].items())
-        return manifest if whole and all(manifest[key] == value for key, value in wanted.items()) else {}
+        whole = manifest == manifest | wanted
+        for name, size in manifest["files"].items():
+            whole &= (folder / name).stat().st_size == size
+        return manifest if whole else {}
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return {}
 
@@ -2160,8 +2156,11 @@ def check_options(o: Options) -> None:
         raise ValueError("--shard and --merge are for steps before tokenise")
     if "decontaminate" in names and not o.eval_data:
         raise ValueError("the step decontaminate needs --eval_data, the evaluation sets")
-    if not 0 < o.val_fraction < 1 or not 0 < o.false_positives < 1 or not 0 < o.threshold <= 1 or o.workers < 0:
-        raise ValueError("--val_fraction, --threshold and --false_positives lie between 0 and 1, --workers is 0 or more")
+    for name in ("val_fraction", "false_positives", "threshold"):
+        if not 0 < getattr(o, name) <= 1:
+            raise ValueError(f"--{name} must lie between 0 and 1")
+    if o.workers < 0:
+        raise ValueError("--workers must not be negative")
     if o.tokenizer not in bpe.TRAINERS and not os.path.exists(o.tokenizer):
         raise ValueError(f"--tokenizer={o.tokenizer} is neither a file nor a kind ({kinds})")
     for name in {*FILTERS}.intersection(names):  # opens its model
@@ -2183,10 +2182,12 @@ def claimed(folder: Path, o: Options) -> Iterator[None]:
             finally:
                 if count == 1:
                     os.unlink(lock.name)
-    except (BlockingIOError, PermissionError) as error:
-        raise error if error.filename else ValueError(f"another run of data.py works in {folder}") from None
-    except OSError as error:  # a full disk has no name
-        raise error if error.filename else OSError(error.errno, error.strerror, str(folder)) from None
+    except BlockingIOError:
+        raise ValueError(f"another run of data.py works in {folder}") from None
+    except OSError as error:
+        if error.errno and not error.filename:  # a full disk
+            raise OSError(error.errno, error.strerror, str(folder)) from None
+        raise
 
 
 def input_files(o: Options) -> list[Path]:
@@ -2200,7 +2201,8 @@ def input_files(o: Options) -> list[Path]:
         shown = [path for path in found if not re.search(r"(^|/)\.", path.relative_to(name).as_posix())]
         files += sorted(shown) if os.path.isdir(name) else [Path(name)]
     folder = Path(o.output).resolve()
-    return [path for path in files or bpe.find_files(o.input) if folder not in Path(os.path.realpath(path)).parents]
+    files = files or bpe.find_files(o.input)
+    return [path for path in files if folder not in Path(os.path.realpath(path)).parents]
 
 
 def encode_all(corpus: Corpus, o: Options, coder: bpe.Tokenizer | None, create: Callable, workers: int) -> dict:
@@ -2211,7 +2213,14 @@ def encode_all(corpus: Corpus, o: Options, coder: bpe.Tokenizer | None, create: 
     if bpe.END not in coder.special_tokens:
         raise ValueError(f"--tokenizer={o.tokenizer} has no {bpe.END}, which ends each document")
     began = time.monotonic()
-    counts = tokenise(corpus, coder, [create("train.npy"), create("val.npy")], workers)
+    files = [create("train.npy"), create("val.npy")]
+    if o.shuffle:
+        with tempfile.TemporaryFile(dir=o.output) as train, tempfile.TemporaryFile(dir=o.output) as val:
+            counts = tokenise(corpus, coder, [train, val], workers)
+            shuffle(train, files[0], coder, o.seed)
+            shuffle(val, files[1], coder, o.seed)
+    else:
+        counts = tokenise(corpus, coder, files, workers)
     tokens = sum(count["tokens"] for count in counts.values())
     create("tokenizer.json").write(json.dumps(coder.to_dict()).encode())
     return {**counts, "utf8_errors": corpus.counts["utf8_errors"], "bad_lines": corpus.counts["bad_lines"],
@@ -2219,15 +2228,15 @@ def encode_all(corpus: Corpus, o: Options, coder: bpe.Tokenizer | None, create: 
 
 
 def prepare(input: str, tokenizer: str, output: str, vocab_size: int, pattern: str = "gpt2", separator: str = "",
-            val_fraction: float = 0.02, workers: int = 0, seed: int = 0, **more: object) -> dict:
+            **more: object) -> dict:
     """Make train.npy, val.npy, tokenizer.json and manifest.json in the folder `output`; the manifest is returned.
 
     The arguments are the fields of Options. Files of an earlier run with the same input, options and code are reused.
     With steps before tokenise, the parts of a run that ended early are, too. Raises ValueError or OSError, with the old
     files untouched.
     """
-    began, folder, tokenizer = time.monotonic(), Path(output), tokenizer or "bpe"
-    o = Options(input, output, tokenizer, vocab_size, pattern, separator, val_fraction, workers, seed, **more)
+    began, folder = time.monotonic(), Path(output)
+    o = Options(input, output, tokenizer or "bpe", vocab_size, pattern, separator, **more)
     check_options(o)
     files = input_files(o)
     inputs = [fingerprint(path) for path in files]
@@ -2242,10 +2251,10 @@ def prepare(input: str, tokenizer: str, output: str, vocab_size: int, pattern: s
     if manifest := earlier(folder, wanted):
         print(f"{folder}: the files of an earlier run with the same input and options are reused")
         return manifest
-    workers = min(workers or os.cpu_count(), 1 + size // JOB)
+    workers = min(o.workers or os.cpu_count(), 1 + size // JOB)
     manifest, written = {}, {}
     with claimed(folder, o):
-        coder = None if tokenizer in bpe.TRAINERS else bpe.load(tokenizer)  # a bad file is told before the work
+        coder = None if o.tokenizer in bpe.TRAINERS else bpe.load(o.tokenizer)  # a bad file is told before the work
         with contextlib.ExitStack() as stack:  # at its end all files take their places
 
             def create(name: str) -> BinaryIO:
@@ -2320,20 +2329,19 @@ def main() -> None:
         print(f"{o.report}: a page to read before trusting the data")
     if o.look:
         look(input_files(o), o)
-    for side in ("train", "val"):
-        count = manifest.get(side)
-        if count:
-            print(f"{side}.npy: {count['documents']:,} documents, {count['bytes']:,} bytes, "
-                  f"{count['tokens']:,} tokens, {count['bytes'] / count['tokens']:.3f} bytes per token")
-    for name, what in (("utf8_errors", "places that were not UTF-8 became U+FFFD"),
-                       ("bad_lines", "lines were left out: no JSON object with a text")):
-        if manifest.get(name):
-            print(f"{manifest[name]:,} {what}")
     if "train" not in manifest:
         chats = "chat" in o.steps.split(",")
         then = f"align.py --algorithm=sft --data={o.output}" if chats else f"data.py --input={o.output}"
         print(f"{manifest['seconds']} s\nnext: python {then}/documents.jsonl")
         return
+    for side in ("train", "val"):
+        count = manifest[side]
+        print(f"{side}.npy: {count['documents']:,} documents, {count['bytes']:,} bytes, "
+              f"{count['tokens']:,} tokens, {count['bytes'] / count['tokens']:.3f} bytes per token")
+    for name, what in (("utf8_errors", "places that were not UTF-8 became U+FFFD"),
+                       ("bad_lines", "lines were left out: no JSON object with a text")):
+        if manifest[name]:
+            print(f"{manifest[name]:,} {what}")
     print(f"{manifest['seconds']} s, {manifest['tokens_per_s']:,} tokens/s\nnext: python train.py --data={o.output}")
 
 

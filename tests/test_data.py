@@ -111,6 +111,28 @@ def test_a_tokenizer_file_is_used_as_it_is(corpus, documents, tmp_path):
 
 
 @pytest.mark.parametrize("seed", range(3))
+def test_shuffled_documents_are_those_of_the_input(seed, small_pieces, tmp_path):
+    """The same documents on the same sides, in an order that only the seed decides, for any number of workers."""
+    rng = random.Random(seed)
+    documents = [random_text(rng, rng.choice([1, 50, 400])) + "x" for _ in range(60)]
+    (tmp_path / "text.txt").write_bytes("<sep>".join(documents).encode())
+    for name, more in (("plain", {}), ("one", dict(shuffle=True)), ("two", dict(shuffle=True, workers=2)), ("other", dict(shuffle=True, seed=seed + 9))):
+        prepare(tmp_path / "text.txt", tmp_path / name, "char", separator="<sep>", **{"val_fraction": 0.3, "workers": 1, "seed": seed, **more})
+    plain, one, other = ([cut_at_ends(ids, tmp_path / name) for ids in read(tmp_path / name)] for name in ("plain", "one", "other"))
+    assert list(map(sorted, one)) == list(map(sorted, plain)) and one[0] != plain[0] and one[1] != plain[1]
+    assert state(tmp_path / "one")["train.npy"] == state(tmp_path / "two")["train.npy"] and sorted(sum(other, [])) == sorted(sum(plain, []))
+    assert sorted(os.listdir(tmp_path / "one")) == sorted(FILES) and json.loads(state(tmp_path / "one")["manifest.json"])["options"]["shuffle"]
+    fixed = sum(a == b for a, b in zip(one[0], plain[0]))
+    assert fixed < len(plain[0]) / 4, "an order drawn at random leaves about one document in its place"
+
+
+def cut_at_ends(ids, folder):
+    """The documents of a token file as texts."""
+    tokenizer = bpe.load(folder / "tokenizer.json")
+    return tokenizer.decode(ids).split(tokenizer.decode([tokenizer.special_tokens[END]]))[:-1]
+
+
+@pytest.mark.parametrize("seed", range(3))
 def test_long_documents_encode_like_short_ones(seed, small_pieces, tmp_path):
     rng = random.Random(seed)
     documents = [random_text(rng, rng.choice([0, 1, 50, 400])) for _ in range(60)]

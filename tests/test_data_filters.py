@@ -43,6 +43,7 @@ def unlike(count, width=40):
 # Each rule with a text on the good side of its line and one just beyond.
 SIDES = {
     ("length", "characters"): ["a" * 200, "a" * 199],
+    ("long", "characters"): ["a" * 16000, "a" * 15999],
     ("gopher", "words"): [prose(50), prose(49)],
     ("gopher", "mean_word_length"): ["the of " + "aaaaaaaaaa " * 60, "the of " + "aaaaaaaaaaa " * 60],
     ("gopher", "hashes"): [prose(60) + "#" * 6, prose(60) + "#" * 7],
@@ -89,7 +90,7 @@ def test_a_rule_has_two_sides(rules, name):
 
 @pytest.mark.parametrize("rules", GROUPS)
 def test_obey_names_the_first_rule_that_a_text_breaks(rules):
-    good = lines(*unlike(40, 90))
+    good = lines(*unlike(200 if rules == "long" else 40, 90))
     assert data.FILTERS[rules](good) == (True, "")
     for (group, _), (_, bad) in SIDES.items():
         if group == rules:

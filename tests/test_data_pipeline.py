@@ -244,7 +244,6 @@ def test_planted_leaks_are_found_and_near_misses_are_not(tmp_path, evaluation):
     assert steps["decontaminate"]["dropped"] == {"found in gsm8k_test.jsonl": 3, "found in astronomy_test.csv": 1, "found in hellaswag_val.jsonl": 1}
     report = json.loads((tmp_path / "out/contamination.json").read_text())
     assert report["found"] == {"gsm8k_test.jsonl 0 question": 2, "gsm8k_test.jsonl 0 answer": 1, "astronomy_test.csv 0 question": 1, "hellaswag_val.jsonl 0 endings": 1}
-    assert report["looked_for"] == {"gsm8k_test.jsonl": 2, "astronomy_test.csv": 1, "hellaswag_val.jsonl": 1}
     assert report["too_short"] == {"gsm8k_test.jsonl": 2, "astronomy_test.csv": 5, "hellaswag_val.jsonl": 2}
 
 
