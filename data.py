@@ -1224,13 +1224,6 @@ ROWS = 1 << 24  # keys that are sorted at a time
 BLOCK = 1 << 16  # keys that are looked up at a time
 
 
-def mixed(keys: np.ndarray) -> np.ndarray:
-    """Numbers of 64 bits, scrambled one to one."""
-    keys = keys ^ keys >> np.uint64(32)
-    keys *= np.uint64(0xD6E8FEB86659FD93)
-    return keys ^ keys >> np.uint64(29)
-
-
 def grams(text: str, n: int) -> np.ndarray:
     """A key for each n words in a row (for the whole text if it has fewer); words are what white space parts.
 
@@ -1250,7 +1243,7 @@ def grams(text: str, n: int) -> np.ndarray:
         starts = np.append(0, spaces + 1)[:len(part) - n + 1]
         ends = np.append(spaces, len(letters))[n - 1:]
         keys.append((sums[ends] - sums[starts]) * INVERSE[starts])
-    return mixed(np.concatenate(keys))
+    return ngram_keys(np.concatenate(keys), 1)
 
 
 def digests(texts: Iterable[str]) -> np.ndarray:
@@ -1285,7 +1278,7 @@ def near_keys(text: str, threshold: float) -> np.ndarray:
     shingles = np.unique(grams(text, GRAM))
     b, r = bands_for(threshold)
     rows = signature(shingles)[:b * r].reshape(b, r)
-    return np.concatenate([mixed((rows * POWER[:r]).sum(1)), shingles])
+    return np.concatenate([ngram_keys((rows * POWER[:r]).sum(1), 1), shingles])
 
 
 def jaccard(a: np.ndarray, b: np.ndarray) -> float:
@@ -1382,7 +1375,7 @@ class Bloom:
 
     def places(self, keys: np.ndarray, probe: int) -> tuple[np.ndarray, np.ndarray]:
         """Byte and bit of the keys for one of the probes: hash1 + probe hash2 (Kirsch and Mitzenmacher 2006)."""
-        steps = mixed(keys) | np.uint64(1)
+        steps = ngram_keys(keys, 1) | np.uint64(1)
         place = (keys + np.uint64(probe) * steps) % np.uint64(self.size)
         return place // 8, np.uint8(1) << (place % 8).astype(np.uint8)
 
@@ -1633,9 +1626,9 @@ def to_messages(row: dict) -> list[dict]:
     Turns of a user, or of the system, that follow one another become one.
     """
     layouts = [dict(field.split(":") for field in layout.split()) for layout in LAYOUTS.splitlines()]
-    fitting = [fields for fields in layouts if all(name in row or name[-1] == "?" for name in fields)]
+    fitting = (fields for fields in layouts if all(name in row or name[-1] == "?" for name in fields))
     turns, messages = [], []
-    for name, role in fitting[0].items() if fitting else ():
+    for name, role in next(fitting, {}).items():
         value = row.get(name.rstrip("?")) or []
         if name == "tools?" and value and not isinstance(value, str):
             value = json.dumps(value, ensure_ascii=False)
@@ -1989,7 +1982,7 @@ def table(steps: str, counts: dict[str, dict]) -> list[str]:
 
 PAGE = """<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>What the steps removed</title>
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<style>body{font:15px sans-serif;max-width:60em;margin:2em auto} td{padding:2px 12px}
+<style>body{font:15px sans-serif;max-width:60em;margin:2em auto}
 pre{white-space:pre-wrap;background:#f4f4f4;padding:8px}</style>"""
 
 
@@ -2014,10 +2007,7 @@ def write_report(o: Options, manifest: dict) -> None:
             counts = Counter(row.get(what, {})).most_common(30)
             if counts:
                 add("h2", f"{step}: {what}")
-                out.append("<table>")
-            for name, count in counts:
-                out.append(f"<tr><td>{html.escape(name)}<td>{count:,}")
-            out.append("</table>" * bool(counts))
+                add("pre", "\n".join(f"{count:12,}  {name}" for name, count in counts))
             for name, _ in counts:
                 for text in examples.get(f"{step}: {name}", []):
                     add("h3", name)
@@ -2146,7 +2136,7 @@ def earlier(folder: Path, wanted: dict) -> dict:
 
 def check_options(o: Options) -> None:
     """Raise ValueError for options that cannot work and steps that are none or in a wrong order, before the work."""
-    names, kinds = o.steps.split(","), ", ".join(bpe.TRAINERS)
+    names = o.steps.split(",")
     known = ["extract", "chat", *FILTERS, "pii", *KEYS, "decontaminate", "tokenise"]
     misplaced = {"extract", "chat"}.intersection(names[1:]) or "tokenise" in names[:-1]
     if misplaced or not {*names} <= {*known} or len({*names}) < len(names):
@@ -2162,7 +2152,7 @@ def check_options(o: Options) -> None:
     if o.workers < 0:
         raise ValueError("--workers must not be negative")
     if o.tokenizer not in bpe.TRAINERS and not os.path.exists(o.tokenizer):
-        raise ValueError(f"--tokenizer={o.tokenizer} is neither a file nor a kind ({kinds})")
+        raise ValueError(f"--tokenizer={o.tokenizer} is neither a file nor a kind ({', '.join(bpe.TRAINERS)})")
     for name in {*FILTERS}.intersection(names):  # opens its model
         drop_filtered(name, {"text": "a text"}, o)
 

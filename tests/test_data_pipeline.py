@@ -456,9 +456,7 @@ def test_memory_does_not_grow_with_the_input(tmp_path, monkeypatch):
 SLOW = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
-import bpe
 import data
-import sample
 data.JOB, data.PART, data.os.fsync = 2000, 6000, lambda file: None
 data.FILTERS["slow"] = lambda text: (time.sleep(0.01) or True, None)
 data.prepare("in", "byte", "out", 300, separator="<sep>", steps="extract,slow,lines,dedup,tokenise", workers=2)
