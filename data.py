@@ -1152,13 +1152,13 @@ def encode(batch: list[tuple], tokenizer: bpe.Tokenizer) -> list[tuple[np.ndarra
     return list(zip(map(np.concatenate, ids), size))
 
 
-def batches(items: Iterable, size: Callable[[object], int]) -> Iterator[list]:
-    """Items in lists of which each, but the last, has a size of at least JOB."""
+def batches(items: Iterable, size: Callable[[object], int], least: int) -> Iterator[list]:
+    """Items in lists of which each, but the last, has a size of at least `least`; the last may be empty."""
     batch, held = [], 0
     for item in items:
         batch.append(item)
         held += size(item)
-        if held >= JOB:
+        if held >= least:
             yield batch
             batch, held = [], 0
     yield batch
@@ -1176,7 +1176,7 @@ def tokenise(corpus: Corpus, tokenizer: bpe.Tokenizer, files: list[BinaryIO], wo
     counts, end = {"train": Counter(), "val": Counter()}, tokenizer.special_tokens[bpe.END]
     for file in files:
         write_header(file, dtype, 0)
-    jobs = batches(corpus.sided(), lambda piece: len(piece[1]) + 1)
+    jobs = batches(corpus.sided(), lambda piece: len(piece[1]) + 1, JOB)
     with contextlib.closing(bpe.parallel(encode, jobs, workers, tokenizer)) as answers:
         for answer in answers:
             for file, count, (ids, size) in zip(files, counts.values(), answer):
@@ -1813,13 +1813,9 @@ class Pipeline:
 
     def __init__(self, files: list[Path], o: Options, folder: Path, workers: int):
         self.o, self.folder, self.workers = o, folder, workers
-        self.stages, self.parts, self.groups, size = stages(o.steps), [], [], PART
-        for path in files:  # many small files make a group
-            if size >= PART:
-                self.groups.append([])
-                size = 0
-            self.groups[-1].append(path)
-            size += path.stat().st_size
+        self.stages, self.parts = stages(o.steps), []
+        groups = batches(files, lambda path: path.stat().st_size, PART)  # of many small files
+        self.groups = [*filter(None, groups)]
 
     def path(self, number: int, part: str, kind: str = "json") -> Path:
         """The file of a stage and part; if there is one of counts, the part is done."""
@@ -1832,7 +1828,8 @@ class Pipeline:
             if self.path(0, f"{group:05}", "end").exists():
                 continue
             records = read_raw(self.groups[group], self.o)
-            for number, batch in enumerate(batches(records, lambda record: len(record["raw"] or b"") + 100)):
+            parts = batches(records, lambda record: len(record["raw"] or b"") + 100, JOB)
+            for number, batch in enumerate(parts):
                 yield f"{group:05}.{number:07}", batch, np.zeros(0, bool)
 
     def part_jobs(self, number: int) -> Iterator[tuple]:
@@ -2020,11 +2017,8 @@ def look(files: list[Path], o: Options) -> None:
     """Print random documents as they were read, and behind the steps that look at one document."""
     names = ["read", *o.steps.split(",")]
     steps = [name for name in names if name in STEPS or name in FILTERS]
-
-    def number(record: dict) -> int:
-        return digests([f"{o.seed} {record['origin']}"])[0]
-
-    for record in heapq.nsmallest(o.look, read_raw(files, o), number):
+    drawn = heapq.nsmallest(o.look, read_raw(files, o), lambda record: digests([f"{o.seed} {record['origin']}"])[0])
+    for record in drawn:
         before, origin = decode((record["raw"] or b"")[:GLANCE]), record["origin"]
         row = do_document(record, np.zeros(0, bool), steps, o, Counter())
         after = f"dropped by {row['step']}: {row['reason']}" if row else text_of(record)[:GLANCE]
