@@ -6,6 +6,7 @@ Usage: python sample.py --prompt="import " --n_samples=3 --temperature=0.8
        python sample.py --chat --system="Answer briefly." --quantize=int8 --draft=lookup
        python sample.py --serve --port=8000
        python sample.py --eval=ppl,hellaswag,mmlu,gsm8k --eval_data=DIR
+       torchrun --nproc_per_node=2 sample.py --eval=mmlu --eval_data=DIR
 
 When a text fills the model's block, the older half of it is dropped and the rest computed anew; of a prompt longer than
 the block the last block_size tokens count.
@@ -19,7 +20,6 @@ import copy
 import csv
 import dataclasses
 import difflib
-import functools
 import hmac
 import http.server
 import inspect
@@ -40,6 +40,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -49,10 +50,20 @@ from model import GPT, Embedding, Linear, State, from_checkpoint, load_checkpoin
 from model import ROLES as WEIGHTS
 
 END = "<|endoftext|>"
-Seen = Sequence[list[int]]  # the tokens of each row so far
 CHUNK = 512  # tokens of a prompt that are computed together
 DTYPES = ("float32", "bfloat16", "float16")
 GUESSES = 4  # tokens that a draft may guess ahead
+
+
+# of the fields below: far beyond these, logits are infinite, and one request would end the step of all
+BOUNDS = {
+    "temperature": (0, 100),
+    "top_k": (0, 2**63),
+    "top_p": (1e-9, 1),
+    "min_p": (0, 1),
+    "repetition_penalty": (0.01, 100),
+    "presence_penalty": (-100, 100),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,11 +76,9 @@ class Sampling:
     presence_penalty: float = 0.0  # taken off the logits of tokens that are in the text already
 
     def __post_init__(self):
-        require(self.temperature >= 0, f"--temperature={self.temperature} must be at least 0")
-        require(self.top_k >= 0, f"--top_k={self.top_k} must be at least 0 (0: all tokens)")
-        require(0 < self.top_p <= 1, f"--top_p={self.top_p} must be above 0 and at most 1")
-        require(0 <= self.min_p <= 1, f"--min_p={self.min_p} must be from 0 to 1")
-        require(self.repetition_penalty > 0, f"--repetition_penalty={self.repetition_penalty} must be above 0")
+        for name, (low, high) in BOUNDS.items():
+            value = getattr(self, name)
+            require(low <= value <= high, f"--{name}={value} must be from {low} to {high}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,13 +87,14 @@ class Options(Sampling):
     prompt: str = ""  # text to continue (empty: it begins a new line)
     max_new_tokens: int = 256  # length of a sample, unless it ends by itself
     n_samples: int = 1  # samples of the prompt, decoded together; the first is streamed, the others follow
-    stop: str = ""  # comma list of texts that end a sample; \n, \t, \, and \\ stand for such characters
+    stop: str = ""  # comma list of texts that end a sample; \n stands for a newline
     seed: int = 0  # of the random numbers; each sample has its own sequence of them
     device: str = ""  # cpu, cuda, mps (empty: the fastest that is there)
     dtype: str = "float32"  # of weights and arithmetic: float32, bfloat16, float16
     quantize: str = ""  # whole numbers as weights: int8, int4 (empty: as they are)
-    prune: str = ""  # leave out a share of each matrix, as 0.5, or layers, as layers:2; --output=FILE.pt keeps the rest
+    prune: str = ""  # leave out a share of each matrix, as 0.5, or layers, as layers:2; --output=FILE.pt is the rest
     draft: str = ""  # guess ahead, for speed and not for another text: lookup (in the text so far), or a checkpoint
+    cache_gb: float = 0.0  # memory for what the texts in the making keep; who does not fit in waits (0: no limit)
     chat: bool = False  # a conversation: lines of stdin are answered
     system: str = ""  # chat: what the model is told first
     template: str = "plain"  # of conversations: plain, bare, chatml, llama3
@@ -103,7 +113,7 @@ class Options(Sampling):
 
 # ---- sampling
 
-def shape(logits: Tensor, s: Sampling, seen: Seen) -> Tensor:
+def shape(logits: Tensor, s: Sampling, seen: Sequence[list[int]]) -> Tensor:
     """Logits (B, V) of the distribution to draw from; `seen` (CTRL's penalty, and presence) are the tokens of each row.
 
     The three cuts are conditions on the row in descending order: its rank, what the more probable ones hold together,
@@ -177,17 +187,6 @@ class TextStream:
         return text[:cut]
 
 
-def stop_strings(words: str) -> list[str]:
-    r"""The texts of a comma list in which \n, \t and \, stand for a newline, a tab and a comma.
-
-    >>> stop_strings(r"\n\n,a\,b,\d")
-    ['\n\n', 'a,b', '\\d']
-    """
-    for sign, text in ((r"\n", "\n"), (r"\t", "\t"), (r"\,", "\0")):
-        words = words.replace(sign, text)
-    return [word.replace("\0", ",") for word in words.split(",") if word]
-
-
 # ---- the engine: requests in, one token a step for each of them
 
 @dataclasses.dataclass(eq=False)
@@ -201,18 +200,17 @@ class Request:
     end: int = -1  # the token that ends it (-1: none)
     text: TextStream = dataclasses.field(default_factory=TextStream)
     bias: dict[int, float] = dataclasses.field(default_factory=dict)  # added to the logits of these tokens
-    top: int = 0  # so many of the likeliest tokens are kept beside each new one
 
     def __post_init__(self):
         self.output = []  # new tokens
         self.logprobs = []  # theirs, in the model's own distribution
-        self.likely = []  # with `top`: (token, its log-probability), the likeliest first, for each new token
         self.context = []  # the tokens that the model sees; the engine sets them
         self.held = 0  # so many of them are in the engine's state
         self.fed = 0  # so many tokens of the output are in the text
         self.hope = GUESSES  # so many tokens are worth guessing
         self.random = random.Random(str(self.seed))
         self.done = "" if self.max_new_tokens else "length"  # why it ended: end, stop, length, or what a caller writes
+        self.said = "", 0, self.done  # text, tokens, why it ended: one value, as another thread may read it
 
     def take(self, token: int, logprob: float, block: int) -> None:
         """Go on by one token; where the context fills the block, its older half goes first."""
@@ -232,10 +230,6 @@ def pick(logits: Tensor, requests: Sequence[Request]) -> list[tuple[int, float]]
     """Choose from logits (B, V), each row as its request says: tokens, and their log-probabilities in the logits."""
     total = logits.logsumexp(-1)
     require(total.isfinite().all(), "the model's output is not finite (NaN or infinite): its training diverged")
-    if most := max(request.top for request in requests):
-        best = (logits - total[:, None]).topk(min(most, logits.shape[1]))
-        for request, ids, chances in zip(requests, best.indices.tolist(), best.values.tolist()):
-            request.likely += [[*zip(ids, chances)][:request.top]] if request.top else []
     shaped = logits.clone() if any(request.bias for request in requests) else logits
     for row, request in zip(shaped, requests):
         for token, extra in request.bias.items():
@@ -287,19 +281,43 @@ def run_on(model: GPT, rows: list, state: State) -> Tensor:
     return model.hidden(torch.tensor(padded, device=next(model.parameters()).device), state)
 
 
-def join(parts: list):
-    """One state with the rows of several: tensors and lists of lengths one behind the other, whatever holds them."""
-    first = parts[0]
-    if isinstance(first, Tensor):
-        return torch.cat(parts)
-    if isinstance(first, list) and isinstance(next(iter(first), 0), int):  # lengths, or what no layer filled
-        return sum(parts, [])
-    if isinstance(first, list):
-        return type(first)(map(join, zip(*parts)))
-    both = copy.copy(first)
-    for name in vars(first):
-        setattr(both, name, join([vars(part)[name] for part in parts]))
-    return both
+def join(states: list[State]) -> State:
+    """One state with the rows of several, which are given up layer by layer, so that not all is there twice."""
+    layers = []
+    for kept in zip(*(state.layers for state in states)):
+        layers.append([torch.cat(parts) for parts in zip(*kept)])
+        for parts in kept:
+            parts.clear()
+    numbers = [sum((getattr(state, name) for state in states), []) for name in ("lengths", "start", "room")]
+    return State(layers, *numbers)
+
+
+def resized(state: State, room: int) -> State:
+    """A state with room for so many tokens in each row; where that is another number, both are 8 or more.
+
+    Then a layer whose second dimension is the old room holds positions: the last call of a recurrence was shorter.
+    """
+    old, layers = state.room[0], []
+    if room == old:
+        return state
+    for kept in state.layers:
+        if all(x.shape[1] == old for x in kept):
+            kept = [F.pad(x, (0, 0) * (x.ndim - 2) + (0, room - old)) for x in kept]
+        layers.append(kept)
+    return State(layers, state.lengths, state.start, [room] * len(state.room))
+
+
+@torch.inference_mode()
+def row_bytes(model: GPT) -> tuple[int, int]:
+    """Bytes that a row of the state takes at most in decoding, and more for each token that it has room for."""
+    sizes = []
+    for room in (8, 9):
+        state = model.new_state(1, room)
+        call = [0] * min(1 + GUESSES, model.config.block_size)  # which a recurrence keeps
+        run_on(model, [call], state)
+        sizes.append(state.nbytes)
+    each = sizes[1] - sizes[0]
+    return sizes[0] - 8 * each, each
 
 
 # attention without cuDNN's: with it a step took 56 ms on an H200, for it plans anew for each length, without it 6
@@ -309,31 +327,43 @@ UNPLANNED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBack
 class Engine:
     """Decodes requests together on a model in eval mode. Each step() adds a token to all that are going.
 
-    Requests join and leave between steps: those beyond `slots` wait. With requests given, the state has room for the
-    longest of them, else for block_size tokens. The model needs config.block_size, config.vocab_size, parameters,
-    hidden, logits and new_state. `vocab_size`: only the first so many tokens are produced (0: all). `draft`: a function
-    (request, count) -> up to so many tokens that may come next. The tokens of a request do not depend on it: each is
-    chosen from the model's own logits with the request's own random number, and a guess saves a step where it is that
-    very token (Leviathan et al. 2023 accept more of a sampled text, but not the same text).
+    Requests join and leave between steps: those beyond `slots` wait, and those for which the state has no room in
+    `cache` bytes, that of the last prompt included (while they join and leave, what is copied is there twice). With
+    requests given, the state has room for the longest of them, else for block_size tokens. The model needs
+    config.block_size, config.vocab_size, parameters, hidden, logits and new_state. `vocab_size`: only the first so many
+    tokens are produced (0: all). `draft`: a function (request, count) -> up to so many tokens that may come next. The
+    tokens of a request do not depend on it: each is chosen from the model's own logits with the request's own random
+    number, and a guess saves a step where it is that very token (Leviathan et al. 2023 accept more of a sampled text,
+    but not the same text).
     """
 
     def __init__(self, model: GPT, requests: Sequence[Request] = (), vocab_size: int = 0, slots: int = 256,
-                 draft: Callable = lambda request, count: []):
+                 draft: Callable = lambda request, count: [], cache: float = math.inf):
         self.model = model
         self.slots = slots
         self.draft = draft
+        self.cache = cache
         self.guessed = [0, 0]  # tokens that the draft has guessed; those that were right
         self.vocab_size = vocab_size or model.config.vocab_size
         self.block = model.config.block_size
         needed = [len(request.prompt) + request.max_new_tokens for request in requests]
         self.capacity = min(self.block, max(needed, default=self.block))
-        self.past = Past(model, self.capacity)
+        self.row = (0, 0) if cache == math.inf else row_bytes(model)
+        fixed, each = self.row
+        spare = cache / 2 - fixed  # half is for the last prompt, and half holds one request at least
+        if each * self.capacity > spare:
+            self.capacity = max(0, int(spare / max(each, 1)))
+        self.spent = {"prefill": [0, 0.0], "decode": [0, 0.0]}  # prompt tokens computed, later tokens; seconds
+        self.clear()
+        for request in requests:
+            self.submit(request)
+
+    def clear(self) -> None:
+        """Forget all requests, and what memory they hold."""
+        self.past = Past(self.model, self.capacity)
         self.state = None  # its rows are those of `active`
         self.active = []
         self.waiting = collections.deque()
-        self.spent = {"prefill": [0, 0.0], "decode": [0, 0.0]}  # prompt tokens computed, later tokens; seconds
-        for request in requests:
-            self.submit(request)
 
     def submit(self, request: Request) -> None:
         """Queue a request. Raises ValueError for an empty prompt, unknown ids, more tokens than the state has room."""
@@ -345,19 +375,33 @@ class Engine:
         request.context = ids[-self.block:]
         self.waiting.append(request)
 
+    def room(self, group: list[Request]) -> int:
+        """Tokens that a row of the state needs room for where these requests are together."""
+        if self.cache == math.inf:
+            return self.capacity
+        longest = max(len(request.prompt) + request.max_new_tokens for request in group)
+        return min(self.capacity, max(longest, 8))
+
+    def size(self, group: list[Request]) -> int:
+        """Bytes of the state of these requests together, and of the last prompt's."""
+        fixed, each = self.row
+        return fixed + each * self.capacity + len(group) * (fixed + each * self.room(group))
+
     @torch.inference_mode()
     @sdpa_kernel(UNPLANNED)
     def step(self) -> list[Request]:
         """Go on with every request that is not done and has a slot; returns these requests, [] when there are none."""
         rows = [row for row, request in enumerate(self.active) if request.held and not request.done]
         self.waiting.extendleft(request for request in self.active if not request.held)  # its block was full
-        joining = []
+        going, joining = [self.active[row] for row in rows], []
         while self.waiting and len(rows) + len(joining) < self.slots:
+            together = [*going, *joining, self.waiting[0]]
+            if not together[-1].done and self.size(together) > self.cache:
+                break
             request = self.waiting.popleft()
-            if not request.done:
-                joining.append(request)
+            joining += [] if request.done else [request]
         if len(rows) < len(self.active):
-            self.active = [self.active[row] for row in rows]
+            self.active = going
             self.state = self.state.fork(rows) if rows else None
         self.timed("decode", self.active, 0 if joining else GUESSES)  # join() wants calls of one length behind it
         self.timed("prefill", joining)
@@ -372,13 +416,14 @@ class Engine:
 
     def prefill(self, group: list[Request]) -> int:
         """Take in whole contexts, equal ones once, and add a first token; returns how many tokens were computed."""
-        before, states = self.past.computed, [] if self.state is None else [self.state]
+        before, room = self.past.computed, self.room(self.active + group)
+        states = [resized(self.state, room)] if self.active else []
         for context in dict.fromkeys(tuple(request.context) for request in group):
             same = [request for request in group if tuple(request.context) == context]
             ids = [*context]
             self.past.take_in(ids[:-1] or ids)
             hidden = self.past.take_in(ids)  # a call of one token, as those of decoding: recurrences keep the last call
-            states.append(self.past.state.fork([0] * len(same)))
+            states.append(resized(self.past.state, room).fork([0] * len(same)))
             logits = self.logits(hidden.expand(len(same), -1, -1))
             self.extend(same, logits[:, 0])
             self.active = self.active + same
@@ -388,7 +433,7 @@ class Engine:
     def decode(self, group: list[Request], ahead: int) -> int:
         """Take in the last token of each context and up to `ahead` guesses; returns how many tokens that gave."""
         before = self.state.lengths
-        ahead = min(ahead, self.capacity - 1 - max(before))
+        ahead = min(ahead, self.state.room[0] - 1 - max(before))
         left = [request.max_new_tokens - len(request.output) - 1 for request in group]
         guesses = []
         for request, n in zip(group, left):
@@ -460,14 +505,10 @@ class Draft:
         self.pasts = weakref.WeakKeyDictionary()  # of each request that is there
 
     def __call__(self, request: Request, count: int) -> list[int]:
-        block = self.model.config.block_size
-        past = self.pasts.setdefault(request, Past(self.model, block))
-        over = max(0, len(request.context) + count - block)
-        half = block // 2
-        context = request.context[-(-over // half) * half:]  # beyond its block older halves are left out
+        past = self.pasts.setdefault(request, Past(self.model, self.model.config.block_size))
         guesses = look_up(request, count)
         for _ in range(0 if guesses else count):
-            hidden = past.take_in(context + guesses)
+            hidden = past.take_in(request.context + guesses)
             logits = self.model.logits(hidden)[0, 0, :self.vocab_size]
             guesses.append(int(logits.argmax()))
         return guesses
@@ -478,8 +519,8 @@ def load_draft(name: str, engine: Engine) -> Callable:
     if name == "lookup":
         return look_up
     draft, tokenizer = load(name, next(engine.model.parameters()).device)
-    fits = tokenizer and tokenizer.vocab_size == engine.vocab_size and draft.config.block_size > 2 * GUESSES
-    require(fits, f"--draft={name} needs the tokenizer of --ckpt, and a block_size above {2 * GUESSES}")
+    fits = tokenizer and tokenizer.vocab_size == engine.vocab_size and draft.config.block_size >= engine.block
+    require(fits, f"--draft={name} needs the tokenizer of --ckpt, and a block_size of {engine.block} or more")
     return Draft(draft, engine.vocab_size)
 
 
@@ -488,6 +529,9 @@ def by_columns(model: GPT) -> None:
     for layer in model.modules():
         if type(layer) is Linear and layer.weight.shape[0] > layer.weight.shape[1]:
             layer.weight.data = layer.weight.data.T.contiguous().T
+
+
+PACKED = {8: "_weight_int8pack_mm", 4: "_weight_int4pack_mm_for_cpu"}  # torch's products on CPUs, by bits
 
 
 class Quantised(nn.Module):
@@ -511,7 +555,7 @@ class Quantised(nn.Module):
         codes = codes.clamp(-2 ** (bits - 1), 2 ** (bits - 1) - 1).view(n_out, n_in)
         scale = scale[:, :, 0]
         self.few, self.size = 64, size  # so many rows of x at most take the packed product
-        if layer.weight.device.type != "cpu" or f"int{bits}" not in packed_products() or n_in % 32:
+        if layer.weight.device.type != "cpu" or not hasattr(torch.ops.aten, PACKED[bits]) or n_in % 32:
             self.few = 0  # the packed products read 32 entries at a time
         elif bits == 4:
             self.few = sys.maxsize
@@ -544,16 +588,6 @@ class Quantised(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-@functools.cache
-def packed_products() -> list[str]:
-    """Those of torch's products with few bits that this version has; it is said once where one is missing."""
-    ops = {"int8": "_weight_int8pack_mm", "int4": "_weight_int4pack_mm_for_cpu"}
-    there = [kind for kind, op in ops.items() if hasattr(torch.ops.aten, op)]
-    if len(there) < len(ops):
-        print("this torch lacks a packed product for --quantize: weights are restored at each step", file=sys.stderr)
-    return there
-
-
 def quantise(model: GPT, kind: str) -> str:
     """Replace the matrices of the layers by whole numbers (the head by int8 in any case); tells what that saves.
 
@@ -576,39 +610,31 @@ def quantise(model: GPT, kind: str) -> str:
 
 # ---- smaller models: what matters least is left out
 
-def smallest(checkpoint: dict, share: float) -> dict:
+@torch.no_grad()
+def smallest(model: GPT, share: float) -> None:
     """A share of each hidden matrix, the numbers nearest to 0, becomes 0 (Han et al. 2015)."""
     require(0 < share < 1, f"--prune={share}: a share is above 0 and below 1")
-    roles = from_checkpoint(checkpoint).roles()
-    weights = checkpoint["weights"] | {}
-    for name in [name for name in roles if WEIGHTS[roles[name]].muon]:
-        flat = weights[name].clone().flatten()
-        flat[flat.abs().argsort()[:int(share * len(flat))]] = 0
-        weights[name] = flat.view_as(weights[name])
-    return checkpoint | dict(weights=weights, pruned=True)
+    for name, role in model.roles().items():
+        if WEIGHTS[role].muon:
+            flat = model.get_parameter(name).view(-1)
+            flat[flat.abs().argsort()[:int(share * len(flat))]] = 0
 
 
-def without(checkpoint: dict, layer: int) -> dict:
-    """All but one layer; those above it move down."""
-    config, found = from_checkpoint(checkpoint).config, {}
-    left = [i for i in range(config.n_layer) if i != layer]
+def without(model: GPT, layer: int) -> GPT:
+    """A copy with all but one layer; those above it move down."""
+    model = copy.deepcopy(model)
+    config, left = model.config, [i for i in range(model.config.n_layer) if i != layer]
     for axis in ("mixer", "position"):  # these may differ from layer to layer
         keys = [config.tiled(axis)[i] for i in [*left, layer]]  # with the last, a kind that is gone is still named
-        found[axis] = ",".join(keys if len({*keys}) > 1 else keys[:1])
-    weights = {}
-    for name, weight in checkpoint["weights"].items():
-        _, number, rest = re.fullmatch(r"(blocks\.(\d+)\.)?(.*)", name).groups()
-        if number is None:
-            weights[name] = weight
-        elif int(number) in left:
-            weights[f"blocks.{left.index(int(number))}.{rest}"] = weight
-    return checkpoint | dict(config=checkpoint["config"] | found | dict(n_layer=len(left)), weights=weights)
+        setattr(config, axis, ",".join(keys if len({*keys}) > 1 else keys[:1]))
+    config.n_layer = len(left)
+    del model.blocks[layer], model.turned[layer]
+    return model
 
 
 @torch.inference_mode()
-def least_layers(checkpoint: dict, count: int) -> dict:
+def least_layers(model: GPT, count: int) -> GPT:
     """All but `count` layers. One by one, that goes without which the model's own text costs least."""
-    model = from_checkpoint(checkpoint).eval()
     layers, length = model.config.n_layer, min(model.config.block_size - 1, CHUNK)
     require(0 < count < layers, f"--prune=layers:{count}: the model has {layers}, of which one must stay")
     requests = [Request([0], length, Sampling(1.0, 0), seed) for seed in range(16)]
@@ -616,39 +642,43 @@ def least_layers(checkpoint: dict, count: int) -> dict:
         pass
     tokens = torch.tensor([request.prompt + request.output for request in requests])
 
-    def loss(checkpoint):
-        logits = from_checkpoint(checkpoint).eval()(tokens[:, :-1])
+    def loss(model):
+        logits = model(tokens[:, :-1])
         return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).item()
     for n in range(layers, layers - count, -1):
-        checkpoint = min((without(checkpoint, layer) for layer in range(n)), key=loss)
-    return checkpoint
+        model = min((without(model, layer) for layer in range(n)), key=loss)
+    return model
 
 
 def pruned(checkpoint: dict, how: str) -> dict:
     """A checkpoint's dict without what --prune names. Raises ValueError."""
-    found = re.fullmatch(r"layers:(\d+)|(0?\.\d+)|", how)
+    found = re.fullmatch(r"layers:(\d+)|(0?\.\d+)", how)
     require(found, f"--prune={how}: write a share such as 0.5, or layers:N")
-    count, share = found.groups()
-    if not how:
-        return checkpoint
-    return least_layers(checkpoint, int(count)) if count else smallest(checkpoint, float(share))
+    model, (count, share) = from_checkpoint(checkpoint).eval(), found.groups()
+    if count:
+        model = least_layers(model, int(count))
+    else:
+        smallest(model, float(share))
+        checkpoint = checkpoint | dict(pruned=True)
+    return checkpoint | dict(config=vars(model.config), weights=model.state_dict())
 
 
 # ---- from text to text
 
 def ask(tokenizer: Tokenizer | None, prompt: str | list, n_samples: int = 1, max_new_tokens: int = 256,
-        stop: Sequence[str] = (), seed: int = 0, end: str = END, **sampling) -> list[Request]:
+        stop: Sequence[str] = (), seed: int = 0, end: str = END, bias: dict | None = None,
+        **sampling) -> list[Request]:
     """Requests for `n_samples` continuations of a text (or of ids), which end at the special token `end`.
 
-    An empty text begins at <|endoftext|>. `sampling`: fields of Sampling. Raises ValueError.
+    An empty text begins at <|endoftext|>. `sampling`: fields of Sampling; `bias`: see Request. Raises ValueError.
     """
     require(tokenizer, "the checkpoint has no tokenizer, so it takes and gives no text, only token ids (see Engine)")
     require(n_samples > 0, f"--n_samples={n_samples} must be at least 1")
     require(max_new_tokens >= 0, f"--max_new_tokens={max_new_tokens} must be at least 0")
     ids = (tokenizer.encode(prompt) if isinstance(prompt, str) else prompt) or [tokenizer.special_tokens[END]]
     settings = Sampling(**sampling)
-    last = tokenizer.special_tokens[end]
-    return [Request(ids, max_new_tokens, settings, f"{seed} {sample}", last, TextStream(stop))
+    last = tokenizer.special_tokens.get(end, -1)
+    return [Request(ids, max_new_tokens, settings, f"{seed} {sample}", last, TextStream(stop), bias or {})
             for sample in range(n_samples)]
 
 
@@ -669,17 +699,16 @@ def stream(engine: Engine, tokenizer: Tokenizer) -> Iterator[tuple[Request, str]
                     request.done = "stop"
                     del request.output[request.fed:], request.logprobs[request.fed:]
             if piece or request.done:
+                request.said = request.said[0] + piece, request.fed, request.done
                 yield request, piece
 
 
 def complete(engine: Engine, tokenizer: Tokenizer, requests: list, shown: Request | None = None) -> list[str]:
     """The texts of requests that the engine has, when all are done; that of `shown` is printed as it comes."""
-    texts = dict.fromkeys(requests, "")
     for request, piece in stream(engine, tokenizer):
-        texts[request] += piece
         if request is shown:
             print(piece, end="", flush=True)
-    return list(texts.values())
+    return [request.said[0] for request in requests]
 
 
 def generate(model: GPT, tokenizer: Tokenizer | None, prompts: Sequence[str], **how) -> list[str]:
@@ -811,22 +840,33 @@ def summary(pairs: list, others: Sequence = ()) -> list[float]:
     return [value, drawn[25], drawn[974]]
 
 
-def columns(records: dict) -> dict[str, dict]:
-    """The pairs of each metric, by item: {metric: {name: [numerator, denominator]}}."""
-    found = {}
-    for name, record in records.items():
-        for metric, pair in record.items():
-            if metric not in ("item", "answer"):
-                found.setdefault(metric, {})[name] = pair
-    return found
-
-
 def read_results(path: str | os.PathLike) -> dict:
     """A file that --eval wrote. Raises OSError or ValueError."""
     try:
         return json.loads(Path(path).read_bytes())
     except ValueError as error:
         raise ValueError(f"{path} is no file of results: {error}") from error
+
+
+def scores(name: str, records: dict, others: dict | None = None, over: str = "") -> Iterator[str]:
+    """A line for each score; with `others`, of the file `over`, how far it is above theirs on the items of both."""
+    theirs, sign = (records, "") if others is None else (others, "+")
+    for metric in dict.fromkeys(metric for record in records.values() for metric in record):
+        keys = [key for key, record in records.items() if metric in record and metric in theirs.get(key, {})]
+        if keys and metric not in ("item", "answer"):
+            own, other = ([of[key][metric] for key in keys] for of in (records, theirs))
+            value, low, high = summary(own, other if sign else ())
+            line = f"{name} {metric}: {value:{sign}.4f} ({low:{sign}.4f} to {high:{sign}.4f})"
+            yield line + f" over {over}, on {len(keys)} items" * bool(sign)
+
+
+def gather(own: dict) -> list[dict]:
+    """What each process of torchrun has here, by rank; [own] without torchrun."""
+    every = [own]
+    if dist.is_initialized():
+        every *= dist.get_world_size()
+        dist.all_gather_object(every, own)
+    return every
 
 
 @dataclasses.dataclass
@@ -920,10 +960,10 @@ class Exam:
                 key = f" {random.Random(number).randrange(10000, 100000)}"
                 told = f"The pass key is{key}. Remember it. "
                 room = length - len(self.tokenizer.encode(begin + told + question + key)) - 1
-                before = room // size * number // 19
+                texts = [idle] * (room // size)
+                texts.insert(len(texts) * number // 19, told)
                 if room >= 0:
-                    context = begin + idle * before + told + idle * (room // size - before) + question
-                    yield f"{length} {number}", (context, key, length)
+                    yield f"{length} {number}", (begin + "".join(texts) + question, key, length)
 
     def windows(self) -> Iterator[tuple]:
         """Items of half a block behind half a block, of each *.txt, with their names."""
@@ -953,61 +993,47 @@ class Exam:
                     yield f"{path.name} {number}", (begin + context, *rest)
                 seen.add(twin)
 
-    def write(self, held: dict):
-        """Keep what is graded so far."""
-        with replacing(self.o.output) as file:
-            file.write(json.dumps(held).encode())
-
     def run(self) -> Iterator[str]:
         """Grade all tasks; yields a line for each score.
 
-        o.output holds every item, answer and score. It is written as it grows; what it holds is not graded again.
+        o.output holds every item, answer and score. It is written as it grows; what it holds is not graded again. Under
+        torchrun each process grades its share, and the first one writes.
         """
         output = Path(self.o.output)
         settings = dict(ckpt=self.o.ckpt, shots=self.o.shots, **wishes(self.o))
-        settings |= {name: vars(self.o)[name] for name in ("quantize", "prune", "swap") if vars(self.o)[name]}
-        held = read_results(output) if output.exists() else dict(settings=settings)
+        settings |= {name: vars(self.o)[name] for name in ("quantize", "swap") if vars(self.o)[name]}
+        ranks = gather(read_results(output) if output.exists() else dict(settings=settings))
+        held, rank = ranks[0], dist.get_rank() if dist.is_initialized() else 0
         require(held["settings"] == settings, f"{output} has results of other settings: name another --output")
         for name in self.o.eval.split(","):
             require(name in TASKS, f"--eval={name}: choose from {', '.join(TASKS)}")
             find, grade, *how = TASKS[name]
             records = held.setdefault(name, {})
-            for key, item in find(self, *how):
-                if key not in records:
-                    records[key] = dict(item=item) | grade(self, item)
-                    if not len(records) % 100:
-                        self.write(held)
+            todo = {key: item for key, item in find(self, *how) if key not in records}
+            size = 100 * len(ranks)
+            for start in range(0, len(todo), size):
+                keys = [*todo][start:start + size]
+                graded = {key: dict(item=todo[key]) | grade(self, todo[key]) for key in keys[rank::len(ranks)]}
+                found = {key: record for part in gather(graded) for key, record in part.items()}
+                records |= {key: found[key] for key in keys}
+                if rank == 0:
+                    with replacing(output) as file:
+                        file.write(json.dumps(held).encode())
             require(records, f"--eval_data={self.o.eval_data} has no files for {name}")
-            self.write(held)
-            for metric, pairs in columns(records).items():
-                value, low, high = summary([*pairs.values()])
-                yield f"{name} {metric}: {value:.4f} ({low:.4f} to {high:.4f})"
+            yield from scores(name, records)
             yield from self.leaks(name, records)
             if self.o.compare:
-                yield from self.gaps(name, records)
-
-    def gaps(self, name: str, records: dict) -> Iterator[str]:
-        """How far these records are above those of --compare, on the items that both have."""
-        theirs = columns(read_results(self.o.compare).get(name, {}))
-        for metric, pairs in columns(records).items():
-            items = sorted(pairs.keys() & theirs.get(metric, {}))
-            if items:
-                own, other = ([of[key] for key in items] for of in (pairs, theirs[metric]))
-                gap, low, high = summary(own, other)
-                yield (f"{name} {metric}: {gap:+.4f} ({low:+.4f} to {high:+.4f}) over {self.o.compare}, "
-                       f"on {len(items)} items")
+                others = read_results(self.o.compare).get(name, {})
+                yield from scores(name, records, others, self.o.compare)
 
     def leaks(self, name: str, records: dict) -> Iterator[str]:
-        """A line where a report of data.py, in or beside --eval_data or beside --ckpt, found items in training text."""
+        """A line where a report of data.py in --eval_data found items in training text."""
+        path = Path(self.o.eval_data) / "contamination.json"
+        found = read_results(path).get("found", {}) if path.exists() else {}
         files = {key.split()[0] for key in records}
-        data = Path(self.o.eval_data or ".")
-        for folder in (data, data.parent, Path(self.o.ckpt).parent):
-            report = folder / "contamination.json"
-            if report.exists():
-                found = read_results(report).get("found", {})
-                count = sum(passage.split()[0] in files for passage in found)
-                if count:
-                    yield f"{name}: note that training text has {count} of its passages, says {report}"
+        count = sum(passage.split()[0] in files for passage in found)
+        if count:
+            yield f"{name}: note that training text has {count} of its passages, says {path}"
 
 
 # items, grade; reader, files, files of solved examples ({}: the first name without its ending), what comes before them
@@ -1030,21 +1056,15 @@ SILENCE, PATIENCE = 20, 600  # seconds: for a client to send or to read, for a r
 PAUSE = 0.04  # seconds; what is decoded meanwhile travels together, so that the decoding thread seldom waits for others
 OURS = r"(localhost|[\d.]+|\[[\da-f:.]+\])(:\d+)?"  # an address is ours; a name may be anyone's (DNS rebinding)
 MUTE = argparse.Namespace(special_tokens={}, vocab_size=0, decode_bytes=lambda ids: b"")  # where there is no tokenizer
-PARAMETERS = {  # of a request: types, bounds of the value or of its length; the same of what is inside
-    "prompt": ((str, list), 1, BODY),
-    "messages": ((list,), 1, BODY, ((dict,), 1, BODY)),
-    "stop": ((str, list), 1, 64, ((str,), 1, 64)),
-    "logit_bias": ((dict,), 0, 300, ((int, float), -100, 100)),
-    "model user": ((str,), 0, BODY),  # any, as there is one model
-    "stream": ((bool,), 0, 1),
-    "stream_options": ((dict,), 0, 9),
-    "max_tokens max_completion_tokens n": ((int,), 1, 10**6),
-    "logprobs": ((int, bool), 0, 5),
-    "top_logprobs": ((int,), 0, 20),
-    "top_k seed": ((int,), -2**63, 2**63),
-    "temperature top_p min_p presence_penalty": ((int, float), -100, 100),
-    "repetition_penalty": ((int, float), 0.01, 100),
-    "frequency_penalty": ((int, float), 0, 0),  # there is none
+KINDS = {  # types of what a request may say; what else it says is ignored
+    "prompt": (str, list),
+    "messages": (list,),
+    "stop": (str, list),
+    "logit_bias": (dict,),
+    "stream": (bool,),
+    "logprobs": (int, bool),
+    **dict.fromkeys(("n", "max_tokens", "max_completion_tokens", "seed"), (int,)),
+    **{name: (int, type(value)) for name, value in vars(Sampling()).items()},
 }
 
 
@@ -1058,57 +1078,6 @@ def insist(holds: bool, status: int, message: str, **more) -> None:
         raise Refusal(status, message, more)
 
 
-def fits(value: object, kinds: tuple, low: float, high: float, *inside) -> bool:
-    """Is a value of one of these types, and within these bounds? So must be what is inside a list or a dict.
-
-    >>> [fits(value, (list,), 1, 4, ((int,), 0, 9)) for value in ([1, 2], [], [10], [True], "ab")]
-    [True, False, False, False, False]
-    """
-    size = len(value) if isinstance(value, (str, list, dict)) else value
-    held = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return type(value) in kinds and low <= size <= high and all(fits(one, *row) for row in inside for one in held)
-
-
-def wanted(kinds: tuple, low: float, high: float, *inside) -> str:
-    """The same in words.
-
-    >>> wanted((str, list), 1, 64, ((str,), 1, 9))
-    'str or list from 1 to 64, of str from 1 to 9'
-    """
-    types = " or ".join(kind.__name__ for kind in kinds)
-    return ", of ".join([f"{types} from {low} to {high}", *(wanted(*row) for row in inside)])
-
-
-class Reply(Request):
-    """A request, and what passes from the thread that decodes to the one that asked."""
-
-    said = "", 0, ""  # text, tokens, why it ended: one value, so that they belong together
-    sent = 0, 0  # characters and tokens of it that were sent
-
-    def choice(self, decode: Callable, chat: bool, body: dict) -> dict:
-        """What was not sent yet, in the API's form."""
-        text, count, done = self.said
-        (start, first), last = self.sent, count - (done == "end")
-        self.sent = len(text), count
-        ids, chances = self.output[first:last], self.logprobs[first:last]
-        out = dict(finish_reason={"": None, "length": "length"}.get(done, "stop"), token_ids=ids, logprobs=None)
-        if body.get("logprobs", False) is not False:
-            def entry(token, chance):
-                data = decode([token])
-                return dict(token=data.decode("utf-8", "replace"), bytes=[*data], logprob=chance)
-            rows, likely = [], self.likely[first:last] or [[]] * len(ids)
-            for token, chance, best in zip(ids, chances, likely):
-                rows.append(entry(token, chance) | dict(top_logprobs=[entry(*pair) for pair in best]))
-            names = [row["token"] for row in rows]
-            tops = [{one["token"]: one["logprob"] for one in row["top_logprobs"]} for row in rows]
-            # of texts, and of chats
-            out["logprobs"] = dict(tokens=names, token_logprobs=chances, top_logprobs=tops, content=rows)
-        if not chat:
-            return out | dict(text=text[start:])
-        role = {} if first else dict(role="assistant")
-        return out | {"delta" if body.get("stream") else "message": role | dict(content=text[start:])}
-
-
 class Server(http.server.ThreadingHTTPServer):
     """Listens at o.host and o.port, and decodes; serve_forever() answers."""
 
@@ -1117,12 +1086,13 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(self, model: GPT, tokenizer: Tokenizer | None, o: "Options"):
         self.o, self.name = o, Path(o.ckpt).resolve().parent.name
         self.tokenizer = tokenizer or MUTE
-        self.engine = Engine(model, (), self.tokenizer.vocab_size)
+        self.engine = Engine(model, (), self.tokenizer.vocab_size, cache=o.cache_gb * 1e9 or math.inf)
         if o.draft:
             self.engine.draft = load_draft(o.draft, self.engine)
         self.key = os.environ.get("API_KEY", "")
         self.silent = {}  # connections that have sent no request, the oldest first
         self.statuses = collections.Counter()
+        self.failures = 0  # of decoding
         self.lock, self.wake = threading.Lock(), threading.Event()
         super().__init__((o.host, o.port), Handler)
         threading.Thread(target=self.decode, daemon=True).start()
@@ -1132,11 +1102,12 @@ class Server(http.server.ThreadingHTTPServer):
         while self.wake.wait():
             self.wake.clear()  # before it looks: a request that comes later sets it again
             try:
-                for reply, text in stream(self.engine, self.tokenizer):
-                    reply.said = reply.said[0] + text, len(reply.output), reply.done
-            except Exception as error:  # of any kind: what is going fails, what comes next does not
-                before = self.engine
-                self.engine = Engine(before.model, (), before.vocab_size, draft=before.draft)
+                for _ in stream(self.engine, self.tokenizer):
+                    pass  # what came is in each request's `said`
+            except Exception as error:  # of any kind, as too little memory: what is going fails, not what comes next
+                with self.lock:
+                    self.failures += 1
+                    self.engine.clear()
                 print(f"decoding failed: {error}", file=sys.stderr)
 
 
@@ -1193,7 +1164,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_response(status)
         headers = {"Content-Type": kind, "X-Content-Type-Options": "nosniff"}
         headers |= {"Content-Length": len(data)} if data else {"Cache-Control": "no-store"}
-        headers |= {"Retry-After": 1} if status == 429 else {}
         for header in headers.items():
             self.send_header(*header)
         self.end_headers()
@@ -1242,97 +1212,116 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except (ValueError, RecursionError) as error:
             raise Refusal(400, f"the request is no JSON: {error}", {}) from error
         insist(isinstance(body, dict), 400, "the request is no JSON object")
-        body = {name: value for name, value in body.items() if value is not None}
-        bounds = {name: row for names, row in PARAMETERS.items() for name in names.split()}
+        body = {name: body[name] for name in KINDS if body.get(name) is not None}
         for name, value in body.items():
-            insist(name in bounds, 400, f"there is no parameter {name[:99]}, but {', '.join(bounds)}", param=name[:99])
-            insist(fits(value, *bounds[name]), 400, f"{name} must be {wanted(*bounds[name])}", param=name)
+            kinds = " or ".join(kind.__name__ for kind in KINDS[name])
+            insist(type(value) in KINDS[name], 400, f"{name} must be {kinds}", param=name)
         return body
 
     def prompts(self, body: dict, chat: bool) -> list[list[int]]:
         """The prompts of a request as token ids."""
         server, name = self.server, "messages" if chat else "prompt"
-        insist(name in body, 400, f"{name} is missing", param=name)
-        given = body[name]
+        given = body.get(name)
+        insist(given, 400, f"{name} is missing, or empty", param=name)
         given = [given] if chat or isinstance(given, str) or type(given[0]) is int else given
         insist(len(given) * body.get("n", 1) <= QUEUE, 400, f"at most {QUEUE} texts can be asked for", param=name)
         silent = server.tokenizer is MUTE and (chat or any(isinstance(one, str) for one in given))
         insist(not silent, 400, "the checkpoint has no tokenizer: a prompt is token ids, and there are no messages")
         with server.lock:  # the tokenizer's cache is not for several threads
             if chat:
+                insist(all(type(one) is dict for one in given[0]), 400, "a message is an object", param=name)
                 given = [render(given[0], server.o.template, server.tokenizer, reply=True)[0]]
             ids = [server.tokenizer.encode(one) if isinstance(one, str) else one for one in given]
-        good = fits(ids, (list,), 1, BODY, ((list,), 0, BODY, ((int,), 0, BODY)))
+        good = all(type(one) is list and {*map(type, one)} == {int} for one in ids)
         insist(good, 400, "prompt must be a text, token ids, or a list of such", param=name)
+        longest, block = max(map(len, ids)), server.engine.block
+        insist(longest <= block, 400, f"the prompt has {longest} tokens, the model takes {block}",
+               code="context_length_exceeded")
         return ids
 
-    def replies(self, body: dict, chat: bool) -> list[Reply]:
+    def requests(self, body: dict, chat: bool) -> list[Request]:
         """The requests to the engine; what is left open is as the options of the command line say."""
-        o, engine = self.server.o, self.server.engine
-        prompts = self.prompts(body, chat)
-        longest = max(map(len, prompts))
-        insist(longest <= engine.block, 400, f"the prompt has {longest} tokens, the model takes {engine.block}",
-               code="context_length_exceeded")
-        sampling = Sampling(**{name: body.get(name, getattr(o, name)) for name in vars(Sampling())})
-        length = body.get("max_completion_tokens", body.get("max_tokens", o.max_new_tokens))
-        stops = body.get("stop", stop_strings(o.stop))
+        o, vocab_size = self.server.o, self.server.engine.vocab_size
+        how = wishes(o) | {name: body[name] for name in vars(Sampling()) if name in body}
+        stops = body.get("stop", how["stop"])
         stops = [stops] if isinstance(stops, str) else stops
+        good = len(stops) <= 64 and all(type(stop) is str and 0 < len(stop) <= 64 for stop in stops)
+        insist(good, 400, "stop must be up to 64 texts of 1 to 64 characters", param="stop")
         bias = body.get("logit_bias", {})
-        known = all(token.isdecimal() and int(token) < engine.vocab_size for token in bias)
-        insist(known, 400, f"logit_bias takes tokens from 0 to {engine.vocab_size - 1}", param="logit_bias")
-        bias = {int(token): extra for token, extra in bias.items()}
-        end = self.server.tokenizer.special_tokens.get(TEMPLATES[o.template][2] if chat else END, -1)
-        seed = body.get("seed", random.getrandbits(32))
-        top = body.get("top_logprobs", 0) if chat else int(body.get("logprobs", 0))
-        insist(not chat or not top or body.get("logprobs"), 400, "top_logprobs needs logprobs", param="top_logprobs")
-        return [Reply(ids, length, sampling, f"{seed} {number}", end, TextStream(stops), bias, top)
-                for ids in prompts for number in range(body.get("n", 1))]
+        good = all(token.isdecimal() and int(token) < vocab_size and type(extra) in (int, float) and abs(extra) <= 100
+                   for token, extra in bias.items())
+        insist(good and len(bias) <= 300, 400, f"logit_bias takes up to 300 tokens from 0 to {vocab_size - 1}, "
+               "and for each a number from -100 to 100", param="logit_bias")
+        how |= dict(stop=stops, bias={int(token): extra for token, extra in bias.items()})
+        how |= dict(n_samples=body.get("n", 1), seed=body.get("seed", random.getrandbits(32)))
+        how |= dict(max_new_tokens=body.get("max_completion_tokens", body.get("max_tokens", o.max_new_tokens)))
+        how |= dict(end=TEMPLATES[o.template][2] if chat else END)
+        return [request for ids in self.prompts(body, chat) for request in ask(self.server.tokenizer, ids, **how)]
+
+    def choice(self, request: Request, said: tuple, sent: tuple, body: dict, chat: bool) -> dict:
+        """What a request said beyond what was sent, in the API's form."""
+        (text, count, done), (before, first, _) = said, sent
+        text, last = text[len(before):], count - (done == "end")
+        ids, chances = request.output[first:last], request.logprobs[first:last]
+        out = dict(finish_reason={"": None, "length": "length"}.get(done, "stop"), token_ids=ids, logprobs=None)
+        if body.get("logprobs", False) is not False:
+            rows = []
+            for token, chance in zip(ids, chances):
+                data = self.server.tokenizer.decode_bytes([token])
+                rows.append(dict(token=data.decode("utf-8", "replace"), bytes=[*data], logprob=chance, top_logprobs=[]))
+            # of texts, and of chats
+            out["logprobs"] = dict(tokens=[row["token"] for row in rows], token_logprobs=chances, content=rows)
+        if not chat:
+            return out | dict(text=text)
+        role = {} if first else dict(role="assistant")
+        return out | {"delta" if body.get("stream") else "message": role | dict(content=text)}
 
     def complete(self, chat: bool = False):
         """Reply with texts, whole or as events. However it ends, its requests leave the engine."""
         server, body, until = self.server, self.parameters(), time.monotonic() + PATIENCE
-        replies, streaming = self.replies(body, chat), body.get("stream", False)
+        requests, streaming = self.requests(body, chat), body.get("stream", False)
         kind = "chat.completion" + ".chunk" * streaming if chat else "text_completion"
         head = dict(id=f"cmpl-{random.getrandbits(64):x}", object=kind, created=int(time.time()), model=server.name)
         try:
             with server.lock:
-                engine, going = server.engine, len(server.engine.active) + len(server.engine.waiting)
-                insist(going + len(replies) <= QUEUE, 429, f"{going} texts are in the making, try again later")
-                for reply in replies:
-                    engine.submit(reply)
+                failures, going = server.failures, len(server.engine.active) + len(server.engine.waiting)
+                insist(going + len(requests) <= QUEUE, 429, f"{going} texts are in the making, try again later")
+                for request in requests:
+                    server.engine.submit(request)
             server.wake.set()
             if streaming:
                 self.reply("", "text/event-stream")
                 self.streaming = True
-            done, decode = False, server.tokenizer.decode_bytes
+            done, sent = False, [("", 0, "")] * len(requests)
             while not done:
                 time.sleep(PAUSE)
-                insist(engine is server.engine, 500, "decoding failed: see what the server printed")
+                insist(failures == server.failures, 500, "decoding failed: see what the server printed")
                 insist(time.monotonic() < until, 503, f"this takes more than {PATIENCE} s")
                 readable, _, _ = select.select([self.connection], [], [], 0)
                 if readable and not self.connection.recv(1, socket.MSG_PEEK):
                     raise ConnectionAbortedError("the client left")
-                done = all(reply.said[2] for reply in replies)
-                ready = [reply for reply in replies if (done or streaming) and reply.said[1] > reply.sent[1]]
-                choices = [dict(index=replies.index(reply)) | reply.choice(decode, chat, body) for reply in ready]
+                said = [request.said for request in requests]
+                done = all(why for _, _, why in said)
+                choices = []
+                for index, (now, before) in enumerate(zip(said, sent)):
+                    if now != before and (done or streaming):
+                        choices.append(dict(index=index) | self.choice(requests[index], now, before, body, chat))
                 if streaming and choices:
                     self.event(head | dict(choices=choices))
+                    sent = said
         finally:
-            for reply in replies:
-                reply.done = reply.done or "cancel"
-        asked = sum(len(reply.prompt) for reply in replies[::body.get("n", 1)])
-        said = sum(len(reply.output) for reply in replies)
-        usage = dict(prompt_tokens=asked, completion_tokens=said, total_tokens=asked + said)
-        if not streaming:
-            return self.reply(head | dict(choices=choices, usage=usage))
-        if body.get("stream_options", {}).get("include_usage"):
-            self.event(head | dict(choices=[], usage=usage))
-        self.wfile.write(b"data: [DONE]\n\n")
+            for request in requests:
+                request.done = request.done or "cancel"
+        if streaming:
+            return self.wfile.write(b"data: [DONE]\n\n")
+        asked = sum(len(request.prompt) for request in requests[::body.get("n", 1)])
+        made = sum(len(request.output) for request in requests)
+        usage = dict(prompt_tokens=asked, completion_tokens=made, total_tokens=asked + made)
+        self.reply(head | dict(choices=choices, usage=usage))
 
 
 ROUTES = {
     "GET /": lambda handler: handler.reply(PAGE, "text/html; charset=utf-8"),
-    "GET /health": lambda handler: handler.reply(dict(status="ok")),
     "GET /metrics": Handler.metrics,
     "GET /v1/models": Handler.models,
     "POST /v1/completions": Handler.complete,
@@ -1345,26 +1334,24 @@ PAGE = r"""<!doctype html>
 :root { color-scheme: light dark; --soft: color-mix(in srgb, CanvasText 9%, Canvas) }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 46rem; height: 100dvh; margin: auto }
 body, header, form { display: flex; flex-wrap: wrap; gap: .5rem 1rem } body { flex-flow: column }
-header, form { padding: .7rem; align-items: center } #state { width: 100%; opacity: .7 }
-main { flex: 1; overflow-y: auto; padding: 0 .7rem } article span:hover { background: var(--soft) }
+header, form { padding: .7rem; align-items: center }
+main { flex: 1; overflow-y: auto; padding: 0 .7rem }
 article { white-space: pre-wrap; overflow-wrap: anywhere; margin: .6rem 0; padding: .5rem .8rem; border-radius: .8rem }
 .user { background: var(--soft); margin-left: 15% } .error { border: 1px solid #d33 } #length, #heat { width: 5rem }
 button, select, input, textarea { font: inherit; padding: .2rem .6rem; border-radius: .5rem } textarea { flex: 1 }
 </style>
 <header><select id="mode" aria-label="mode"><option value="chat">chat<option value="text">continue a text</select>
-<label>temperature <input id="heat" type="range" max="2" step=".05" value=".8"> <output id="shown">0.8</output></label>
+<label>temperature <input id="heat" type="number" min="0" max="2" step=".1" value=".8"></label>
 <label>tokens <input id="length" type="number" min="1" value="256"></label><button id="fresh">New chat</button></header>
 <main id="log" aria-live="polite"></main>
 <form id="form"><textarea id="text" rows="3" placeholder="Enter sends, Shift+Enter begins a line" autofocus></textarea>
-<button id="send">Send</button><small id="state">&nbsp;</small></form>
+<button id="send">Send</button></form>
 <script>
-const at = id => document.getElementById(id), log = at("log")
+const at = id => document.getElementById(id)
 let messages = [], running = null, key = ""
-function add(to, kind, className, textContent, title = "") {
-  const low = log.scrollHeight - log.scrollTop - log.clientHeight < 50
-  to.append(Object.assign(document.createElement(kind), {className, textContent, title}))
-  if (low) log.scrollTop = log.scrollHeight
-  return to.lastChild
+function add(className, textContent) {
+  at("log").append(Object.assign(document.createElement("article"), {className, textContent}))
+  return at("log").lastChild
 }
 async function* ask(path, body, signal) {
   const headers = {"Content-Type": "application/json", Authorization: "Bearer " + key}
@@ -1383,25 +1370,21 @@ async function* ask(path, body, signal) {
   }
 }
 async function answer(text, chat) {
-  const mine = messages, begun = Date.now()
-  if (chat) add(log, "article", "user", text), mine.push({role: "user", content: text})
-  const article = add(log, "article", "assistant", chat ? "" : text), what = chat ? {messages: mine} : {prompt: text}
-  const body = {...what, stream: true, logprobs: true, temperature: +at("heat").value, max_tokens: +at("length").value}
-  let said = "", count = 0
+  const mine = messages, what = chat ? {messages: mine} : {prompt: text}
+  if (chat) add("user", text), mine.push({role: "user", content: text})
+  const article = add("assistant", chat ? "" : text)
+  const body = {...what, stream: true, temperature: +at("heat").value, max_tokens: +at("length").value}
   try {
     for await (const event of ask(chat ? "/v1/chat/completions" : "/v1/completions", body, running.signal)) {
       if (event.error) throw event.error
-      const {delta, text, logprobs} = event.choices[0], rows = logprobs.content, piece = chat ? delta.content : text
-      const chances = rows.map(row => `${JSON.stringify(row.token)} ${(100 * Math.exp(row.logprob)).toFixed(1)}%`)
-      add(article, "span", "", piece, chances.join("\n"))
-      said += piece
-      count += rows.length
-      at("state").textContent = `${count} tokens, ${(1000 * count / (Date.now() - begun)).toFixed(0)} a second`
+      const {delta, text} = event.choices[0]
+      article.append(chat ? delta.content : text)
+      article.scrollIntoView(false)
     }
   } catch (error) {
-    if (error.name != "AbortError") add(log, "article", "error", error.message)
+    if (error.name != "AbortError") add("error", error.message)
   }
-  if (chat) mine.push({role: "assistant", content: said})
+  if (chat) mine.push({role: "assistant", content: article.textContent})
 }
 at("form").onsubmit = async event => {
   event.preventDefault()
@@ -1419,8 +1402,7 @@ at("text").onkeydown = event => {
   event.preventDefault()
   if (!running) at("form").requestSubmit()
 }
-at("heat").oninput = () => at("shown").value = at("heat").value
-at("fresh").onclick = () => [running?.abort(), messages = [], log.replaceChildren()]
+at("fresh").onclick = () => [running?.abort(), messages = [], at("log").replaceChildren()]
 </script>
 """
 
@@ -1441,15 +1423,13 @@ def serve(model: GPT, tokenizer: Tokenizer | None, o: "Options") -> None:
 
 # ---- loading, the command line
 
-def load(path: str | os.PathLike = "out/ckpt.pt", device: str | torch.device = "",
-         prune: str = "") -> tuple[GPT, Tokenizer | None]:
+def load(path: str | os.PathLike = "out/ckpt.pt", device: str | torch.device = "") -> tuple[GPT, Tokenizer | None]:
     """Model, ready for sampling on `device` ("": the fastest that is there), and tokenizer (None: there is none).
 
-    `prune` is as the option. Nothing in the checkpoint is executed. Raises OSError, and ValueError where the two do not
-    fit together.
+    Nothing in the checkpoint is executed. Raises OSError, and ValueError where the two do not fit together.
     """
     require(Path(path).exists(), f"{path} does not exist; `python train.py` makes it, --ckpt=FILE names another")
-    checkpoint = pruned(load_checkpoint(path), prune)
+    checkpoint = load_checkpoint(path)
     device = device or ("cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu")
     try:
         torch.zeros(1, device=device).item()
@@ -1465,7 +1445,8 @@ def load(path: str | os.PathLike = "out/ckpt.pt", device: str | torch.device = "
 def wishes(o: "Options") -> dict:
     """The options that are arguments of `ask`."""
     names = ["n_samples", "max_new_tokens", "seed", *vars(Sampling())]
-    return {name: getattr(o, name) for name in names} | dict(stop=stop_strings(o.stop))
+    stops = o.stop.replace(r"\n", "\n").split(",")
+    return {name: getattr(o, name) for name in names} | dict(stop=[stop for stop in stops if stop])
 
 
 def weight_bytes(model: GPT) -> int:
@@ -1516,8 +1497,9 @@ def profile_steps(engine: Engine, request: Request, steps: int = 32) -> Iterator
     for name, part in engine.model.named_modules():
         kind = re.search(r"^[^.]*\.?\d*\.?(embedding|ngrams|mixer|ffn|norm|head)\d*$", name)
         if kind:
-            enter = functools.partial(torch.profiler.record_function, f"forward {kind[1]}")
-            part.register_forward_pre_hook(lambda *_, enter=enter: marks.append(enter().__enter__()))
+            def enter(*_, name=f"forward {kind[1]}"):
+                marks.append(torch.profiler.record_function(name).__enter__())
+            part.register_forward_pre_hook(enter)
             part.register_forward_hook(lambda *_: marks.pop().__exit__(None, None, None))
     with torch.profiler.profile() as profiler, torch.profiler.record_function("all"):
         for _ in range(steps):
@@ -1576,16 +1558,20 @@ def run(main: Callable[[], None]) -> None:
 
 def main() -> None:
     o = options(Options, sys.argv[1:])
-    if o.prune and o.output.endswith(".pt"):
+    if o.prune:
         require(not (o.quantize or o.eval), f"--output={o.output} is for --prune alone, not for --quantize or --eval")
+        require(o.output.endswith(".pt"), f"--output={o.output}: what --prune leaves is written to a FILE.pt")
         require(Path(o.output).resolve() != Path(o.ckpt).resolve(), "--output would take the place of --ckpt")
         checkpoint = pruned(load_checkpoint(o.ckpt), o.prune)
         rest = {name: value for name, value in checkpoint.items() if name not in ("optimizer", "progress")}
         save_checkpoint(o.output, from_checkpoint(rest), **rest)
         return print(f"next: python train.py --init_from={o.output}, which goes on with what is left")
-    written = not o.prune or o.eval or o.output == Options.output
-    require(written, f"--output={o.output}: what --prune leaves is written to a FILE.pt")
-    model, tokenizer = load(o.ckpt, o.device, o.prune)
+    if "LOCAL_RANK" in os.environ:  # torchrun
+        require(o.eval, "torchrun starts several processes, which is for --eval alone")
+        torch.cuda.is_available() and torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("gloo")
+        sys.stdout = open(os.devnull, "w") if dist.get_rank() else sys.stdout  # one of them prints
+    model, tokenizer = load(o.ckpt, o.device)
     require(o.dtype in DTYPES, f"--dtype={o.dtype}: choose from {', '.join(DTYPES)}")
     model.to(getattr(torch, o.dtype))
     if o.quantize:
@@ -1598,13 +1584,17 @@ def main() -> None:
         return serve(model, tokenizer, o)
     prompt = o.prompt or "\n"
     requests = ask(tokenizer, prompt, **wishes(o))
-    engine = Engine(model, (), tokenizer.vocab_size)
+    engine = Engine(model, (), tokenizer.vocab_size, cache=o.cache_gb * 1e9 or math.inf)
     if o.draft:
         engine.draft = load_draft(o.draft, engine)
     if o.profile:
         return print(*profile_steps(engine, requests[0]), sep="\n")
     if o.eval:
-        return print(*Exam(engine, tokenizer, o).run(), sep="\n")
+        print(*Exam(engine, tokenizer, o).run(), sep="\n")
+        if dist.is_initialized():
+            dist.barrier()  # else a thread of gloo may free its last tensor while Python ends, which aborts the process
+            dist.destroy_process_group()
+        return
     sys.stdout.reconfigure(errors="replace")  # for a terminal that is not UTF-8
     if o.chat:
         return chat(engine, tokenizer, o)

@@ -9,7 +9,9 @@ import math
 import os
 import pickle
 import random
+import re
 import signal
+import socket
 import subprocess
 import sys
 from collections import Counter
@@ -85,18 +87,6 @@ def decode(gpt, requests, **how):
 class Script(nn.Module):
     """A model that says one fixed text, whatever it is asked; it has what Engine needs and nothing else."""
 
-    class State:
-        """Counts tokens."""
-
-        def __init__(self, lengths):
-            self.lengths = lengths
-
-        def fork(self, rows):
-            return Script.State([self.lengths[row] for row in rows])
-
-        def truncate(self, lengths):
-            self.lengths = lengths
-
     class Head(nn.Module):
         """What the model says, behind each number of tokens."""
 
@@ -116,7 +106,7 @@ class Script(nn.Module):
         return self.head(at)
 
     def new_state(self, batch, capacity):
-        return self.State([0] * batch)
+        return model.State([], [0] * batch, [0] * batch, [capacity] * batch)  # of no layer, so it counts tokens alone
 
     def hidden(self, tokens, state):
         at = torch.tensor(state.lengths)[:, None] + torch.arange(tokens.shape[1]) + 1 - self.start
@@ -224,7 +214,9 @@ def test_the_smallest_temperatures_are_greedy(value):
 
 @pytest.mark.parametrize("field, value", [
     ("temperature", -0.1), ("temperature", math.nan), ("top_k", -1), ("top_p", 0.0), ("top_p", 1.1), ("top_p", math.nan),
-    ("min_p", -0.1), ("min_p", 1.1), ("repetition_penalty", 0.0), ("repetition_penalty", math.nan)])
+    ("min_p", -0.1), ("min_p", 1.1), ("repetition_penalty", 0.0), ("repetition_penalty", math.nan),
+    ("temperature", 101), ("temperature", math.inf), ("top_k", math.inf), ("repetition_penalty", 1e-300), ("repetition_penalty", 1e300),
+    ("presence_penalty", 101), ("presence_penalty", -math.inf)])
 def test_sampling_refuses(field, value):
     with pytest.raises(ValueError, match=f"--{field}="):
         Sampling(**{field: value})
@@ -448,6 +440,41 @@ def test_requests_join_and_leave():
         Engine(gpt, [Request([1, 2], 3)]).submit(Request([1, 2, 3], 9))
 
 
+@pytest.mark.parametrize("mixer", [*model.MIXERS, ",".join(model.MIXERS)])
+def test_requests_wait_until_the_state_has_room(mixer):
+    """The bytes of the state, counted at each step, stay below what is allowed, which is used; no text changes by it."""
+    gpt = make_model(1, mixer=mixer, block_size=32, n_layer=len(mixer.split(",")))
+    fixed, each = sample.row_bytes(gpt)
+    state = gpt.new_state(3, 20)
+    with torch.no_grad():
+        gpt(torch.arange(15).view(3, 5), state)
+    assert state.nbytes == 3 * (fixed + 20 * each) > 0, "what the model's own state tells"
+
+    def requests():
+        return [Request([i + 1, 7, i, 7], count, GREEDY) for i, count in enumerate((9, 20, 3, 14, 1, 20))]
+    want = decode(gpt, requests())
+    for rows, how in (1, {}), (3, {}), (2, dict(draft=sample.look_up)):
+        cache = (1 + rows) * (fixed + 24 * each)  # 24 is the longest
+        asked = requests()
+        engine = Engine(gpt, asked, cache=cache, **how)
+        most, room = [0, 0], set()
+        while active := engine.step():
+            held = sum(x.nbytes for state in (engine.state, engine.past.state) for kept in state.layers for x in kept)
+            assert held <= cache and engine.size(active) <= cache
+            most = [max(most[0], len(active)), max(most[1], held)]
+            room |= {engine.state.room[0]}
+            if not fixed and engine.state.room[0] == engine.room(active):
+                assert held == engine.size(active), "to the byte"
+        assert [request.output for request in asked] == want and engine.capacity == 24
+        assert most[0] == rows if not each else rows <= most[0] < 6, "they wait, but no longer than they must"
+        assert not each or most[1] > 0.8 * cache and (rows > 1 or len(room) > 1)
+    engine = Engine(gpt, cache=2 * (fixed + 24 * each))
+    assert engine.capacity == (24 if each else 32)
+    for tight, count in [(engine, 25)] * (each > 0) + [(Engine(gpt, cache=2 * fixed - 1), 2)]:
+        with pytest.raises(ValueError, match=f"a request of {count} tokens, the engine has room for {tight.capacity}$"):
+            tight.submit(Request([1], count - 1))
+
+
 def test_log_probabilities_are_the_models_own():
     gpt = make_model(block_size=64)
     for sampling in (GREEDY, PLAIN, Sampling(0.7, 3, 0.9, 0.1, 1.5, 0.5)):
@@ -552,10 +579,10 @@ def test_text_stream_refuses(stops):
 
 
 @pytest.mark.parametrize("words, stops", [
-    ("", []), ("a", ["a"]), ("a,b c", ["a", "b c"]), (r"\n\n,\t", ["\n\n", "\t"]), (r"a\,b,c", ["a,b", "c"]),
+    ("", []), ("a", ["a"]), ("a,b c", ["a", "b c"]), (r"\n\n,x", ["\n\n", "x"]),
     (r"\d", [r"\d"]), ("a\\", ["a\\"]), (",,a,", ["a"]), ("\n,é", ["\n", "é"])])
 def test_the_stop_option(words, stops):
-    assert sample.stop_strings(words) == stops
+    assert sample.wishes(sample.Options(stop=words))["stop"] == stops
 
 
 # --------------------------------------------------------------------------------------------------- from text to text
@@ -1066,6 +1093,17 @@ def test_summary():
     assert sample.summary([[1, 2]] * 9) == [0.5] * 3, "no spread, no interval"
 
 
+def test_scores_of_items_that_have_them():
+    """A line for each metric over the items that have it; a comparison over those of both; none where there are none."""
+    pair = lambda right: [right, 1]
+    ours = {"a": {"item": 1, "short": pair(1)}, "b": {"item": 2, "short": pair(0), "long": pair(1)}, "c": {"item": 3, "long": pair(1)}}
+    theirs = {"b": {"item": 2, "short": pair(1), "long": pair(0)}, "d": {"item": 4, "long": pair(1)}}
+    assert [line.partition(" (")[0] for line in sample.scores("t", ours)] == ["t short: 0.5000", "t long: 1.0000"]
+    assert list(sample.scores("t", ours, theirs, "x.json")) == [
+        "t short: -1.0000 (-1.0000 to -1.0000) over x.json, on 1 items", "t long: +1.0000 (+1.0000 to +1.0000) over x.json, on 1 items"]
+    assert list(sample.scores("t", ours, {}, "x.json")) == list(sample.scores("t", {})) == []
+
+
 def test_the_eval_option(ckpt, main, eval_data, tmp_path, monkeypatch):
     """A line for each score; all items in one file; a second run asks the model nothing, an interrupted one the rest."""
     output = tmp_path / "eval.json"
@@ -1096,6 +1134,37 @@ def test_the_eval_option(ckpt, main, eval_data, tmp_path, monkeypatch):
     assert main(*words)[0] == 0 and len(asked) == 3
     code, _, err = main(*words, "--shots=2")
     assert code == 1 and "other settings" in err
+
+
+def test_processes_share_the_items(ckpt, main, eval_data, tmp_path, monkeypatch):
+    """Two processes go on from an interrupted file, and one of them writes and says what one process alone does."""
+    def words(name):
+        return [f"--ckpt={ckpt}", "--eval=ppl,hellaswag,mmlu,gsm8k", f"--eval_data={eval_data}", f"--output={tmp_path / name}",
+                "--max_new_tokens=5", "--n_samples=2", "--device=cpu"]
+    code, out, err = main(*words("one.json"))
+    assert code == 0, err
+    one = json.loads((tmp_path / "one.json").read_text())
+    begun = {"settings": one["settings"], "ppl": one["ppl"], "hellaswag": dict([*one["hellaswag"].items()][:2])}
+    (tmp_path / "two.json").write_text(json.dumps(begun))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        env = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]), OMP_NUM_THREADS="1")
+    ranks = [subprocess.Popen([sys.executable, str(ROOT / "sample.py"), *words("two.json")], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                              text=True, env=os.environ | env | dict(RANK=str(rank), LOCAL_RANK=str(rank))) for rank in range(2)]
+    said = [process.communicate(timeout=100) for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0] and said[1][0] == "", said
+    two = json.loads((tmp_path / "two.json").read_text())
+    assert two["settings"] == one["settings"] and list(two) == list(one)
+    for task in ("ppl", "hellaswag", "mmlu", "gsm8k"):
+        assert list(two[task]) == list(one[task])
+        for key, record in one[task].items():
+            for name, value in record.items():
+                assert two[task][key][name] == (value if name == "item" or task == "gsm8k" else pytest.approx(value, rel=1e-4))
+    for line, other in zip(out.splitlines(), said[0][0].splitlines(), strict=True):
+        numbers = [[float(word) for word in re.findall(r"-?\d+\.\d+", text.partition(":")[2])] for text in (line, other)]
+        assert line.partition(":")[0] == other.partition(":")[0] and numbers[0] == pytest.approx(numbers[1], abs=2e-4)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    code, _, err = main(f"--ckpt={ckpt}")
+    assert code == 1 and "for --eval alone" in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("name, text, message", [
