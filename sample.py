@@ -348,8 +348,7 @@ class Engine:
         self.block = model.config.block_size
         needed = [len(request.prompt) + request.max_new_tokens for request in requests]
         self.capacity = min(self.block, max(needed, default=self.block))
-        self.row = (0, 0) if cache == math.inf else row_bytes(model)
-        fixed, each = self.row
+        fixed, each = self.row = (0, 0) if cache == math.inf else row_bytes(model)
         spare = cache / 2 - fixed  # half is for the last prompt, and half holds one request at least
         if each * self.capacity > spare:
             self.capacity = max(0, int(spare / max(each, 1)))
@@ -848,7 +847,7 @@ def read_results(path: str | os.PathLike) -> dict:
         raise ValueError(f"{path} is no file of results: {error}") from error
 
 
-def scores(name: str, records: dict, others: dict | None = None, over: str = "") -> Iterator[str]:
+def summaries(name: str, records: dict, others: dict | None = None, over: str = "") -> Iterator[str]:
     """A line for each score; with `others`, of the file `over`, how far it is above theirs on the items of both."""
     theirs, sign = (records, "") if others is None else (others, "+")
     for metric in dict.fromkeys(metric for record in records.values() for metric in record):
@@ -1001,7 +1000,8 @@ class Exam:
         """
         output = Path(self.o.output)
         settings = dict(ckpt=self.o.ckpt, shots=self.o.shots, **wishes(self.o))
-        settings |= {name: vars(self.o)[name] for name in ("quantize", "swap") if vars(self.o)[name]}
+        own = {name: vars(self.o)[name] for name in ("dtype", "quantize", "swap")}
+        settings |= {name: value for name, value in own.items() if value != getattr(Options, name)}
         ranks = gather(read_results(output) if output.exists() else dict(settings=settings))
         held, rank = ranks[0], dist.get_rank() if dist.is_initialized() else 0
         require(held["settings"] == settings, f"{output} has results of other settings: name another --output")
@@ -1020,11 +1020,11 @@ class Exam:
                     with replacing(output) as file:
                         file.write(json.dumps(held).encode())
             require(records, f"--eval_data={self.o.eval_data} has no files for {name}")
-            yield from scores(name, records)
+            yield from summaries(name, records)
             yield from self.leaks(name, records)
             if self.o.compare:
                 others = read_results(self.o.compare).get(name, {})
-                yield from scores(name, records, others, self.o.compare)
+                yield from summaries(name, records, others, self.o.compare)
 
     def leaks(self, name: str, records: dict) -> Iterator[str]:
         """A line where a report of data.py in --eval_data found items in training text."""
@@ -1341,7 +1341,7 @@ article { white-space: pre-wrap; overflow-wrap: anywhere; margin: .6rem 0; paddi
 button, select, input, textarea { font: inherit; padding: .2rem .6rem; border-radius: .5rem } textarea { flex: 1 }
 </style>
 <header><select id="mode" aria-label="mode"><option value="chat">chat<option value="text">continue a text</select>
-<label>temperature <input id="heat" type="number" min="0" max="2" step=".1" value=".8"></label>
+<label>temperature <input id="heat" type="number" min="0" max="2" step=".1" value="0.8"></label>
 <label>tokens <input id="length" type="number" min="1" value="256"></label><button id="fresh">New chat</button></header>
 <main id="log" aria-live="polite"></main>
 <form id="form"><textarea id="text" rows="3" placeholder="Enter sends, Shift+Enter begins a line" autofocus></textarea>
@@ -1379,7 +1379,6 @@ async function answer(text, chat) {
       if (event.error) throw event.error
       const {delta, text} = event.choices[0]
       article.append(chat ? delta.content : text)
-      article.scrollIntoView(false)
     }
   } catch (error) {
     if (error.name != "AbortError") add("error", error.message)
@@ -1402,6 +1401,7 @@ at("text").onkeydown = event => {
   event.preventDefault()
   if (!running) at("form").requestSubmit()
 }
+new MutationObserver(() => at("log").scrollTop = 1e9).observe(at("log"), {childList: true, subtree: true})
 at("fresh").onclick = () => [running?.abort(), messages = [], at("log").replaceChildren()]
 </script>
 """

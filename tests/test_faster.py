@@ -415,6 +415,7 @@ def test_compare_swap_and_notes_on_leaks(ckpt, main, eval_data, tmp_path):
     assert f"hellaswag acc_norm: {gap:+.4f} (" in swapped and "on 7 items" in swapped
     assert "ppl bits_per_byte: +0.0000 (+0.0000 to +0.0000) over" in swapped
     assert "other settings" in grade("a.json", "--swap")[2] and "other settings" in grade("a.json", "--quantize=int8")[2]
+    assert "other settings" in grade("a.json", "--dtype=bfloat16")[2]
     (tmp_path / "bad.json").write_text("{")
     for bad, message in (("bad.json", "no file of results"), ("none.json", "No such file")):
         code, _, err = grade("a.json", f"--compare={tmp_path / bad}")

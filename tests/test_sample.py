@@ -1098,10 +1098,10 @@ def test_scores_of_items_that_have_them():
     pair = lambda right: [right, 1]
     ours = {"a": {"item": 1, "short": pair(1)}, "b": {"item": 2, "short": pair(0), "long": pair(1)}, "c": {"item": 3, "long": pair(1)}}
     theirs = {"b": {"item": 2, "short": pair(1), "long": pair(0)}, "d": {"item": 4, "long": pair(1)}}
-    assert [line.partition(" (")[0] for line in sample.scores("t", ours)] == ["t short: 0.5000", "t long: 1.0000"]
-    assert list(sample.scores("t", ours, theirs, "x.json")) == [
+    assert [line.partition(" (")[0] for line in sample.summaries("t", ours)] == ["t short: 0.5000", "t long: 1.0000"]
+    assert list(sample.summaries("t", ours, theirs, "x.json")) == [
         "t short: -1.0000 (-1.0000 to -1.0000) over x.json, on 1 items", "t long: +1.0000 (+1.0000 to +1.0000) over x.json, on 1 items"]
-    assert list(sample.scores("t", ours, {}, "x.json")) == list(sample.scores("t", {})) == []
+    assert list(sample.summaries("t", ours, {}, "x.json")) == list(sample.summaries("t", {})) == []
 
 
 def test_the_eval_option(ckpt, main, eval_data, tmp_path, monkeypatch):
