@@ -451,9 +451,11 @@ def test_requests_wait_until_the_state_has_room(mixer):
     assert state.nbytes == 3 * (fixed + 20 * each) > 0, "what the model's own state tells"
 
     def requests():
-        return [Request([i + 1, 7, i, 7], count, GREEDY) for i, count in enumerate((9, 20, 3, 14, 1, 20))]
+        shapes = (4, 14), (14, 4), (4, 20), (4, 9), (4, 3), (4, 1), (4, 20)  # where the first two are together, room is scarce
+        return [Request([i + 1, i, *range(length - 2)], count, GREEDY) for i, (length, count) in enumerate(shapes)]
     want = decode(gpt, requests())
-    for rows, how in (1, {}), (3, {}), (2, dict(draft=sample.look_up)):
+    right = lambda request, count: want[request.prompt[0] - 1][len(request.output):][:count]
+    for rows, how in (1, {}), (3, {}), (2, dict(draft=right)):
         cache = (1 + rows) * (fixed + 24 * each)  # 24 is the longest
         asked = requests()
         engine = Engine(gpt, asked, cache=cache, **how)
@@ -466,7 +468,7 @@ def test_requests_wait_until_the_state_has_room(mixer):
             if not fixed and engine.state.room[0] == engine.room(active):
                 assert held == engine.size(active), "to the byte"
         assert [request.output for request in asked] == want and engine.capacity == 24
-        assert most[0] == rows if not each else rows <= most[0] < 6, "they wait, but no longer than they must"
+        assert most[0] == rows if not each else rows <= most[0] < 7, "they wait, but no longer than they must"
         assert not each or most[1] > 0.8 * cache and (rows > 1 or len(room) > 1)
     engine = Engine(gpt, cache=2 * (fixed + 24 * each))
     assert engine.capacity == (24 if each else 32)
@@ -1162,6 +1164,14 @@ def test_processes_share_the_items(ckpt, main, eval_data, tmp_path, monkeypatch)
     for line, other in zip(out.splitlines(), said[0][0].splitlines(), strict=True):
         numbers = [[float(word) for word in re.findall(r"-?\d+\.\d+", text.partition(":")[2])] for text in (line, other)]
         assert line.partition(":")[0] == other.partition(":")[0] and numbers[0] == pytest.approx(numbers[1], abs=2e-4)
+    find, grade, *how = sample.TASKS["hellaswag"]
+    asked = []  # of the first of two, here where the second is a list of what it found
+    monkeypatch.setitem(sample.TASKS, "hellaswag", (find, lambda exam, item: asked.append(item[0]) or grade(exam, item), *how))
+    other = dict([*one["hellaswag"].items()][1::2])
+    monkeypatch.setattr(sample, "gather", lambda own: [own, own if "settings" in own else other])
+    assert main(*words("three.json"), "--eval=hellaswag")[0] == 0
+    assert asked == [record["item"][0] for record in one["hellaswag"].values()][::2]
+    assert json.loads((tmp_path / "three.json").read_text())["hellaswag"].keys() == one["hellaswag"].keys()
     monkeypatch.setenv("LOCAL_RANK", "0")
     code, _, err = main(f"--ckpt={ckpt}")
     assert code == 1 and "for --eval alone" in err and err.count("\n") == 1
