@@ -1353,14 +1353,14 @@ function add(className, textContent) {
   at("log").append(Object.assign(document.createElement("article"), {className, textContent}))
   return at("log").lastChild
 }
-async function* ask(path, body, signal) {
+async function* ask(path, body) {
   const headers = {"Content-Type": "application/json", Authorization: "Bearer " + key}
-  const response = await fetch(path, {method: "POST", headers, signal, body: JSON.stringify(body)})
+  const response = await fetch(path, {method: "POST", headers, signal: running.signal, body: JSON.stringify(body)})
   if (!response.ok) {
     const {error} = await response.json()
     if (error.code == "context_length_exceeded" && body.messages?.length > 2) body.messages.splice(0, 2)
     else if (response.status != 401 || !(key = prompt("API key"))) throw error
-    return yield* ask(path, body, signal)
+    return yield* ask(path, body)
   }
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader()
   for (let part, rest = ""; !(part = await reader.read()).done;) {
@@ -1369,30 +1369,25 @@ async function* ask(path, body, signal) {
     yield* lines.filter(line => line.startsWith("data: {")).map(line => JSON.parse(line.slice(6)))
   }
 }
-async function answer(text, chat) {
-  const mine = messages, what = chat ? {messages: mine} : {prompt: text}
+at("form").onsubmit = async event => {
+  event.preventDefault()
+  const text = at("text").value, chat = at("mode").value == "chat", mine = messages
+  if (running || !text.trim()) return running?.abort()
+  running = new AbortController()
+  at("send").textContent = "Stop"
+  at("text").value = ""
   if (chat) add("user", text), mine.push({role: "user", content: text})
-  const article = add("assistant", chat ? "" : text)
+  const article = add("assistant", chat ? "" : text), what = chat ? {messages: mine} : {prompt: text}
   const body = {...what, stream: true, temperature: +at("heat").value, max_tokens: +at("length").value}
   try {
-    for await (const event of ask(chat ? "/v1/chat/completions" : "/v1/completions", body, running.signal)) {
-      if (event.error) throw event.error
-      const {delta, text} = event.choices[0]
-      article.append(chat ? delta.content : text)
+    for await (const {error, choices} of ask(chat ? "/v1/chat/completions" : "/v1/completions", body)) {
+      if (error) throw error
+      article.append(chat ? choices[0].delta.content : choices[0].text)
     }
   } catch (error) {
     if (error.name != "AbortError") add("error", error.message)
   }
   if (chat) mine.push({role: "assistant", content: article.textContent})
-}
-at("form").onsubmit = async event => {
-  event.preventDefault()
-  const text = at("text").value
-  if (running || !text.trim()) return running?.abort()
-  running = new AbortController()
-  at("send").textContent = "Stop"
-  at("text").value = ""
-  await answer(text, at("mode").value == "chat")
   at("send").textContent = "Send"
   running = null
 }
