@@ -1027,13 +1027,14 @@ class Exam:
                 yield from summaries(name, records, others, self.o.compare)
 
     def leaks(self, name: str, records: dict) -> Iterator[str]:
-        """A line where a report of data.py in --eval_data found items in training text."""
-        path = Path(self.o.eval_data) / "contamination.json"
-        found = read_results(path).get("found", {}) if path.exists() else {}
+        """A line where a report of data.py, in or beside --eval_data or beside --ckpt, found items in training text."""
         files = {key.split()[0] for key in records}
-        count = sum(passage.split()[0] in files for passage in found)
-        if count:
-            yield f"{name}: note that training text has {count} of its passages, says {path}"
+        data = Path(self.o.eval_data or ".")
+        for path in (folder / "contamination.json" for folder in (data, data.parent, Path(self.o.ckpt).parent)):
+            found = read_results(path).get("found", {}) if path.exists() else {}
+            count = sum(passage.split()[0] in files for passage in found)
+            if count:
+                yield f"{name}: note that training text has {count} of its passages, says {path}"
 
 
 # items, grade; reader, files, files of solved examples ({}: the first name without its ending), what comes before them
