@@ -1597,7 +1597,8 @@ def main() -> None:
     for request in requests:
         engine.submit(request)
     if len(request.prompt) > engine.block:
-        print(f"the prompt has {len(request.prompt)} tokens, the model sees the last {engine.block}", file=sys.stderr)
+        print(f"the prompt has {len(request.prompt)} tokens, the model sees the last {engine.block}: "
+              "train.py --init_from, --block_size, --rope_base make it see more", file=sys.stderr)
     try:
         print(prompt, end="", flush=True)
         for text in complete(engine, tokenizer, requests, requests[0])[1:]:

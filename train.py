@@ -704,7 +704,7 @@ class Run:
         torch.manual_seed(o.seed)
         self.gpt = GPT(config)
         if checkpoint:
-            shape = vars(Config()) | checkpoint["config"] | dict(block_size=config.block_size)
+            shape = vars(Config()) | checkpoint["config"] | dict(block_size=o.block_size, rope_base=o.rope_base)
             trained = checkpoint["train"]["optimizer"] if "progress" in checkpoint else o.optimizer
             same = shape == vars(config) and trained == o.optimizer
             require(same, "the checkpoint has another shape, vocabulary or optimizer; resume with its own")

@@ -868,11 +868,12 @@ def test_a_stage_with_a_longer_context_and_another_mixture(launch, folder, tmp_p
     np.save(other / "train.npy", (np.arange(2000) % 3).astype(np.uint16))
     np.save(other / "val.npy", (np.arange(200) % 3).astype(np.uint16))
     assert launch(*RESUME).code == 0
-    stage = [f"--data={folder},{other}", "--mix=0.1,0.9", "--block_size=32", "--max_iters=40"]
+    stage = [f"--data={folder},{other}", "--mix=0.1,0.9", "--block_size=32", "--rope_base=3e4", "--max_iters=40"]
     done = launch("--resume", f"--ckpt={tmp_path / 'out/ckpt.pt'}", *stage, data="", output=tmp_path / "b", shape=[])
     assert done.code == 0, done.message
     last = read_log(tmp_path / "b")[-1]
-    assert last["tokens"] == 12 * 4 * 16 + 28 * 4 * 32 and model.load_checkpoint(tmp_path / "b/ckpt.pt")["config"]["block_size"] == 32
+    config = model.load_checkpoint(tmp_path / "b/ckpt.pt")["config"]
+    assert last["tokens"] == 12 * 4 * 16 + 28 * 4 * 32 and (config["block_size"], config["rope_base"]) == (32, 3e4)
     assert last["train_loss"] < 2.0  # nine tenths of it count to three
 
 
