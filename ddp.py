@@ -747,7 +747,7 @@ def sequence_parallel(gpt: nn.Module, group: Group) -> None:
         at = at[None].to(tokens.device)
         return tokens, at, at
 
-    def attention(q, k, v, mask):
+    def attention(q, k, v, mask, cap):
         return Ring.apply(q, k, v, group)
     gpt.look, usual = look, gpt.hidden
     ring = SimpleNamespace(norm=model.Fast.norm, attention=attention, turn=model.Fast.turn)
@@ -908,7 +908,7 @@ def check_split(config: object, mesh: Mesh, o: Options, batch: int) -> None:
     require(o.stage < 3 or size["pp"] == size["ep"] == 1, "--stage=3 goes with dp, cp and tp; use 2 with pp and ep")
     require(not config.n_expert or size["tp"] == size["pp"] == 1, "experts go with dp, cp and ep, not with tp and pp")
     if math.prod(size.values()) > size["dp"]:
-        for name in ("mixer", "position", "ngram", "ahead", "end_token", "bias", "qkv_bias", "residual", "dropout"):
+        for name in "mixer position ngram ahead end_token bias qkv_bias residual dropout attention_softcap".split():
             same = getattr(config, name) in (getattr(plain, name), 1 if name == "ngram" else None)
             require(same, f"--mesh={mesh.text} is for --{name}={getattr(plain, name)}; others go with dp alone")
 

@@ -70,6 +70,7 @@ class Config:
     counts: int = 0  # longest n-gram whose counts, made by train.py, foretell tokens beside the network (0: none)
     counts_weight: float = 0.5  # share of the counts' probabilities in the mean of both
     softcap: float = 0.0  # logits stay between -softcap and softcap (0: no limit)
+    attention_softcap: float = 0.0  # the same of attention's scores, before the softmax
     ahead: int = 0  # further tokens that heads of their own foretell in training (multi-token prediction)
     ahead_loss: float = 0.3  # weight of their losses
     end_token: int = 0  # id that ends a document, beyond which no layer looks (0: documents see each other)
@@ -98,8 +99,7 @@ class Config:
     def tiled(self, axis: str) -> list[str]:
         """The keys of the layers on this axis; all keys that are named, where the layers are fewer."""
         names = getattr(self, axis).split(",")
-        layers = max(self.n_layer, len(names))
-        return [names[layer % len(names)] for layer in range(layers)]
+        return (names * self.n_layer)[:max(self.n_layer, len(names))]
 
     def check(self) -> None:
         """Raise ValueError, naming the option to change, where no model has this shape."""
@@ -161,12 +161,12 @@ class Plain:
         y = y if weight is None else y * weight
         return y if bias is None else y + bias
 
-    def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cap: float = 0.0) -> Tensor:
         """softmax(q k^T / sqrt(hd)) v, each group of query heads on its key and value head (Vaswani 2017).
 
         q (B, H, T, hd), k and v (B, H_kv, S, hd) -> (B, H, T, hd); H is a multiple of H_kv (Ainslie et al. 2023).
         `mask`: True where a query may look, broadcast to (B, H, T, S). None: a query sees all keys up to its own, and
-        T is S, or 1 for the last of S tokens.
+        T is S, or 1 for the last of S tokens. With a `cap` each score s becomes cap tanh(s / cap) (Gemma 2, 2024).
         """
         T, S = q.shape[2], k.shape[2]
         groups = q.shape[1] // k.shape[1]
@@ -175,6 +175,7 @@ class Plain:
         if mask is None:
             mask = q.new_ones(T, S).tril(S - T).bool()
         scores = q @ k.mT / q.shape[3] ** 0.5  # (B, H, T, S)
+        scores = cap * torch.tanh(scores / cap) if cap else scores
         scores = scores.masked_fill(~mask, float("-inf"))
         weights = (scores - scores.amax(-1, keepdim=True)).exp()  # the largest becomes 1: nothing overflows
         return weights / weights.sum(-1, keepdim=True) @ v
@@ -187,8 +188,8 @@ class Plain:
         return x * cos + x.roll(x.shape[3] // 2, 3) * sin
 
 
-class Fast:
-    """The same operations, fused by torch: one pass over memory where the plain form makes several."""
+class Fast(Plain):
+    """The same operations, two of them fused by torch: one pass over memory where the plain form makes several."""
 
     def norm(x, weight, bias, eps, center):
         if center:
@@ -196,12 +197,12 @@ class Fast:
         weight = None if weight is None else weight.type_as(x)  # fused only where the types are the same
         return F.rms_norm(x, x.shape[-1:], weight, eps)
 
-    def attention(q, k, v, mask):
+    def attention(q, k, v, mask, cap=0.0):
+        if cap:  # which torch has not fused
+            return Plain.attention(q, k, v, mask, cap)
         causal = mask is None and q.shape[2] > 1  # torch would let a single query see the first key alone
         grouped = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped)
-
-    turn = Plain.turn
 
 
 ops = Fast  # what the layers below call; `model.ops = model.Plain` runs them as written above
@@ -216,9 +217,9 @@ def with_kernels(device: str, compiled: bool = False) -> type:
     flash, rmsnorm, rope = (kernels.use(name, device) for name in ("flash", "rmsnorm", "rope"))
 
     class Kernels(Fast):
-        def attention(q, k, v, mask):
-            if mask is not None:
-                return Fast.attention(q, k, v, mask)
+        def attention(q, k, v, mask, cap=0.0):
+            if cap or mask is not None:
+                return Fast.attention(q, k, v, mask, cap)
             q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast norms and angles give single precision
             return flash(q, k, v, q.shape[2] > 1, None)[0]
 
@@ -236,8 +237,7 @@ def with_kernels(device: str, compiled: bool = False) -> type:
     parts = dict(attention="flash", norm="rmsnorm", turn="rope")
     for name, kernel in parts.items():
         if not kernels.runs(kernel, device):
-            usual = getattr(Fast, name)  # which is faster than the twin
-            setattr(Kernels, name, usual)
+            delattr(Kernels, name)  # Fast's is faster than the kernel's twin
     return Kernels
 
 
@@ -579,7 +579,7 @@ class Attention(nn.Module):
     def __init__(self, sees, valued, config):
         super().__init__()
         self.sees, self.window = sees, config.window
-        self.width = config.head_width
+        self.width, self.cap = config.head_width, config.attention_softcap
         self.plain = not (sees or config.end_token)
         groups = config.n_kv_head or config.n_head
         self.heads = config.n_head, groups, groups  # of q, k and v
@@ -614,7 +614,7 @@ class Attention(nn.Module):
             mask = mask & self.sees(far, self.window) if self.sees else mask
         # heads go to the front only here: the result keeps the layout of q, and so the last line copies nothing
         q, k, v = (part.transpose(1, 2) for part in (q, kept[0], kept[-1]))
-        y = ops.attention(q, k, v, mask)
+        y = ops.attention(q, k, v, mask, self.cap)
         return self.out(self.read(y.transpose(1, 2)).flatten(2))
 
 
@@ -748,21 +748,17 @@ class Hyena(nn.Module):
     def forward(self, x, call, layer):
         q, k, v = self.up(x).chunk(3, dim=2)
         u, = call.state.append(layer, call.at, k * v)  # (B, S, C)
-        at = call.at
         S = u.shape[1]
         u = u.to(torch.promote_types(u.dtype, torch.float32))
         h = self.filter(S).to(u)
-        if at.shape == (1, S) and not self.cut:
+        if call.at.shape == (1, S) and not self.cut:
             n = 2 * S  # with room for what would come round to the front
-            u = torch.fft.rfft(u, n, 1)
-            h = torch.fft.rfft(h, n, 0)
-            y = torch.fft.irfft(u * h, n, 1)
-            y = y[:, :S]
+            waves = torch.fft.rfft(u, n, 1) * torch.fft.rfft(h, n, 0)
+            y = torch.fft.irfft(waves, n, 1)[:, :S]
         else:
-            s = torch.arange(S, device=at.device)
-            far = at[:, :, None] - s  # (1 or B, T, S)
-            place = call.place[:, :, None]
-            heard = (far >= 0) & (far <= place)
+            s = torch.arange(S, device=x.device)
+            far = call.at[:, :, None] - s  # (1 or B, T, S)
+            heard = (far >= 0) & (far <= call.place[:, :, None])
             h = h[far.clamp(min=0)]
             h = h * heard[..., None]  # (1 or B, T, S, C)
             y = torch.einsum("btsc,bsc->btc", h, u)
@@ -800,38 +796,36 @@ class MLP(nn.Module):
 
 
 @torch.library.custom_op("model::grouped", mutates_args=())
-def grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """x (N, n_in), weight (E, n_out, n_in) -> (N, n_out): the rows of x from ends[e - 1] up to ends[e] meet matrix e.
+def grouped(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
+    """A product for each group of rows; group e is those of x (N, n_in) from ends[e - 1] up to ends[e].
 
-    An operation of its own, for torch.compile and fake tensors cannot follow slices whose lengths are data.
+    With matrices y (E, n_out, n_in) rows x y_e^T (N, n_out); with rows y (N, n_out) the sums of y^T x of the groups
+    (E, n_out, n_in), which is the gradient of the matrices. An operation of its own, for torch.compile and fake tensors
+    cannot follow slices whose lengths are data.
     """
-    parts = x.tensor_split(ends[:-1].cpu())
-    return torch.cat([part @ matrix.mT for part, matrix in zip(parts, weight)])
-
-
-@torch.library.custom_op("model::grouped_outer", mutates_args=())
-def grouped_outer(y: Tensor, x: Tensor, ends: Tensor) -> Tensor:
-    """y (N, n_out), x (N, n_in) -> (E, n_out, n_in): the sum of y x^T over the rows of each group."""
     cuts = ends[:-1].cpu()
-    pairs = zip(y.tensor_split(cuts), x.tensor_split(cuts))
-    return torch.stack([b.mT @ a for b, a in pairs])
+    parts = x.tensor_split(cuts)
+    if y.ndim == 3:
+        return torch.cat([part @ matrix.mT for part, matrix in zip(parts, y)])
+    return torch.stack([rows.mT @ part for part, rows in zip(parts, y.tensor_split(cuts))])
 
 
 def grouped_backward(ctx: object, grad: Tensor) -> tuple:
-    """The gradients of x and weight, and none of ends."""
+    """The gradients of rows and matrices, and none of ends."""
     x, weight, ends = ctx.saved_tensors
     grad = grad.contiguous()
-    return grouped(grad, weight.mT, ends), grouped_outer(grad, x, ends), None
+    return grouped(grad, weight.mT, ends), grouped(x, grad, ends), None
 
 
-def keep_inputs(ctx: object, inputs: tuple, output: Tensor) -> None:
-    """What grouped_backward needs."""
-    ctx.save_for_backward(*inputs)
+@grouped.register_fake
+def grouped_shape(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
+    """What torch.compile takes for the result of grouped."""
+    if y.ndim == 3:
+        return x.new_empty(len(x), y.shape[1])
+    return x.new_empty(len(ends), y.shape[1], x.shape[1])
 
 
-grouped.register_fake(lambda x, weight, ends: x.new_empty(len(x), weight.shape[1]))
-grouped_outer.register_fake(lambda y, x, ends: x.new_empty(len(ends), y.shape[1], x.shape[1]))
-grouped.register_autograd(grouped_backward, setup_context=keep_inputs)
+grouped.register_autograd(grouped_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
 
 
 class Experts(nn.Module):
@@ -983,7 +977,7 @@ INITS = {
     "zero": lambda n, m, L: dict(matrix=n**-0.5, embedding=0.02, tied=0.02, router=0.02),
     "gpt2": lambda n, m, L: dict.fromkeys(INITIAL, 0.02) | dict(output=0.02 / (2 * L) ** 0.5),  # Radford et al. 2019
     "xavier": lambda n, m, L: dict.fromkeys(INITIAL, (2 / (n + m)) ** 0.5),  # Glorot and Bengio 2010
-    "mup": lambda n, m, L: dict(matrix=n**-0.5, embedding=0.02, router=0.02),  # and GPT.rates (Yang et al. 2022)
+    "mup": lambda n, m, L: INITS["zero"](n, m, L),  # and GPT.rates (Yang et al. 2022)
 }
 INITIAL = ("matrix", "output", "router", "embedding", "tied", "head")
 AXES = dict(norm=NORMS, placement=PLACEMENTS, residual=RESIDUALS, position=POSITIONS, mixer=MIXERS, ffn=FFNS)
@@ -1045,9 +1039,12 @@ class GPT(nn.Module):
         singular values that grow as sqrt(n), and shrink as 1 / sqrt(n).
         """
         wider = self.config.n_embd / self.config.base_width if self.config.init == "mup" else 1.0
-        roles = {name: ROLES[role] for name, role in self.roles().items()}
-        power = {name: 0.5 if role.muon and optimizer == "muon" else 1.0 for name, role in roles.items()}
-        return {name: role.rate / wider ** (role.shrink * power[name]) for name, role in roles.items()}
+        found = {}
+        for name, role in self.roles().items():
+            row = ROLES[role]
+            power = 0.5 if row.muon and optimizer == "muon" else 1.0
+            found[name] = row.rate / wider ** (row.shrink * power)
+        return found
 
     def look(self, tokens: Tensor, state: State) -> tuple[Tensor, Tensor, Tensor]:
         """All tokens so far (B, S) of a model that looks back on them, and the `at` and `place` of the new ones."""
@@ -1075,7 +1072,8 @@ class GPT(nn.Module):
         """
         state = state or self.new_state(1, 0)
         T, room = tokens.shape[1], self.config.block_size
-        require(max(state.lengths) + T <= room, f"the context is longer than the block_size of {room} tokens")
+        require(max(state.lengths) + T <= room, f"the context is longer than the block_size of {room} tokens: "
+                "train.py --init_from with a larger --block_size and --rope_base goes on with longer ones")
         seen, at, place = self.look(tokens, state)
         turns = [lambda x: x, self.position.turn(place)]
         x = self.ngrams(self.embedding(tokens), seen, at, place)
@@ -1132,15 +1130,13 @@ def kept_of(weight: Tensor, role: str, optimizer: str) -> int:
 
     SOAP keeps AdamW's, and four square matrices.
     """
-    size = weight.numel()
+    size, matrix = weight.numel(), ROLES[role].muon
     if role == "table":
         return len(weight)
-    if optimizer == "sgd" or optimizer == "muon" and ROLES[role].muon:
-        return size
-    if optimizer == "soap" and ROLES[role].muon:
+    if optimizer == "soap" and matrix:
         n, m = weight.shape[-2:]
         return 2 * size + 2 * size * (n * n + m * m) // (n * m)
-    return 2 * size
+    return size if optimizer == "sgd" or optimizer == "muon" and matrix else 2 * size
 
 
 def account(config: Config, batch: int, optimizer: str = "muon") -> dict:
@@ -1159,9 +1155,8 @@ def account(config: Config, batch: int, optimizer: str = "muon") -> dict:
         kept[storage._cdata] = storage  # views share one
         return tensor
 
-    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     fused = {
-        attention: lambda q, k, *_, **__: 4 * q.numel() * k[2],
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, *_, **__: 4 * q.numel() * k[2],
         torch.ops.model.grouped: lambda x, w, *_, **__: 2 * x.numel() * w[1],
     }
     counter = FlopCounterMode(display=False, custom_mapping=fused)
@@ -1183,6 +1178,7 @@ def account(config: Config, batch: int, optimizer: str = "muon") -> dict:
         by_role[role] += size
         moments += kept_of(weight, role, optimizer)
     total = sum(by_role.values())
+    widths = [of[0].shape[3] for of, block in zip(state.layers, model.blocks) if isinstance(block.mixer, Attention)]
     experts = [ffn for ffn in model.modules() if type(ffn) is Experts]
     weights = [layer["weight"] for ffn in experts for layer in (ffn.up, ffn.down)]
     idle = sum(weight.numel() for weight in weights)
@@ -1199,48 +1195,34 @@ def account(config: Config, batch: int, optimizer: str = "muon") -> dict:
         memory=memory,
         memory_total=sum(memory.values()),
         forward_flops=counter.get_total_flops() // batch,
-        masked_flops=counter.flop_counts["Global"].get(attention, 0) // (2 * batch),
+        masked_flops=2 * config.block_size**2 * config.n_head * sum(widths),
         flops=flops,
         cache_per_token=state.nbytes // config.block_size,
     )
 
 
-def listed(**rows: str) -> str:
-    """Rows of a name and its text, in 80 columns."""
-    indent = " " * 14
-    lines = [textwrap.fill(f"{name:14}{text}", 80, subsequent_indent=indent) for name, text in rows.items()]
-    return "\n".join(lines)
-
-
-def report(config: Config, batch: int, optimizer: str = "muon") -> str:
-    """The accounting as a few lines of text."""
+def report(config: Config, batch: int, optimizer: str = "muon", blocks: tuple = ()) -> str:
+    """The accounting in lines of 80 columns; for each of `blocks` also what a context of so many blocks costs."""
     a, T = account(config, batch, optimizer), config.block_size
     total, cache = a["forward_flops"], a["cache_per_token"]
     roles = ", ".join(f"{role} {n:,}" for role, n in a["roles"].items() if n)
     memory = ", ".join(f"{name} {n / 2**20:,.1f}" for name, n in a["memory"].items())
-    shares = ", ".join(f"{part} {n / total:.1%}" for part, n in a["flops"].items())
-    return listed(
-        parameters=f"{a['parameters']:,} ({roles}), {a['active']:,} of them in use for a token",
-        FLOPs=f"{total:,} forward for {T} tokens, {3 * total // T:,} a token trained; {shares}; "
-              f"{total - a['masked_flops']:,} without the half that attention masks",
-        memory=f"{a['memory_total'] / 2**20:,.1f} MiB at {batch} x {T} tokens ({memory})",
-        cache=f"{cache:,} bytes a token, {cache * T / 2**20:,.2f} MiB a sequence",
-    )
-
-
-def by_context(config: Config) -> str:
-    """How the mixers' share of the FLOPs, and a sequence's activations, grow with the context."""
-    lengths = [n * config.block_size for n in (1, 4, 16)]
-    shares, kept = [], []
-    for length in lengths:
-        cost = account(dataclasses.replace(config, block_size=length, recompute=False), 1)
-        shares.append(f"{cost['flops']['mixer'] / cost['forward_flops']:.0%}")
-        kept.append(f"{cost['memory']['activations'] / 2**20:,.0f}")
-    frugal = dataclasses.replace(config, recompute=True, balance_bias=0.0)
-    saving = account(frugal, 1)["memory"]["activations"]
-    tokens = ", ".join(f"{n:,}" for n in lengths)
-    return listed(context=f"{tokens} tokens: mixers take {', '.join(shares)} of the FLOPs; activations of a sequence "
-                          f"{', '.join(kept)} MiB, with --recompute the first {saving / 2**20:,.0f}")
+    rows = [
+        f"parameters    {a['parameters']:,} ({roles}), {a['active']:,} of them in use for a token",
+        f"FLOPs         {total:,} forward for {T} tokens, {3 * total // T:,} a token trained; "
+        f"{total - a['masked_flops']:,} without the half that attention masks",
+        f"memory        {a['memory_total'] / 2**20:,.1f} MiB at {batch} x {T} tokens ({memory})",
+        f"cache         {cache:,} bytes a token, {cache * T / 2**20:,.2f} MiB a sequence",
+    ]
+    for length in (n * T for n in blocks):
+        kept = []
+        for recompute in (False, True):
+            longer = dict(block_size=length, recompute=recompute, balance_bias=0.0)
+            cost = account(dataclasses.replace(config, **longer), 1)
+            kept.append(f"{cost['memory']['activations'] / 2**20:,.0f}")
+        shares = ", ".join(f"{part} {n / cost['forward_flops']:.0%}" for part, n in cost["flops"].items())
+        rows.append(f"{length:,} tokens: {shares}; activations of a sequence {kept[0]} MiB, with --recompute {kept[1]}")
+    return "\n".join(textwrap.fill(row, 80, subsequent_indent=" " * 14) for row in rows)
 
 
 def coord_check(widths: tuple = (64, 128, 256, 512), steps: int = 5, learning_rate: float = 0.02) -> str:
@@ -1253,9 +1235,9 @@ def coord_check(widths: tuple = (64, 128, 256, 512), steps: int = 5, learning_ra
         sizes = []
         for width in widths:
             torch.manual_seed(0)
-            shape = dict(n_layer=2, n_embd=width, n_head=width // 32, block_size=32, vocab_size=64)
-            choices = dict(ffn="relu2", position="none", tie_embeddings=False)
-            gpt = GPT(Config(**shape, **choices, init=init, base_width=widths[0]))
+            words = "--n_layer=2 --block_size=32 --vocab_size=64 --ffn=relu2 --position=none --tie_embeddings=False " \
+                    f"--n_embd={width} --n_head={width // 32} --init={init} --base_width={widths[0]}"
+            gpt = GPT(options(Config, words.split()))
             tokens = torch.randint(64, (8, 33))
             rates, weights = gpt.rates(), gpt.named_parameters()
             groups = [dict(params=[weight], lr=learning_rate * rates[name]) for name, weight in weights]
@@ -1271,7 +1253,7 @@ def coord_check(widths: tuple = (64, 128, 256, 512), steps: int = 5, learning_ra
             sizes.append(moved.square().mean().sqrt().item())
         x, y = (torch.tensor(values).log() for values in (widths, sizes))
         x = x - x.mean()
-        slope = (x * y).sum() / x.square().sum()
+        slope = x @ y / (x @ x)
         lines.append(f"--init={init:7}" + "".join(f"{size:12.3f}" for size in sizes) + f"{slope:12.2f}")
     return "\n".join(lines)
 
@@ -1298,8 +1280,8 @@ def save_checkpoint(path: str | os.PathLike, model: GPT, **rest) -> None:
     `weights` among the rest stand for the model's own, such as a copy that no longer changes.
     """
     whole = dict(version=CHECKPOINT_VERSION, config=vars(model.config)) | rest
-    if "weights" not in rest:  # FSDP2 frees gathered parameters when it is asked, here under a step of training
-        whole["weights"] = model.state_dict()
+    # FSDP2 frees gathered parameters when it is asked for the model's own, here under a step of training
+    whole["weights"] = rest.get("weights") or model.state_dict()
     with replacing(path) as file:
         try:
             torch.save(whole, file)
@@ -1314,9 +1296,7 @@ def load_checkpoint(path: str | os.PathLike) -> dict:
             checkpoint = torch.load(file, "cpu", weights_only=True)
         except Exception as error:  # truncated archives and forbidden pickles fail in many ways
             raise ValueError(f"{path} is not a checkpoint, or is truncated; nothing in it was executed") from error
-    version = None
-    if isinstance(checkpoint, dict):
-        version = checkpoint.get("version")
+    version = checkpoint.get("version") if isinstance(checkpoint, dict) else None
     good = type(version) is int and version == CHECKPOINT_VERSION  # it may be anything, also a tensor
     require(good, f"{path} is not a checkpoint of format {CHECKPOINT_VERSION}")
     for name in "config weights train progress optimizer".split():
@@ -1340,21 +1320,22 @@ def from_checkpoint(checkpoint: dict) -> GPT:
 
 # ---- HuggingFace: a folder with config.json and tensors in safetensors files
 
-# our parameter, GPT-2's, that of Llama and the kinds after it; + joins what is one matrix here
+# our parameter, GPT-2's, that of Llama and the kinds after it; # is the layer, + joins what is one matrix here
 HF_TENSORS = """
-    embedding       wte          embed_tokens
-    position.table  wpe          -
-    norm            ln_f         norm
-    head            lm_head      lm_head
-    norm1           ln_1         input_layernorm
-    norm2           ln_2         post_attention_layernorm
-    mixer.qkv       attn.c_attn  self_attn.q_proj+self_attn.k_proj+self_attn.v_proj
-    mixer.q_norm    -            self_attn.q_norm
-    mixer.k_norm    -            self_attn.k_norm
-    mixer.out       attn.c_proj  self_attn.o_proj
-    ffn.up          mlp.c_fc     mlp.gate_proj+mlp.up_proj
-    ffn.down        mlp.c_proj   mlp.down_proj"""
-# our option and theirs; those of the first five lines must be there
+    embedding       wte              embed_tokens
+    position.table  wpe              -
+    norm            ln_f             norm
+    head            lm_head          lm_head
+    norm1           h.#.ln_1         layers.#.input_layernorm
+    norm2           h.#.ln_2         layers.#.post_attention_layernorm
+    mixer.qkv       h.#.attn.c_attn  layers.#.self_attn.q_proj+layers.#.self_attn.k_proj+layers.#.self_attn.v_proj
+    mixer.q_norm    -                layers.#.self_attn.q_norm
+    mixer.k_norm    -                layers.#.self_attn.k_norm
+    mixer.out       h.#.attn.c_proj  layers.#.self_attn.o_proj
+    ffn.router      -                layers.#.mlp.gate
+    ffn.up          h.#.mlp.c_fc     layers.#.mlp.gate_proj+layers.#.mlp.up_proj
+    ffn.down        h.#.mlp.c_proj   layers.#.mlp.down_proj"""
+# our option and theirs, and the kind that alone has it; those of the first five lines must be there
 HF_OPTIONS = """
     vocab_size      vocab_size           vocab_size
     block_size      n_positions          max_position_embeddings
@@ -1364,7 +1345,10 @@ HF_OPTIONS = """
     n_inner         n_inner              intermediate_size
     n_kv_head       -                    num_key_value_heads
     head_dim        -                    head_dim
-    window          -                    sliding_window
+    window          -                    sliding_window           mistral
+    n_inner         -                    moe_intermediate_size    qwen3_moe
+    n_expert        -                    num_experts              qwen3_moe
+    n_expert_active -                    num_experts_per_tok      qwen3_moe
     rope_base       -                    rope_theta
     norm_eps        layer_norm_epsilon   rms_norm_eps
     tie_embeddings  tie_word_embeddings  tie_word_embeddings"""
@@ -1374,12 +1358,15 @@ HF_KINDS = {  # what all models of a kind have, or what is meant where config.js
     "mistral": "--qk_norm=False --tie_embeddings=False",
     "qwen2": "--qk_norm=False --tie_embeddings=False --qkv_bias=True",
     "qwen3": "--tie_embeddings=False",
+    "qwen3_moe": "--tie_embeddings=False",
 }
 # what else config.json may say: that something is off, or is done the way it is here, or what does not touch the logits
 HF_KNOWN = re.compile(
     r".*=(None|False|0|0\.0|\[\]|{}|\['full_attention'(, 'full_attention')*\])"
-    r"|hidden_act=silu|activation_function=gelu_new|scale_attn_weights=True|rope_type=default"
-    r"|(rope_parameters|architectures|model_type|.*(dtype|version|_token_id|pdrop|dropout|_range|cache|path|2label"
+    r"|hidden_act=silu|activation_function=gelu_new|scale_attn_weights=True|rope_type=default|norm_topk_prob=True"
+    r"|decoder_sparse_step=1"
+    r"|(rope_parameters|architectures|model_type|sliding_window|intermediate_size|router_aux_loss_coef"  # not in use
+    r"|.*(dtype|version|_token_id|pdrop|dropout|_range|cache|path|2label"
     r"|label2id|summary_\w+|task_\w+|_ctx|return_dict|max_window_layers|pretraining_tp))=.*")
 DTYPES = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16)
 
@@ -1387,7 +1374,7 @@ DTYPES = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torc
 def column(table: str, kind: str) -> dict[str, str]:
     """Our names and those of a kind, of the lines that it has."""
     rows = [row.split() for row in table.split("\n")[1:]]
-    names = {row[0]: row[1 + (kind != "gpt2")] for row in rows}
+    names = {row[0]: row[1 + (kind != "gpt2")] for row in rows if row[3:] in ([], [kind])}
     return {own: name for own, name in names.items() if name != "-"}
 
 
@@ -1396,8 +1383,9 @@ def hf_config(theirs: dict) -> Config:
     kind = theirs.get("model_type")
     require(kind in HF_KINDS, f"config.json: model_type={kind}: choose from {', '.join(HF_KINDS)}")
     theirs = theirs | (theirs.get("rope_parameters") or {})
-    if kind != "mistral":  # Qwen's names a window that is not in use
-        theirs["sliding_window"] = None
+    if kind == "qwen3_moe":  # transformers 5 renames the first
+        theirs["num_experts"] = theirs.pop("num_local_experts", theirs.get("num_experts"))
+        require(theirs.get("norm_topk_prob"), "config.json: norm_topk_prob=False is not computed here")
     names = column(HF_OPTIONS, kind)
     for name in [*names.values()][:5]:
         require(name in theirs, f"config.json lacks {name}")
@@ -1412,18 +1400,19 @@ def hf_config(theirs: dict) -> Config:
 def hf_views(gpt: GPT, kind: str) -> dict[str, Tensor]:
     """Every tensor of a kind by name, as a view into our weights: to be filled, or to be written."""
     c, views, names = gpt.config, {}, column(HF_TENSORS, kind)
-    groups = c.n_kv_head or c.n_head
-    heads = [n * c.head_width for n in (c.n_head, groups, groups)]
+    heads = [n * c.head_width for n in gpt.blocks[0].mixer.heads]
     named = [pair for pair in gpt.named_parameters() if not pair[0].startswith("ahead")]  # those are for training alone
     for name, weight in named:
         layer, path, own = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.+)\.(\w+)", name).groups()
-        parts = names[path].split("+")
-        sizes = heads if len(parts) == 3 else len(weight) // len(parts)
         stem = "" if path == "head" else "transformer." if kind == "gpt2" else "model."
-        stem += (f"h.{layer}." if kind == "gpt2" else f"layers.{layer}.") if layer else ""
+        parts = names[path].replace("#", str(layer)).split("+")
         flip = kind == "gpt2" and layer and weight.ndim == 2  # GPT-2 keeps these as (n_in, n_out)
-        for part, view in zip(parts, weight.detach().split(sizes)):
-            views[f"{stem}{part}.{own}"] = view.T if flip else view
+        experts = weight.detach() if weight.ndim == 3 else weight.detach()[None]
+        for number, matrix in enumerate(experts):
+            sizes = heads if len(parts) == 3 else len(matrix) // len(parts)
+            for part, view in zip(parts, matrix.split(sizes)):
+                part = part.replace("mlp", f"mlp.experts.{number}") if weight.ndim == 3 else part
+                views[f"{stem}{part}.{own}"] = view.T if flip else view
     return views
 
 
@@ -1491,19 +1480,20 @@ def import_hf(folder: str | os.PathLike) -> GPT:
 def export_hf(gpt: GPT, folder: str | os.PathLike) -> str:
     """Write a folder that HuggingFace's libraries read; returns the kind. Raises ValueError where none is the same."""
     def full(c):  # without what training alone asks for, and with nothing left to be derived
-        return vars(c) | dict(n_kv_head=c.n_kv_head or c.n_head, head_dim=c.head_width, n_inner=c.inner, dropout=0.0,
-                              ahead=0, ahead_loss=0.0, counts_weight=0.0, init="",
-                              rope_base=(c.position == "rope") * c.rope_base)
-    own, texts, differ = full(gpt.config), {}, {}
+        training = "init dropout ahead ahead_loss counts_weight balance_loss router_z recompute".split()
+        derived = dict(n_kv_head=c.n_kv_head or c.n_head, head_dim=c.head_width, n_inner=c.inner)
+        return vars(c) | dict.fromkeys(training) | derived | dict(rope_base=(c.position == "rope") * c.rope_base)
+    own, found = full(gpt.config), []
     for kind in HF_KINDS:
-        texts[kind] = {name: own[key] or None for key, name in column(HF_OPTIONS, kind).items()}
-        texts[kind] |= dict(model_type=kind, tie_word_embeddings=own["tie_embeddings"])
-        differ[kind] = [key for key, value in full(hf_config(texts[kind])).items() if own[key] != value]
-    kind = min(differ, key=lambda kind: len(differ[kind]))
-    other = ", ".join(differ[kind])
-    require(not other, f"no kind of HuggingFace's models is this one; {kind} differs in {other}")
-    theirs = texts[kind]
-    theirs["architectures"] = ["GPT2LMHeadModel" if kind == "gpt2" else f"{kind.capitalize()}ForCausalLM"]
+        theirs = {name: own[key] or None for key, name in column(HF_OPTIONS, kind).items()}
+        theirs |= dict(model_type=kind, tie_word_embeddings=own["tie_embeddings"], norm_topk_prob="moe" in kind or None)
+        differ = [key for key, value in full(hf_config(theirs)).items() if own[key] != value]
+        found.append((differ, theirs))
+    differ, theirs = min(found, key=lambda pair: len(pair[0]))
+    kind = theirs["model_type"]
+    require(not differ, f"no kind of HuggingFace's models is this one; {kind} differs in {', '.join(differ)}")
+    camel = "GPT2LMHeadModel" if kind == "gpt2" else kind.title().replace("_", "") + "ForCausalLM"
+    theirs["architectures"] = [camel]
     Path(folder).mkdir(parents=True, exist_ok=True)
     (Path(folder) / "config.json").write_text(json.dumps(theirs, indent=1))
     write_safetensors(Path(folder) / "model.safetensors", hf_views(gpt, kind))
@@ -1573,11 +1563,10 @@ def main() -> None:
     cost = account(o, 1)
     tokens = o.tokens or 20 * cost["parameters"]
     flops = 3 * cost["forward_flops"] // o.block_size * tokens
-    print(report(o, o.batch_size))
-    print(by_context(o))
+    print(report(o, o.batch_size, blocks=(1, 4, 16)))
     hours = flops / PEAK[o.accelerator] / o.mfu / 3600
-    print(listed(time=f"{hours:,.1f} hours on one {o.accelerator} at {o.mfu:.0%} of its peak, for {tokens:,} tokens, "
-                      f"{flops:.3g} FLOPs"))
+    print(f"time          {hours:,.1f} hours on one {o.accelerator} at {o.mfu:.0%} of its peak,")
+    print(f"              for {tokens:,} tokens, {flops:.3g} FLOPs")
 
 
 if __name__ == "__main__":

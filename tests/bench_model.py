@@ -105,6 +105,7 @@ def speed():
 VARIANTS = {
     "default": "", "n-gram tables": "--ngram=4 --ngram_rows=16384", "value embeddings": "--mixer=attention,valued",
     "scaled residuals": "--residual=scaled", "soft-cap": "--softcap=15", "a token further ahead": "--ahead=1",
+    "soft-cap of scores": "--attention_softcap=5",
     "window of 64": "--mixer=window --window=64", "window, then full": "--mixer=window,attention --window=64",
     "strided": "--mixer=strided --window=16", "one key head": "--n_kv_head=1", "latent": "--mixer=latent --latent=64",
     "linear attention": "--mixer=linear", "Mamba-2": "--mixer=mamba2", "Gated DeltaNet": "--mixer=gdn", "Hyena": "--mixer=hyena",

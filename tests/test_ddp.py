@@ -560,6 +560,7 @@ def test_what_cannot_be_split_is_refused():
     check("--batch_size=8 is no multiple of dp x ep = 3", "dp3")
     check("--recompute does not go with cp", "cp2", recompute=True)
     check("is for --mixer=attention", "tp2", mixer="mamba2")
+    check("is for --attention_softcap=0.0", "cp2", attention_softcap=30.0)
     for words in ("dp2,xy1", "dp", "dp0", ""):
         with pytest.raises(ValueError, match="from pp, dp, ep, cp, tp"):
             ddp.Mesh(words, 2)

@@ -122,6 +122,7 @@ PAIRS += [dict(end_token=5, mixer="window,strided", window=3, residual="scaled")
           dict(mixer="latent", position="none", qk_norm=False, norm="layernorm", end_token=2), dict(recompute=True, mixer="mamba2,latent")]
 PAIRS += [dict(n_expert=3, n_expert_active=1, n_expert_shared=2, ffn="gelu", n_inner=8, balance_bias=0.01, balance_loss=0.0, placement="post"),
           dict(n_expert=4, n_expert_active=4, n_inner=4, mixer="gdn", placement="parallel")]
+PAIRS += [dict(attention_softcap=1.5, mixer="latent,attention", n_kv_head=2, end_token=3), dict(attention_softcap=0.7, **WINDOW)]
 VARIANTS = {",".join(f"{k}={v}" for k, v in changes.items()) or "default": changes for changes in SINGLES + PAIRS}
 some = {name: changes for name, changes in VARIANTS.items() if changes in SINGLES + PAIRS[::3]}
 some_variants = pytest.mark.parametrize("changes", some.values(), ids=some.keys())
@@ -214,6 +215,22 @@ def test_plain_model_equals_fast_model(changes, monkeypatch):
     monkeypatch.setattr(model, "ops", model.Plain)
     for a, b in zip(fast, results(logits, gpt.parameters()), strict=True):
         close(a, b)
+
+
+@pytest.mark.parametrize("T,S,masked", [(5, 5, False), (1, 5, False), (2, 5, True)])
+def test_soft_capped_attention(T, S, masked):
+    q, k, v = torch.randn(2, 4, T, 6), torch.randn(2, 2, S, 6), torch.randn(2, 2, S, 6)
+    seen = torch.ones(T, S).tril(S - T).bool()
+    seen[1:, :2] = seen[1:, :2] & (not masked)
+
+    def theirs(q, k, v):
+        scores = torch.einsum("bgrtd,bgsd->bgrts", q.unflatten(1, (2, 2)), k) / math.sqrt(6)
+        capped = 0.8 * torch.tanh(scores / 0.8)
+        chances = F.softmax(torch.where(seen, capped, -torch.inf), -1)
+        return torch.einsum("bgrts,bgsd->bgrtd", chances, v).flatten(1, 2)
+
+    own = [lambda q, k, v, ops=ops: ops.attention(q, k, v, seen if masked else None, 0.8) for ops in (model.Plain, model.Fast)]
+    agree([*own, theirs], [q, k, v])
 
 
 def attention_by_loops(q, k, v, sees):
@@ -476,6 +493,36 @@ def test_rope_is_exact_at_far_positions(single):
     assert cos.dtype == torch.float32
 
 
+def test_a_larger_base_of_rope_reaches_further(single):
+    """Beyond the block that it was trained with, a model loses less with slower rotations; then few steps teach it the rest."""
+    def batch(n, T):
+        return torch.randint(23, (n, 6)).repeat(1, T // 6 + 1)[:, :T + 1]
+
+    def losses(gpt, x):
+        return F.cross_entropy(gpt(x[:, :-1]).transpose(1, 2), x[:, 1:], reduction="none").mean(0)
+
+    def learn(gpt, steps, T):
+        adam = torch.optim.Adam(gpt.parameters(), lr=1e-2, fused=True)
+        for _ in range(steps):
+            adam.zero_grad()
+            losses(gpt, batch(24, T))[5:].mean().backward()
+            adam.step()
+
+    gpt = GPT(Config(vocab_size=23, block_size=16, n_layer=1, n_head=4, n_embd=32))
+    learn(gpt, 100, 16)
+    x, beyond = batch(64, 64), {}
+    for base in (1e4, 1e6):
+        config = vars(gpt.config) | dict(block_size=64, rope_base=base)
+        longer = model.from_checkpoint(dict(config=config, weights=gpt.state_dict()))
+        with torch.no_grad():
+            found = losses(longer, x)
+        assert found[6:16].mean() < 0.05
+        beyond[base] = found[16:].mean()
+    assert beyond[1e6] < beyond[1e4] - 0.1 and beyond[1e4] > 1
+    learn(longer, 15, 64)
+    assert losses(longer, x)[16:].mean() < 0.5
+
+
 @pytest.mark.parametrize("n_embd", [16, 12])
 def test_sinusoidal_formula(n_embd):
     gpt = GPT(Config(**{**TINY, "n_embd": n_embd}, position="sinusoidal"))
@@ -585,6 +632,16 @@ def test_softcap():
     close(capped(x), 2 * torch.tanh(plain(x) / 2))
     close(capped.head(capped.hidden(x)), capped(x))
     assert plain(x).abs().max() > 3 and capped(x).abs().max() < 2
+
+
+def test_soft_cap_of_scores():
+    """A wide cap changes nothing, a narrow one does; at 0 every token would weigh alike."""
+    for changes in ({}, dict(mixer="latent"), WINDOW):
+        plain, x = make(**changes), tokens()
+        for cap, low, high in ((1e6, 0, 1e-9), (1.0, 1e-3, 100)):
+            capped = make(attention_softcap=cap, **changes)
+            capped.load_state_dict(plain.state_dict())
+            assert low <= (capped(x) - plain(x)).abs().max() <= high
 
 
 def test_order_matters_except_without_position():
@@ -764,13 +821,15 @@ def expanded_latent(layer, x, turn):
     v = torch.einsum("btc,hdc->bthd", c, layer.v["weight"])
     k = torch.cat((k, turn(r.view(B, T, 1, hd)).expand(B, T, H, hd)), 3)
     q = torch.cat((layer.q_norm(q.view(B, T, H, hd)), turn(q_turned.view(B, T, H, hd))), 3)
-    scores = torch.einsum("bthd,bshd->bhts", q, k) / math.sqrt(2 * hd) + torch.full((T, T), -torch.inf).triu(1)
+    scores = torch.einsum("bthd,bshd->bhts", q, k) / math.sqrt(2 * hd)
+    scores = (layer.cap * torch.tanh(scores / layer.cap) if layer.cap else scores) + torch.full((T, T), -torch.inf).triu(1)
     return torch.einsum("bhts,bshd->bthd", scores.softmax(-1), v).flatten(2) @ layer.out.weight.T
 
 
-@pytest.mark.parametrize("latent,norm", [(6, "rmsnorm"), (0, "layernorm")])
-def test_latent_attention_in_the_expanded_form(latent, norm):
-    gpt, ids, x = make(mixer="latent", latent=latent, norm=norm, n_layer=1), tokens(2, 9), torch.randn(2, 9, 16)
+@pytest.mark.parametrize("latent,norm,cap", [(6, "rmsnorm", 0.0), (0, "layernorm", 0.0), (6, "rmsnorm", 0.9)])
+def test_latent_attention_in_the_expanded_form(latent, norm, cap):
+    changes = dict(latent=latent, norm=norm, attention_softcap=cap)
+    gpt, ids, x = make(mixer="latent", n_layer=1, **changes), tokens(2, 9), torch.randn(2, 9, 16)
     layer, call = gpt.blocks[0].mixer, call_of(make(mixer="latent", n_layer=1), ids)
     close(layer(x, call, 0), expanded_latent(layer, x, call.turn))
 
@@ -1323,8 +1382,12 @@ def test_accounting_by_context(single):
     config = Config(**TINY, n_expert=2, balance_bias=0.1)
     costs = [model.account(dataclasses.replace(config, block_size=n), 1) for n in (16, 64, 256)]
     shares = [cost["flops"]["mixer"] / cost["forward_flops"] for cost in costs]
-    text = " ".join(model.by_context(config).split())
-    assert "16, 64, 256 tokens: mixers take " + ", ".join(f"{share:.0%}" for share in shares) in text
+    text = " ".join(model.report(config, 1, blocks=(1, 4, 16)).split())
+    for n, share, cost in zip((16, 64, 256), shares, costs):
+        frugal = model.account(dataclasses.replace(config, block_size=n, balance_bias=0.0, recompute=True), 1)
+        kept, less = (f"{a['memory']['activations'] / 2**20:,.0f}" for a in (cost, frugal))
+        assert f"{n} tokens: mixer {share:.0%}, " in text
+        assert f"activations of a sequence {kept} MiB, with --recompute {less}" in text
     assert shares == sorted(shares) and shares[0] < shares[2] - 0.1
 
 
@@ -1579,6 +1642,8 @@ FAMILIES = {
     "mistral-full": ("Mistral", dict(SMALL, num_key_value_heads=4, sliding_window=None)),
     "qwen2.5": ("Qwen2", dict(SMALL, num_key_value_heads=2)),
     "qwen3": ("Qwen3", dict(SMALL, num_key_value_heads=2, head_dim=12, tie_word_embeddings=True)),
+    "qwen3-moe": ("Qwen3Moe", dict(SMALL, num_key_value_heads=2, head_dim=12, moe_intermediate_size=20, num_experts=5, num_experts_per_tok=2,
+                                   norm_topk_prob=True)),
 }
 
 
@@ -1669,6 +1734,19 @@ def test_config_that_asks_for_what_is_not_there(hf_folder, changes, message):
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_config_of_experts_that_is_not_computed_here(tmp_path, single):
+    model.export_hf(make(n_expert=3), tmp_path)
+    model.import_hf(tmp_path)  # the twin
+    for changes, message in ((dict(norm_topk_prob=False), "norm_topk_prob=False"), (dict(norm_topk_prob=None), "norm_topk_prob=False"),
+                             (dict(decoder_sparse_step=2, norm_topk_prob=True), "decoder_sparse_step=2"),
+                             (dict(decoder_sparse_step=1, mlp_only_layers=[0]), "mlp_only_layers=[0]"),
+                             (dict(mlp_only_layers=[], num_experts=4), "model.layers.0.mlp.gate.weight [3, 16] has no place here")):
+        rewrite(tmp_path, **changes)
+        with pytest.raises(ValueError) as caught:
+            model.import_hf(tmp_path)
+        assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
 def relabel(change):
     """A function that lets `change` edit the header of a safetensors file, whose bytes stay."""
     def edit(content):
@@ -1728,7 +1806,8 @@ def test_missing_files(hf_folder):
 
 @pytest.mark.parametrize("changes,named", [
     (dict(GPT2), "bias"), (dict(ngram=3), "ngram"), (dict(counts=3), "counts"), (dict(mixer="gdn"), "mixer"), (dict(placement="post"), "placement"),
-    (dict(softcap=3.0), "softcap"), (dict(ffn="relu2"), "ffn"), (dict(GPT2, bias=True, n_kv_head=2), "n_kv_head"), (dict(bias=True), "bias"),
+    (dict(softcap=3.0), "softcap"), (dict(attention_softcap=3.0), "attention_softcap"), (dict(ffn="relu2"), "ffn"),
+    (dict(n_expert=4, n_expert_shared=1), "n_expert_shared"), (dict(n_expert=4, balance_bias=0.1), "balance_bias"), (dict(GPT2, bias=True, n_kv_head=2), "n_kv_head"), (dict(bias=True), "bias"),
     (dict(HYBRID), "mixer")])
 def test_export_of_what_no_family_computes(tmp_path, changes, named):
     with pytest.raises(ValueError, match=f"no kind of HuggingFace's models is this one; .* differs in .*{named}"):
@@ -1854,7 +1933,7 @@ def test_cache_may_be_filled_with_gradients_on():
 @pytest.mark.parametrize("changes", [{}, dict(GPT2, bias=True), dict(HYBRID, n_kv_head=2, dropout=0.2), dict(placement="post", position="sinusoidal"),
                                      dict(mixer="linear,mamba2"), dict(mixer="gdn,attention"), dict(mixer="hyena"), dict(n_expert=4, n_expert_shared=1),
                                      dict(mixer="latent,strided", window=3, end_token=4, ngram=3, ngram_rows=97, residual="scaled"),
-                                     dict(recompute=True, softcap=9.0, placement="sandwich"),
+                                     dict(recompute=True, softcap=9.0, placement="sandwich"), dict(attention_softcap=2.0, **HYBRID),
                                      dict(mixer="valued", ngram=3, ngram_rows=97, softcap=9.0)])
 def test_compiled_model_is_the_same(changes):
     gpt, x = make(**changes).train(), tokens()
