@@ -1,8 +1,13 @@
 """How many demonstrations does fine-tuning need? The demonstration's base model after 10, 100, 1,000 and all of them.
 
 Usage: python tests/bench_align.py ALIGNED [--seeds=3]      (the folder that `python align.py` wrote)
+       python tests/bench_align.py --lora=16                (of no folder: what adapters save, in GPT-2's shape)
+       python tests/bench_align.py --rollouts               (against transformers, a model of the demonstration's size)
 
-Each row is `python align.py --algorithm=sft` as in the demonstration, on the first rows of demonstrations.jsonl, another part of
+The second line takes one step of `--algorithm=sft` with all weights and one with adapters of this rank, in single precision, and adds
+up the bytes of the gradients that come to be and of what the optimizer keeps. The third writes the responses of a step of GRPO, 8 to
+each of 32 prompts, 20 tokens each: by align.respond, and by transformers' `generate` with the same weights on the same prompts, which
+keeps no log-probabilities; in turns, the median of 5. Of the first line each row is `python align.py --algorithm=sft` as in the demonstration, on the first rows of demonstrations.jsonl, another part of
 them for each seed, for the same number of steps. Then the 300 held-out sums are graded: strict, and lenient about the form.
 """
 import argparse
@@ -12,17 +17,81 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 HOW = "--template=bare --max_new_tokens=20 --verifier=gsm8k"
+
+
+def kept_bytes(rank, preset="gpt2"):
+    """(bytes of weights, of gradients, of the optimizer's tensors) of one step; rank 0: all weights are trained."""
+    import torch
+
+    import align
+    import bpe
+    import model
+    config = align.options(model.Config, model.PRESETS[preset].split())
+    tokenizer = bpe.train("char", ["abc"], 5, workers=1)
+    trainer = align.Trainer(align.options(align.Options, [f"--lora={rank}"]), model.GPT(config), tokenizer, {})
+    grads = []
+    for weight in trainer.weights.values():
+        weight.register_post_accumulate_grad_hook(lambda weight: grads.append(weight.grad.nbytes))
+    trainer.update([[dict(ids=[0, 1, 2, 0, 1], mask=[0, 1, 1, 1, 1])]])
+    states = [tensor.nbytes for tensors in trainer.state.values() for tensor in tensors]
+    weights = [weight.nbytes for weight in trainer.policy.gpt.parameters()]
+    return sum(weights), sum(grads), sum(states)
+
+
+def rollouts(prompts=32, group=8, new=20):
+    """Seconds for the responses of one step: by align.respond, by transformers."""
+    import torch
+    import transformers
+
+    import align
+    import bpe
+    import model
+    torch.manual_seed(0)
+    tokenizer = bpe.train("char", ["".join(map(chr, range(32, 127))) + "\n"], 100, workers=1)
+    shape = "--block_size=128 --n_layer=2 --n_head=2 --n_embd=64 --ffn=gelu --norm=layernorm --qk_norm=False --position=learned --bias=True"
+    gpt = model.GPT(align.options(model.Config, f"{shape} --vocab_size={tokenizer.vocab_size}".split())).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        model.export_hf(gpt, folder)
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    ids = [tokenizer.encode(f"{100 + n}+{999 - n} ") for n in range(prompts) for _ in range(group)]
+    o = align.options(align.Options, f"--template=bare --max_new_tokens={new}".split())
+    rows = torch.tensor(ids)
+    assert torch.allclose(theirs(rows).logits, gpt(rows), atol=1e-4)
+    how = dict(attention_mask=torch.ones_like(rows), do_sample=True, max_new_tokens=new, top_k=0, pad_token_id=0,
+               eos_token_id=tokenizer.special_tokens["<|endoftext|>"])
+    spent = [], []
+    for turn in range(6):  # the first is not like the others
+        for times, write in zip(spent, (lambda: align.respond(gpt, tokenizer, ids, o, str(turn)), lambda: theirs.generate(rows, **how))):
+            began = time.perf_counter()
+            write()
+            times += [time.perf_counter() - began] * (turn > 0)
+    return [statistics.median(times) for times in spent]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=lambda name: Path(name).resolve() / "sums-0")
+    parser.add_argument("folder", nargs="?", type=lambda name: Path(name).resolve() / "sums-0")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--lora", type=int, default=0)
+    parser.add_argument("--rollouts", action="store_true")
     o = parser.parse_args()
+    if o.rollouts:
+        own, theirs = rollouts()
+        return print(f"responses a second: align.py {256 / own:,.0f}, transformers {256 / theirs:,.0f}; {theirs / own:.2f} times")
+    if o.lora:
+        print("| GPT-2's shape | weights | gradients | optimizer | of both, share of full |\n|---|---|---|---|---|")
+        for rank in (0, o.lora):
+            sizes = kept_bytes(rank)
+            full = sizes if not rank else full
+            cells = [f"{size / 1e6:,.1f} MB" for size in sizes] + [f"{sum(sizes[1:]) / sum(full[1:]):.2%}"]
+            print(f"| {f'adapters of rank {rank}' if rank else 'all weights'} | {' | '.join(cells)} |", flush=True)
+        return
     rows = (o.folder / "demonstrations.jsonl").read_text().splitlines(keepends=True)
 
     def run(*words):
