@@ -5,7 +5,7 @@ Reads: a checkpoint with its tokenizer; jsonl files of demonstrations (`prompt` 
        `response_b`, `chosen`; or `prompt`, `chosen`, `rejected`), or prompts with
        what their verifier asks for (`prompt`, `answer`).
 Writes: OUTPUT/ckpt.pt, log.jsonl; adapters.pt with --lora; preferences.jsonl with
-       --label; winrate.jsonl with --eval=winrate.
+       --label; judged.jsonl where a judge is asked.
 Usage: python align.py
        python align.py --algorithm=sft --ckpt=out/ckpt.pt --data=chats.jsonl
        python align.py --algorithm=grpo --data=prompts.jsonl --verifier=exact
@@ -20,10 +20,11 @@ import contextlib
 import copy
 import dataclasses
 import difflib
+import hashlib
+import importlib.util
 import inspect
 import json
 import math
-import operator
 import os
 import re
 import runpy
@@ -59,6 +60,7 @@ class Options:
     task: str = "sums"  # of the demonstration: sums, countdown, refuse (also on your --data: rows with `harmful`)
     base_iters: int = 0  # steps of the demonstration's base model (0: enough of them)
     seeds: int = 1  # how often the demonstration runs, each time with another seed
+    plot: str = ""  # picture of the demonstration: held-out prompts answered right over seconds of training
     ckpt: str = "out/ckpt.pt"  # the model to start from
     data: str = ""  # jsonl file of demonstrations, preferences or prompts
     output: str = "aligned"  # folder of the run
@@ -73,12 +75,11 @@ class Options:
     label: str = ""  # jsonl file of prompts: show two responses to each, ask which is better
     tool: str = ""  # that a model may call: calculator, in <<1+2=3>>, where it fills in the 3
     lora: int = 0  # rank of the adapters to train instead of the weights (0: the weights)
-    lora_alpha: float = 32.0  # adapters count alpha / rank
     loss: str = "nll"  # nll; dpo, ipo, simpo, reward; plain, clip, cispo
     beta: float = 0.1  # dpo, ipo, simpo: how sharply a difference of log-probabilities tells two responses apart
     label_smoothing: float = 0.0  # dpo: share of the preferences that may be wrong
     margin: float = 0.5  # simpo: by how much the better one should lead
-    advantage: str = "group"  # of a response over others: none, right, mean, leave_one_out, centred, group, batch
+    advantage: str = "group"  # of a response over others: none, right, mean, leave_one_out, centred, group
     ratio: str = "token"  # of new to old probability: of each token, or of the whole sequence (its geometric mean)
     mean: str = "token"  # what all count alike: token, sequence; constant: divided by the longest possible response
     clip_low: float = 0.2  # the ratio counts down to 1 - clip_low
@@ -166,9 +167,7 @@ def conversation(row: dict) -> list[dict]:
 
 
 def demonstration(row: dict) -> list[list[dict]]:
-    """The conversation of a row; its `text`, if it is no conversation."""
-    if "text" in row:
-        return [row["text"]]
+    """The conversation of a row, none where its last response is empty."""
     messages = conversation(row)
     require(messages[-1]["role"] == "assistant", "there is no response")
     return [messages] if messages[-1]["content"].strip() else []
@@ -193,33 +192,26 @@ def asked(row: dict) -> list[list[dict]]:
     return [messages + [dict(role="assistant", content="")]]
 
 
-def tokenised(tokenizer: bpe.Tokenizer, messages: list | str, o: Options) -> dict:
-    """A conversation as `ids` and `mask`, and `prompt`, the ids before its last message; of a text all is learned."""
-    if isinstance(messages, str):
-        ids = tokenizer.encode(f"{END}{messages}{END}", "all")
-        return dict(ids=ids, mask=[1] * len(ids), prompt=[])
+def tokenised(tokenizer: bpe.Tokenizer, messages: list[dict], o: Options) -> dict:
+    """A conversation as `ids` and `mask`, and `prompt`, the ids before its last message."""
     ids, mask = sample.render(messages, o.template, tokenizer)
     prompt, _ = sample.render(messages[:-1], o.template, tokenizer, reply=True)
     return dict(ids=ids, mask=mask, prompt=prompt)
 
 
-def pack(lengths: list[int]) -> list[list[int]]:
-    """Numbers of the texts of each row, where rows are as long as the longest text (best fit, longest first).
+def pack(lengths: list[int]) -> list[int]:
+    """Where each text begins, in rows behind one another that are as long as the longest (best fit, longest first).
 
     >>> pack([2, 5, 3, 1])
-    [[1], [2, 0], [3]]
+    [8, 0, 5, 10]
     """
-    rows, free = [], []
+    T, used, starts = max(lengths), [0] * len(lengths), {}
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        fits = [row for row in range(len(rows)) if free[row] >= lengths[i]]
-        if not fits:
-            fits = [len(rows)]
-            rows.append([])
-            free.append(max(lengths))
-        row = min(fits, key=free.__getitem__)
-        rows[row].append(i)
-        free[row] -= lengths[i]
-    return rows
+        fits = [row for row, n in enumerate(used) if n + lengths[i] <= T]
+        row = max(fits, key=used.__getitem__)  # the fullest
+        starts[i] = row * T + used[row]
+        used[row] += lengths[i]
+    return [starts[i] for i in range(len(lengths))]
 
 
 def collate(samples: list[dict]) -> SimpleNamespace:
@@ -229,27 +221,23 @@ def collate(samples: list[dict]) -> SimpleNamespace:
     the number of its text; `counts`, how many each text has.
     """
     sizes = [len(s["ids"]) for s in samples]
-    rows = pack(sizes)
-    single = len(rows) == len(samples)
-    T, R = max(sizes), max(len(rows), 2 - single)  # a mask needs two rows
-    tokens, place = torch.zeros(2, R, T, dtype=torch.long)
-    at = {}
-    for row, numbers in enumerate(rows):
-        start = 0
-        for i in numbers:
-            end = start + sizes[i]
-            tokens[row, start:end] = torch.tensor(samples[i]["ids"])
-            place[row, start:end] = torch.arange(sizes[i])
-            learned = torch.tensor(samples[i]["mask"][1:]).nonzero()
-            at[i] = row * T + start + learned[:, 0]
-            start = end
-    counts = [len(at[i]) for i in range(len(samples))]
+    starts, T = pack(sizes), max(sizes)
+    rows = max(starts) // T + 1
+    single = rows == len(samples)
+    R = max(rows, 2 - single)  # a mask needs two rows
+    tokens, place = torch.zeros(2, R * T, dtype=torch.long)
+    at = []
+    for s, start, size in zip(samples, starts, sizes):
+        tokens[start:start + size] = torch.tensor(s["ids"])
+        place[start:start + size] = torch.arange(size)
+        learned = torch.tensor(s["mask"][1:]).nonzero()
+        at.append(start + learned[:, 0])
+    counts = list(map(len, at))
     of = torch.arange(len(samples)).repeat_interleave(torch.tensor(counts))
-    at = torch.cat([at[i] for i in range(len(samples))])
     return SimpleNamespace(
-        tokens=tokens,
-        place=place,
-        at=at,
+        tokens=tokens.view(R, T),
+        place=place.view(R, T),
+        at=torch.cat(at),
         of=of,
         counts=counts,
         single=single,
@@ -259,14 +247,14 @@ def collate(samples: list[dict]) -> SimpleNamespace:
 # ---- the policy: a model whose log-probabilities are asked for, with a head that PPO and reward models need
 
 class LoRA(nn.Module):
-    """W becomes W + alpha / rank B A, of which A (rank, n_in) and B (n_out, rank) are trained (Hu et al. 2021)."""
+    """W becomes W + 32 / rank B A, of which A (rank, n_in) and B (n_out, rank) are trained (Hu et al. 2021)."""
 
-    def __init__(self, weight, rank, alpha):
+    def __init__(self, weight, rank):
         super().__init__()
         n_out, n_in = weight.shape
         self.a = nn.Parameter(torch.randn(rank, n_in) / n_in**0.5)
         self.b = nn.Parameter(torch.zeros(n_out, rank))
-        self.scale = alpha / rank
+        self.scale = 32 / rank
 
     def forward(self, weight):
         return weight + self.scale * self.b @ self.a
@@ -275,13 +263,7 @@ class LoRA(nn.Module):
 class Policy(nn.Module):
     """Samples -> log-probabilities of the tokens to learn; `head` gives each state before them a number."""
 
-    def __init__(
-        self,
-        gpt: GPT,
-        vocab_size: int,
-        rank: int = 0,
-        alpha: float = 32.0,
-    ):
+    def __init__(self, gpt: GPT, vocab_size: int, rank: int = 0):
         super().__init__()
         self.gpt, self.vocab_size, self.rank = gpt, vocab_size, rank
         self.head = nn.Linear(gpt.config.n_embd, 1)
@@ -290,7 +272,7 @@ class Policy(nn.Module):
         if rank:
             gpt.requires_grad_(False)
             for module in [m for m in gpt.blocks.modules() if type(m) is Linear]:
-                parametrize.register_parametrization(module, "weight", LoRA(module.weight, rank, alpha))
+                parametrize.register_parametrization(module, "weight", LoRA(module.weight, rank))
 
     def merged(self) -> GPT:
         """The model with its adapters added to the weights."""
@@ -309,10 +291,8 @@ class Policy(nn.Module):
         where = torch.arange(tokens.shape[1], device=at.device).expand_as(tokens)
         if not c.single:  # texts that share a row do not see each other
             self.gpt.look = lambda tokens, state: (tokens, where, place)
-        try:
-            states = self.gpt.hidden(tokens).flatten(0, 1)[at]  # (N, C)
-        finally:
-            vars(self.gpt).pop("look", None)
+        states = self.gpt.hidden(tokens).flatten(0, 1)[at]  # (N, C)
+        vars(self.gpt).pop("look", None)
         logits = self.gpt.logits(states)[:, :self.vocab_size].log_softmax(-1)  # (N, V)
         targets = tokens.flatten()[at + 1]
         return SimpleNamespace(
@@ -325,12 +305,7 @@ class Policy(nn.Module):
 
 
 @torch.no_grad()
-def annotate(
-    policy: Policy,
-    samples: list[dict],
-    micro: int,
-    **names: str,
-):
+def annotate(policy: Policy, samples: list[dict], micro: int, **names: str):
     """Write into each sample what the policy says of its tokens: annotate(reference, samples, 16, ref="logp")."""
     for i in range(0, len(samples), micro):
         some = samples[i:i + micro]
@@ -483,7 +458,6 @@ ADVANTAGES = {
     "leave_one_out": lambda r: centred(r) * r.shape[1] / (r.shape[1] - 1),  # less the mean of the others
     "centred": centred,
     "group": lambda r: centred(r) / (r.std(1, keepdim=True) + 1e-4),
-    "batch": lambda r: centred(r) / (r.std() + 1e-4),
 }
 
 
@@ -529,33 +503,18 @@ def advantages(samples: list[dict], o: Options):
 
 # ---- rollouts: prompts -> samples with the log-probabilities that the engine saw
 
-OPERATIONS = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-}
-
-
-def evaluated(node: ast.expr) -> Fraction:
-    """The exact value of a tree of + - * / over numbers. Raises ValueError, ZeroDivisionError, KeyError for another."""
-    if isinstance(node, ast.BinOp):
-        return OPERATIONS[type(node.op)](evaluated(node.left), evaluated(node.right))
-    require(isinstance(node, ast.Constant) and type(node.value) in (int, float), "not a number")
-    return Fraction(str(node.value))
-
-
 def calculator(text: str) -> str:
-    """The value of an expression of up to 100 characters as text; "?" where it has none.
+    """The value of up to 100 characters of + - * / over numbers as text; "?" where it has none.
 
     >>> calculator("12*(3+4)"), calculator("1/8"), calculator("2**9")
     ('84', '0.125', '?')
     """
-    try:
-        value = evaluated(ast.parse(text[:100].strip(), mode="eval").body)
-    except (ValueError, ArithmeticError, SyntaxError, KeyError):
-        return "?"
-    return str(value) if value.denominator == 1 else f"{float(value):.10g}"
+    with contextlib.suppress(Exception):  # of many kinds, as it may hold any text
+        # digits and signs alone, which name nothing; fractions, for they do not round
+        require(re.fullmatch(r"(?!.*(\*\*|//))[-+*/. ()\d]{1,100}", text), "no expression")
+        value = eval(re.sub(r"[\d.]+", r"Fraction('\g<0>')", text))
+        return str(value) if value.denominator == 1 else f"{float(value):.15g}"
+    return "?"
 
 
 # what ends a call, the call's form, what fills it in; a tool's words are part of the text, but no token to learn
@@ -578,7 +537,7 @@ def respond(
     `old`: log-probabilities of the tokens to learn; `text`: the response; `done`: why it ended.
     """
     stops, form, tool = TOOLS[o.tool]
-    end = sample.TEMPLATES[o.template][2]
+    end, sampling = sample.TEMPLATES[o.template][2], Sampling(temperature, 0)
     samples = []
     for ids in prompts:
         samples.append(dict(ids=ids[:], mask=[0] * len(ids), old=[], done="stop"))
@@ -587,12 +546,14 @@ def respond(
         for i in going:
             ids = samples[i]["ids"]
             left = max(0, len(prompts[i]) + o.max_new_tokens - len(ids))
-            request = Request(ids[:], left, Sampling(temperature, 0), f"{seed} {i} {left}")
-            request.end = tokenizer.special_tokens[end]
-            request.text = sample.TextStream(stops)
-            requests.append(request)
+            last, text = tokenizer.special_tokens[end], sample.TextStream(stops)
+            requests.append(Request(ids[:], left, sampling, f"{seed} {i} {left}", last, text))
         with parametrize.cached():
-            sample.complete(Engine(gpt, requests, tokenizer.vocab_size), tokenizer, requests)
+            engine = Engine(gpt, requests, tokenizer.vocab_size)
+            if stops:
+                sample.complete(engine, tokenizer, requests)
+            while engine.step():  # without texts, in which a tool's calls are found
+                pass
         for i, request in zip(going, requests):
             call = re.search(form, tokenizer.decode(request.output))
             words = tokenizer.encode(tool(call[1])) if call else []
@@ -971,7 +932,7 @@ class Judge:
     """A model that compares two responses: behind an OpenAI-compatible endpoint (--judge=URL), or in a checkpoint."""
 
     def __init__(self, o: Options):
-        self.o, self.unclear = o, 0
+        self.o = o
         require(o.judge, "--judge=URL of an endpoint, or a checkpoint, is needed")
         self.local = None if "://" in o.judge else sample.load(o.judge, o.device)
 
@@ -1000,19 +961,30 @@ class Judge:
         scores = []
         for first, second, letters in ((a, b, "ACB"), (b, a, "BCA")):
             verdict = re.search(r"\b[ABC]\b", self.reply(ASK.format(request, first, second)) or "")
-            self.unclear += not verdict
             scores.append(1 - letters.index(verdict[0] if verdict else "C") / 2)
         return scores[0] if scores[0] == scores[1] else 0.5
 
 
 def scorer(o: Options, tokenizer: bpe.Tokenizer) -> Callable:
-    """The function (samples, their rows) -> a strict and a lenient score of each, which --verifier names."""
+    """The function (samples, their rows) -> a strict and a lenient score of each, which --verifier names.
+
+    OUTPUT/judged.jsonl keeps what a judge said, so that a run that was stopped does not ask again.
+    """
     if o.verifier == "judge":
-        judge = Judge(o)
+        judge, path, known = Judge(o), Path(o.output) / "judged.jsonl", {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not judge.local:
+            known |= sample.read_rows(lambda row: (tuple(row["asked"]), row["score"]), path)
+
         def score(samples, rows):
             scores = []
             for s, row in zip(samples, rows):
-                scores.append(judge.compare(f"{row['prompt']}", s["text"], row["response"]))
+                asked = o.judge, o.judge_model, f"{row['prompt']}", s["text"], f"{row['response']}"
+                if asked not in known:
+                    known[asked] = judge.compare(*asked[2:])
+                    with open(path, "a") as file:
+                        file.write(json.dumps(dict(asked=asked, score=known[asked])) + "\n")
+                scores.append(known[asked])
             return scores, scores
     elif o.verifier.endswith(".pt"):
         checkpoint = load_checkpoint(o.verifier)
@@ -1108,7 +1080,7 @@ class Trainer:
         self.reference = None
         if o.loss in ("dpo", "ipo") or distant:
             self.reference = Policy(copy.deepcopy(gpt), tokenizer.vocab_size).to(self.device)
-        self.policy = Policy(gpt, tokenizer.vocab_size, o.lora, o.lora_alpha).to(self.device)
+        self.policy = Policy(gpt, tokenizer.vocab_size, o.lora).to(self.device)
         self.policy.head.requires_grad_(o.critic or o.loss == "reward")
         if checkpoint:
             weights = {} if o.lora else {f"gpt.{name}": weight for name, weight in checkpoint["weights"].items()}
@@ -1116,14 +1088,14 @@ class Trainer:
         self.weights = {name: weight for name, weight in self.policy.named_parameters() if weight.requires_grad}
         self.state = {name: [] for name in self.weights} | checkpoint.get("optimizer", {})
         self.queue = checkpoint.get("queue", [])  # batches of responses that wait, with --staleness
-        start = dict(step=0, updates=0, rolled=0)  # steps, changes of the weights, batches of responses
-        start |= dict(tokens=0, seconds=0.0)
+        # steps, changes of the weights, batches of responses
+        start = dict(step=0, updates=0, rolled=0, tokens=0, seconds=0.0)
         self.progress = SimpleNamespace(**checkpoint.get("progress", start))
-        self.seen, self.spent = Counter(), Counter()  # since the last record: sums of what is logged, seconds
+        self.seen, self.spent = {}, Counter()  # since the last record: [sum, count] of what is logged, seconds
         if self.objective is policy_loss:
             require(o.batch_size % o.group == 0, f"--batch_size={o.batch_size} is no multiple of --group={o.group}")
             self.score = scorer(o, tokenizer)
-        if o.verifier and self.objective is not preference_loss:
+        if o.verifier:
             self.held_score = scorer(dataclasses.replace(o, verifier=o.held_verifier or o.verifier), tokenizer)
 
     @contextlib.contextmanager
@@ -1132,6 +1104,12 @@ class Trainer:
         began = time.perf_counter()
         yield
         self.spent[what] += time.perf_counter() - began
+
+    def note(self, count, **sums):
+        """Take into the next record what is a sum over `count` things."""
+        for key, value in sums.items():
+            total, n = self.seen.get(key, (0.0, 0))
+            self.seen[key] = total + value, n + count
 
     def write(self, items):
         """Responses of the weights as they are, to the next prompts, with their rewards; neighbours share a prompt."""
@@ -1145,12 +1123,12 @@ class Trainer:
         with self.timed("reward"):
             strict, lenient = self.score(samples, [q["row"] for q in asked])
         kinds = len({(*s["ids"],) for s in samples})
-        self.seen.update(responses=len(samples), duplicates=len(samples) - kinds)
+        self.note(len(samples), duplicates=len(samples) - kinds)
         for s, reward, loose in zip(samples, strict, lenient):
             finite, size = math.isfinite(reward), len(s["old"])
             s["reward"] = reward if finite else 0.0
-            self.seen.update(reward=s["reward"], length=size, truncated=s["done"] == "length")
-            self.seen.update(lenient=loose if finite else 0, not_finite=not finite)
+            self.note(1, reward=s["reward"], length=size, truncated=s["done"] == "length")
+            self.note(1, lenient=loose if finite else 0, not_finite=not finite)
             if o.overlong:  # DAPO: the last tokens before the limit cost up to 1
                 s["reward"] -= min(1.0, max(0, size + o.overlong - o.max_new_tokens) / o.overlong)
         return samples
@@ -1162,7 +1140,7 @@ class Trainer:
             new = self.write(items)
             groups = [new[i:i + o.group] for i in range(0, len(new), o.group)]
             told = [group for group in groups if len({s["reward"] for s in group}) > 1]
-            self.seen.update(groups=len(groups), no_gradient=len(groups) - len(told))
+            self.note(len(groups), no_gradient=len(groups) - len(told))
             samples += [s for group in (told if o.dynamic else groups) for s in group]
             if len(samples) >= o.batch_size:
                 break
@@ -1218,11 +1196,12 @@ class Trainer:
             s["weight"] = torch.full((n,), each)
             s["share"] = torch.tensor([1 / len(groups)])
         for i in range(0, len(groups), self.micro):
-            loss = self.loss([s for group in groups[i:i + self.micro] for s in group])
+            loss, log = self.loss([s for group in groups[i:i + self.micro] for s in group])
+            self.note(log.pop("count"), **log)
             require(loss.isfinite(), f"the loss is {loss.item()} at step {p.step}; try a smaller --learning_rate")
             loss.backward()
         norm = nn.utils.clip_grad_norm_(self.weights.values(), o.grad_clip or math.inf)
-        self.seen.update(updates=1, grad_norm=norm.item())
+        self.note(1, grad_norm=norm.item())
         p.updates += 1
         for name, weight in self.weights.items():
             if weight.grad is None:  # of an output layer of its own, where no logit is in the loss
@@ -1235,58 +1214,50 @@ class Trainer:
             weight.grad = None
 
     def loss(self, samples):
-        """The loss of samples; what is to be logged is added up in `seen`."""
+        """The loss of samples; and what is to be logged, as sums over `count` tokens or pairs."""
         out = self.policy(samples)
         keys = [key for key, value in samples[0].items() if isinstance(value, Tensor)]
         columns = {key: torch.cat([s[key] for s in samples]).to(self.device) for key in keys}
-        loss, extra = self.objective(out, SimpleNamespace(**columns), self.o)
-        self.seen.update({key: torch.as_tensor(value).item() for key, value in extra.items()})
-        self.seen.update(passes=1, padding=out.padding)
-        return loss
+        loss, log = self.objective(out, SimpleNamespace(**columns), self.o)
+        log["padding"] = out.padding * log["count"]
+        return loss, {key: torch.as_tensor(value).item() for key, value in log.items()}
 
     def record(self) -> dict:
         """What the log says of the steps since the last record: means over tokens or pairs, responses, groups, updates.
 
         `idle` is the share of the time that went into padding, waiting and copies.
         """
-        p, seen, spent = self.progress, self.seen, self.spent
-        over = dict.fromkeys(("reward", "lenient", "length", "truncated", "not_finite", "duplicates"), "responses")
-        over |= dict(no_gradient="groups", grad_norm="updates", padding="passes")
+        p, spent = self.progress, self.spent
         out = dict(step=p.step, tokens=p.tokens, seconds=round(p.seconds, 2))
         out["lr"] = train.rate(p.step, self.o)
-        for key in seen.keys() - {"count", *over.values()}:
-            out[key] = seen[key] / max(1, seen[over.get(key, "count")])
-        busy = spent["rollout"] + spent["reward"] + spent["train"] * (1 - out.get("padding", 0))
-        out["idle"] = 1 - busy / (spent["all"] or math.inf)
-        self.seen, self.spent = Counter(), Counter()
+        out |= {key: total / count for key, (total, count) in self.seen.items()}
+        if spent["all"]:
+            busy = spent["rollout"] + spent["reward"] + spent["train"] * (1 - out.get("padding", 0))
+            out["idle"] = 1 - busy / spent["all"]
+        self.seen, self.spent = {}, Counter()
         return out
 
     @torch.no_grad()
     def evaluate(self, held) -> dict:
         """On rows that are held out: the loss, and the share of right responses without sampling."""
-        out, before = {}, (self.seen, self.spent)
+        out = {}
         if self.objective is not policy_loss:
-            self.seen, loss = Counter(), 0.0
+            sums = Counter()
             for item in held:
                 for s in item:
                     s["weight"] = torch.ones(sum(s["mask"][1:]))
                     s["share"] = torch.ones(1)
-                loss += self.loss(item).item()
-            n = self.seen["count"]
-            out = dict(loss=loss / n) | {key: value / n for key, value in self.seen.items()}
-            for key in ("count", "passes", "padding"):
-                del out[key]
-        if self.o.verifier and self.objective is not preference_loss:
+                loss, log = self.loss(item)
+                sums.update(log, loss=loss.item())
+            out = {key: sums[key] / sums["count"] for key in sums if key not in ("count", "padding")}
+        if self.o.verifier:
             out |= grade(self.policy.gpt, self.tokenizer, held, self.o, self.held_score)
-        self.seen, self.spent = before
         return {f"val_{key}": value for key, value in out.items()}
 
     def save(self):
         """Write ckpt.pt, from which sample.py samples and --resume goes on; and the adapters alone."""
-        o, p, names = self.o, self.progress, ("align.py", "train.py", "model.py")
-        states = self.policy.state_dict()
+        o, p, states = self.o, self.progress, self.policy.state_dict()
         trained = {name: states[name] for name in states if "weight.0" in name or name.startswith("head")}
-        texts = {name: (Path(__file__).parent / name).read_text() for name in names}
         save_checkpoint(
             Path(o.output) / "ckpt.pt",
             self.policy.merged(),
@@ -1297,7 +1268,7 @@ class Trainer:
             trained=trained,
             queue=self.queue,
             tokenizer=self.tokenizer.to_dict(),
-            source=texts,
+            source=train.source_texts(),
         )
         if o.lora:
             with replacing(Path(o.output) / "adapters.pt") as file:
@@ -1348,11 +1319,11 @@ def check_numbers(o: Options) -> None:
 
 
 def align(words: list[str]) -> tuple[dict, dict]:
-    """One run as the command line asks for it; returns the first and the last record of its log."""
+    """One run as the command line asks for it; returns the first and the last record that it adds to its log."""
     o, checkpoint = options(Options, words), {}
     path = Path(o.output) / "ckpt.pt"
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = train.claim(path.parent)  # open as long as this function runs
+    _lock = train.claim(path.parent)  # open as long as this function runs
     if o.resume and path.exists():
         checkpoint = load_checkpoint(path)
         require("trained" in checkpoint, f"{path} is of another run than one of align.py")
@@ -1374,22 +1345,17 @@ def align(words: list[str]) -> tuple[dict, dict]:
     trainer = Trainer(o, gpt, tokenizer, checkpoint)
     if trainer.reference and o.loss in PREFERENCES:  # once for all steps
         annotate(trainer.reference, sum(items + held, []), trainer.micro, ref="logp")
-    p, log = trainer.progress, path.with_name("log.jsonl")
-    if log.exists() and not checkpoint:
-        train.set_aside(path.parent)
-    records = [dict(options=vars(o), command=words)]
-    if p.step and log.exists():
-        with bpe.blaming(f"{log} is damaged"):
-            lines = filter(lambda line: line.endswith("}"), log.read_text().splitlines())  # the last may be cut short
-            records = [row for row in map(json.loads, lines) if row.get("step", -1) < p.step]
-    write_rows(log, records)
+    p, records = trainer.progress, []
+    corpus = hashlib.sha256(Path(o.data).read_bytes()).hexdigest()
+    # without `ckpt`, which would make it a branch of another run
+    train.begin(SimpleNamespace(**vars(o) | dict(ckpt="", begun_from=o.ckpt)), p.step, corpus)
     while True:
         last = p.step >= o.max_iters
         if p.step % o.eval_interval == 0 or last:
             trainer.save()
             records.append(trainer.record() | trainer.evaluate(held))
             print(shown(records[-1]), flush=True)
-            with open(log, "a") as file:
+            with open(path.with_name("log.jsonl"), "a") as file:
                 file.write(json.dumps(records[-1]) + "\n")
             far, entropy = records[-1].get("kl", 0), records[-1].get("entropy", math.inf)
             out = far > o.max_kl > 0 or entropy < o.min_entropy
@@ -1402,18 +1368,16 @@ def align(words: list[str]) -> tuple[dict, dict]:
         except (KeyboardInterrupt, OSError):  # such as a judge that is down
             trainer.save()
             raise
-    lock.close()
-    conclude(trainer, held, records[1], records[-1])
-    return records[1], records[-1]
+    conclude(trainer, held, records[0], records[-1])
+    return records[0], records[-1]
 
 
 def conclude(trainer: Trainer, held: list, first: dict, final: dict):
     """Print responses to three prompts that were held out, what changed since the first record, and what is next."""
     o, tokenizer = trainer.o, trainer.tokenizer
-    if held[0][0]["prompt"]:
-        shows = [item[0]["prompt"] for item in held[:3]]
-        for ids, s in zip(shows, respond(trainer.policy.gpt, tokenizer, shows, o, "show")):
-            print(f"{tokenizer.decode(ids)!r} -> {s['text']!r}")
+    shows = [item[0]["prompt"] for item in held[:3]]
+    for ids, s in zip(shows, respond(trainer.policy.gpt, tokenizer, shows, o, "show")):
+        print(f"{tokenizer.decode(ids)!r} -> {s['text']!r}")
     changes = [f"{key} {first[key]:.4g} -> {final[key]:.4g}" for key in first if key.startswith("val_")]
     print(", ".join(changes))
     if o.loss != "reward":
@@ -1429,21 +1393,13 @@ def examine(o: Options):
     require(o.eval in ("verify", "ifeval", "winrate"), f"--eval={o.eval}: choose from verify, ifeval, winrate")
     o = dataclasses.replace(o, loss="plain", verifier=verifier)
     items = read_items(o, tokenizer, gpt.config.block_size)
+    score = scorer(o, tokenizer)
     if o.eval != "winrate":
-        return print(shown(grade(gpt, tokenizer, items, o, scorer(o, tokenizer))))
-    judge, path = Judge(o), Path(o.output) / "winrate.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    held = sample.read_rows(dict, path) if path.exists() else []  # an earlier run was stopped
+        return print(shown(grade(gpt, tokenizer, items, o, score)))
     samples = respond(gpt, tokenizer, [q["prompt"] for [q] in items], o, "held", 0.0)
-    for s, [q] in list(zip(samples, items))[len(held):]:
-        row = q["row"]
-        score = judge.compare(str(row["prompt"]), s["text"], row["response"])
-        held.append(dict(row, answer=s["text"], score=score))
-        with open(path, "a") as file:
-            file.write(json.dumps(held[-1]) + "\n")
-    value, low, high = sample.summary([[row["score"], 1] for row in held])
-    ties = sum(row["score"] == 0.5 for row in held)
-    print(f"win rate {value:.1%} ({low:.1%} to {high:.1%}) of {len(held)}, {ties} ties, {judge.unclear} unclear")
+    scores, _ = score(samples, [q["row"] for [q] in items])
+    value, low, high = sample.summary([[each, 1] for each in scores])
+    print(f"win rate {value:.1%} ({low:.1%} to {high:.1%}) of {len(scores)}, {scores.count(0.5)} ties")
 
 
 def label(o: Options):
@@ -1555,8 +1511,8 @@ def material(o: Options, folder: Path):
     for _ in rows[::10]:
         lines.append("".join(rng.choice(words.split("|")) for words in TEXT))
     order = rng.permutation(len(lines) // 3 * 3).reshape(-1, 3)
-    texts = ["\n".join(lines[i] for i in part) for part in order]
-    parts = dict(text=[dict(text=text) for text in texts], test=test)
+    texts = [dict(role="assistant", content="\n".join(lines[i] for i in part)) for part in order]
+    parts = dict(text=[dict(messages=[text]) for text in texts], test=test)
     parts |= dict(demonstrations=rows[:ROWS[2]], prompts=rows[ROWS[2]:])
     for name, part in parts.items():
         write_rows(folder / f"{name}.jsonl", part)
@@ -1579,12 +1535,12 @@ def prefer(o: Options, folder: Path):
     samples = respond(gpt, tokenizer, [s["prompt"] for s in every], o, f"pairs {o.seed}")
     strict, _ = scorer(o, tokenizer)(samples, [s["row"] for s in every])
     rows = []
-    for s, q, value in zip(samples, every, strict):
-        prompt = q["row"]["prompt"]
-        if not rows or rows[-1]["prompt"] != prompt:
-            rows.append(dict(prompt=prompt))
-        rows[-1]["chosen" if value == 1 else "rejected"] = s["text"]
-    rows = [row for row in rows if len(row) == 3]
+    for i in range(0, len(every), o.group):
+        part = slice(i, i + o.group)
+        texts = {value == 1: s["text"] for value, s in zip(strict[part], samples[part])}
+        if len(texts) == 2:
+            rows.append(every[i]["row"] | dict(chosen=texts[True], rejected=texts[False]))
+            del rows[-1]["response"]
     require(rows, "no prompt has both a right and a wrong response: there is nothing to prefer")
     write_rows(folder / "preferences.jsonl", rows)
 
@@ -1600,9 +1556,7 @@ def standing(o: Options, folder: Path, name: str, start: str) -> dict:
     samples = respond(gpt, tokenizer, [item[0]["prompt"] for item in test], o, "kl")
     annotate(Policy(before, tokenizer.vocab_size), samples, 64, ref="logp")
     far = torch.cat([s["old"] - s["ref"] for s in samples])
-    progress = load_checkpoint(folder / name / "ckpt.pt")["progress"]
-    out = dict(before=old["strict"], kl=far.sum().item() / len(samples))
-    return out | {key: progress[key] for key in ("tokens", "seconds")} | new
+    return new | dict(before=old["strict"], kl=far.sum().item() / len(samples))
 
 
 def prompted(o: Options, folder: Path):
@@ -1611,14 +1565,13 @@ def prompted(o: Options, folder: Path):
     test, score = read_items(o, tokenizer, gpt.config.block_size), scorer(o, tokenizer)
     shots = [json.loads(line) for line in open(folder / "demonstrations.jsonl")][:2]
     begin = END + "".join(f"{row['prompt']} {row['response']}\n" for row in shots)
-    rows = [item[0]["row"] for item in test]
-    prompts = [tokenizer.encode(f"{begin}{row['prompt']} ", "all") for row in rows]
-    samples = respond(gpt, tokenizer, prompts, o, "shots", 0.0)
-    for s in samples:
-        s["text"] = s["text"].split("\n")[0]
-    strict, lenient = (sum(scores) / len(rows) for scores in score(samples, rows))
-    tokens = sum(len(s["ids"]) for s in samples) / len(rows)
-    print(f"prompts alone: base model, 2 examples: {strict:.1%} strict, {lenient:.1%} lenient, {tokens:.0f} tokens")
+    longer = [[q | dict(prompt=tokenizer.encode(f"{begin}{q['row']['prompt']} ", "all"))] for [q] in test]
+    def first_line(samples, rows):
+        return score([s | dict(text=s["text"].split("\n")[0]) for s in samples], rows)
+    few = grade(gpt, tokenizer, longer, o, first_line)
+    tokens = few["length"] + sum(len(q["prompt"]) for [q] in longer) / len(longer)
+    print(f"prompts alone: base model, 2 examples: {few['strict']:.1%} strict, {few['lenient']:.1%} lenient, "
+          f"{tokens:.0f} tokens")
     gpt, _ = sample.load(folder / "sft" / "ckpt.pt", o.device)
     votes = grade(gpt, tokenizer, test, o, score, 8)
     tokens = 8 * votes["length"]
@@ -1627,18 +1580,34 @@ def prompted(o: Options, folder: Path):
         print("pass@8 is below 45%: no reward makes likely what is never written; train longer before it is rewarded")
 
 
+def draw_accuracy(path: str, folders: list[Path]):
+    """A line an algorithm, from the logs: share of held-out prompts answered right, mean and range of the seeds."""
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    for name in list(DEMO)[1:]:
+        logs = [sample.read_rows(dict, folder / name / "log.jsonl")[1:] for folder in folders]
+        seconds, right = (np.array([[row[key] for row in log] for log in logs]) for key in ("seconds", "val_strict"))
+        line, = axes.plot(seconds.mean(0), right.mean(0), label=name)
+        axes.fill_between(seconds.mean(0), right.min(0), right.max(0), color=line.get_color(), alpha=0.15)
+    axes.set(xlabel="seconds of training", ylabel="held-out prompts answered right", ylim=(0, 1))
+    axes.set_title(f"mean and range, seeds: {len(folders)}")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=150)
+    print(f"{path} written")
+
+
 def demonstrate(o: Options):
     """Train every algorithm of DEMO on one task from the same start; what OUTPUT holds already is not done again."""
     require(o.task in TASKS, f"--task={o.task}: choose from {', '.join(TASKS)}")
-    table = {}
-    for seed in range(o.seed, o.seed + o.seeds):
-        folder = Path(o.output) / f"{o.task}-{seed}"
+    require(not o.plot or importlib.util.find_spec("matplotlib"), "--plot needs matplotlib: pip install matplotlib")
+    table, folders = {}, [Path(o.output) / f"{o.task}-{seed}" for seed in range(o.seed, o.seed + o.seeds)]
+    for seed, folder in enumerate(folders, o.seed):
         folder.mkdir(parents=True, exist_ok=True)
         verifier = TASKS[o.task][1]
         common = f"{COMMON} --seed={seed} --device={o.device}"
-        own = f"{common} --loss=plain --verifier={verifier} --data={folder}/test.jsonl"
+        own = f"{common} --task={o.task} --loss=plain --verifier={verifier} --data={folder}/test.jsonl"
         own = options(Options, own.split())
-        own.task = o.task
         material(own, folder)
         for name, (data, start, words) in DEMO.items():
             if name == "dpo" and not (folder / "preferences.jsonl").exists():
@@ -1650,11 +1619,14 @@ def demonstrate(o: Options):
             elif o.base_iters:
                 words += f" --max_iters={o.base_iters}"
             print(f"\npython align.py {words}", flush=True)
-            align(words.split())
+            _, last = align(words.split())
             if name != "base":
-                table.setdefault(name, []).append(standing(own, folder, name, start))
+                cost = dict(tokens=last["tokens"], seconds=last["seconds"])
+                table.setdefault(name, []).append(standing(own, folder, name, start) | cost)
             if name == "sft":
                 prompted(own, folder)
+    if o.plot:
+        draw_accuracy(o.plot, folders)
     print("\nheld-out prompts answered right: strict after, lenient after, strict before; KL from the start in nats a "
           "response; tokens; seconds")
     for name, rows in table.items():

@@ -1,5 +1,6 @@
 """align.py against five-line versions in numpy, finite differences and closed forms; runs are tiny."""
 import contextlib
+import hashlib
 import io
 import json
 import math
@@ -99,12 +100,13 @@ def test_forms_of_preferences():
 
 
 def test_packing_is_best_fit():
-    assert align.pack([2, 5, 3, 1]) == [[1], [2, 0], [3]]
+    assert align.pack([2, 5, 3, 1]) == [8, 0, 5, 10]
     lengths = np.random.default_rng(0).integers(1, 50, 200).tolist()
-    rows = align.pack(lengths)
-    assert sorted(i for row in rows for i in row) == list(range(200))
-    assert all(sum(lengths[i] for i in row) <= max(lengths) for row in rows)
-    assert len(rows) <= 1.1 * sum(lengths) / max(lengths) + 1
+    starts, T = align.pack(lengths), max(lengths)
+    places = [place for start, n in zip(starts, lengths) for place in range(start, start + n)]
+    assert len(set(places)) == sum(lengths)  # no two texts share a place, and none goes on in the next row
+    assert all(start // T == (start + n - 1) // T for start, n in zip(starts, lengths))
+    assert max(places) // T + 1 <= 1.1 * sum(lengths) / T + 1
 
 
 @pytest.mark.parametrize("how", [{}, dict(position="learned"), dict(mixer="gdn"), dict(ngram=2, ngram_rows=64),
@@ -115,7 +117,7 @@ def test_packed_texts_do_not_see_each_other(tokenizer, how):
     policy = align.Policy(gpt, tokenizer.vocab_size).double()
     for samples in (some_samples(tokenizer), some_samples(tokenizer, 1, 2, (3, 4)) + some_samples(tokenizer, 1, 1, (12, 13))):
         out = policy(samples)
-        assert max(map(len, align.pack([len(s["ids"]) for s in samples]))) > 1
+        assert not align.collate(samples).single
         for s, logp in zip(samples, out.logp.split(out.counts)):
             logits = gpt(torch.tensor([s["ids"]]))[0].log_softmax(-1)
             want = [logits[i - 1, s["ids"][i]].item() for i in range(1, len(s["ids"])) if s["mask"][i]]
@@ -324,7 +326,6 @@ def test_advantages_of_groups():
     want = {
         "none": r, "right": (r > 0.5) * 1.0, "mean": r - r.mean(), "centred": r - r.mean(1, keepdims=True),
         "group": (r - r.mean(1, keepdims=True)) / (r.std(1, ddof=1, keepdims=True) + 1e-4),
-        "batch": (r - r.mean(1, keepdims=True)) / (r.std(ddof=1) + 1e-4),
         "leave_one_out": np.array([[x - (row.sum() - x) / (G - 1) for x in row] for row in r]),
     }
     assert got.keys() == want.keys()
@@ -506,6 +507,15 @@ def test_calculator(text, value):
     assert align.calculator(text) == value
 
 
+def test_a_calculator_does_not_round():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        a, b, c = (int(x) for x in rng.integers(1, 10**18, 3))
+        assert align.calculator(f"{a}*{b}-{c}") == str(a * b - c)
+        assert align.calculator(f"({a}/{b})*{b}") == str(a)
+    assert align.calculator("0.1+0.2") == "0.3" and align.calculator("7//2") == "?"
+
+
 # ----------------------------------------------------------------------------------------------------------------- the runs
 
 @pytest.fixture
@@ -536,6 +546,8 @@ def test_every_algorithm_runs_from_files_and_leaves_a_checkpoint(name, start, ca
     assert moved
     log = [json.loads(line) for line in open("out/log.jsonl")]
     assert log[0]["options"]["algorithm"] == name and [row["step"] for row in log[1:]] == [0, 2, 4]
+    assert log[0]["versions"][1] == torch.__version__ and log[0]["options"]["begun_from"] == "start.pt"
+    assert log[0]["corpus"] == hashlib.sha256(open(data, "rb").read()).hexdigest()
 
 
 @pytest.mark.parametrize("words", ["sft --lora=2", "dpo", "ppo --staleness=1 --epochs=2 --minibatches=2", "grpo --is_cap=2 --staleness=2"])
@@ -724,15 +736,15 @@ def test_winrate_keeps_what_was_judged(endpoint, start, capsys, monkeypatch):
         patch.setattr(align.Judge, "reply", failing)
         with pytest.raises(OSError):
             align.examine(o)
-    assert len(open("out/winrate.jsonl").readlines()) == 2
+    assert len(open("out/judged.jsonl").readlines()) == 2
     align.examine(o)
-    assert len(open("out/winrate.jsonl").readlines()) == 6
-    assert "win rate 50.0%" in capsys.readouterr().out and "sesame" not in open("out/winrate.jsonl").read()
+    assert len(calls) == 5 and len(open("out/judged.jsonl").readlines()) == 6
+    assert "win rate 50.0%" in capsys.readouterr().out and "sesame" not in open("out/judged.jsonl").read()
 
 
 def test_a_judge_in_a_checkpoint_and_as_a_reward(start, capsys, tokenizer):
     judge = align.Judge(options_of("--judge=start.pt --template=bare"))
-    assert judge.compare("q", "a", "b") == 0.5 and judge.unclear  # an untrained judge says nothing clear
+    assert judge.compare("q", "a", "b") == 0.5  # an untrained judge says nothing clear
     start("others.jsonl", [dict(prompt=f"say {i}", response="x") for i in range(12)])
     words = f"--algorithm=grpo --data=others.jsonl --verifier=judge --judge=start.pt --output=out {COMMON} --max_iters=1 --batch_size=4"
     assert align.align(words.split())[1]["reward"] == 0.5
@@ -800,14 +812,48 @@ def test_a_countdown_is_solved_by_another_expression_too():
     assert align.solves("so 2*3+1", "1 2 3=7", lenient=True) == 1
 
 
-def test_the_demonstration_at_tiny_size(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    short = {name: (data, begin, f"{words} --max_iters=2 --eval_interval=2 --batch_size=16 --eval_rows=4") for name, (data, begin, words) in align.DEMO.items()}
+def short_demonstration(monkeypatch, *names):
+    """The demonstration with few rows and steps; with the algorithms named (none: all)."""
+    how = "--max_iters=2 --eval_interval=2 --batch_size=16 --eval_rows=4"
+    short = {name: (data, begin, f"{words} {how}") for name, (data, begin, words) in align.DEMO.items() if not names or name in names}
     monkeypatch.setattr(align, "DEMO", short)
     monkeypatch.setattr(align, "ROWS", (150, 4, 60))
     monkeypatch.setitem(align.VERIFIERS, "refuse", lambda response, lenient=False: float(len(response) % 2))
+
+
+def test_the_picture_shows_the_logs(tmp_path, monkeypatch, capsys):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    monkeypatch.chdir(tmp_path)
+    short_demonstration(monkeypatch, "base", "sft", "grpo")
+    align.demonstrate(options_of("--task=refuse --output=out --seeds=2 --plot=lines.png"))
+    assert (tmp_path / "lines.png").read_bytes().startswith(b"\x89PNG")
+    assert "lines.png written" in capsys.readouterr().out.split("\nheld-out prompts answered right")[0]  # the table comes last
+    [axes] = pyplot.gcf().axes
+    assert [line.get_label() for line in axes.lines] == ["sft", "grpo"]
+    for line, band in zip(axes.lines, axes.collections):
+        logs = [[json.loads(row) for row in open(f"out/refuse-{seed}/{line.get_label()}/log.jsonl")][1:] for seed in (0, 1)]
+        for at, records in enumerate(zip(*logs)):
+            x, y = line.get_xydata()[at]
+            right = [record["val_strict"] for record in records]
+            assert x == pytest.approx(sum(record["seconds"] for record in records) / 2) and y == pytest.approx(sum(right) / 2)
+            edges = {round(edge, 9) for place, edge in band.get_paths()[0].vertices if place == x}
+            assert edges == {round(edge, 9) for edge in right}
+    pyplot.close("all")
+
+
+def test_a_picture_without_matplotlib_ends_in_one_line(monkeypatch):
+    monkeypatch.setattr(align.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="^--plot needs matplotlib: pip install matplotlib$"):
+        align.demonstrate(options_of("--plot=lines.png"))
+
+
+def test_the_demonstration_at_tiny_size(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    short_demonstration(monkeypatch)
     align.demonstrate(options_of("--task=refuse --output=out"))
     lines = capsys.readouterr().out.splitlines()
     table = lines[-5:]
     assert [line.split()[0] for line in table] == ["sft", "dpo", "ppo", "grpo", "expert"]
     assert all(line.split()[1].endswith("%") for line in table)
+    assert "val_strict" in open("out/refuse-0/dpo/log.jsonl").read().splitlines()[-1]  # of pairs, too
