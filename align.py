@@ -58,7 +58,7 @@ from sample import END, Engine, Request, Sampling
 class Options:
     algorithm: str = ""  # sft, dpo, ppo, grpo ...: a row of ALGORITHMS; empty: the demonstration
     task: str = "sums"  # of the demonstration: sums, countdown, refuse (also on your --data: rows with `harmful`)
-    base_iters: int = 0  # steps of the demonstration's base model (0: enough of them)
+    base_iters: int = 0  # steps of the demonstration's base model, and of its SFT (0: enough of them)
     seeds: int = 1  # how often the demonstration runs, each time with another seed
     plot: str = ""  # picture of the demonstration: held-out prompts answered right over seconds of training
     ckpt: str = "out/ckpt.pt"  # the model to start from
@@ -1616,7 +1616,7 @@ def demonstrate(o: Options):
             words += f" --output={folder}/{name} --resume"
             if name != "base":
                 words += f" --verifier={verifier}"
-            elif o.base_iters:
+            if o.base_iters and start != "sft":
                 words += f" --max_iters={o.base_iters}"
             print(f"\npython align.py {words}", flush=True)
             _, last = align(words.split())

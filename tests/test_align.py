@@ -821,6 +821,18 @@ def short_demonstration(monkeypatch, *names):
     monkeypatch.setitem(align.VERIFIERS, "refuse", lambda response, lenient=False: float(len(response) % 2))
 
 
+def test_base_iters_shortens_what_comes_before_rewards(tmp_path, monkeypatch, capsys):
+    calls, usual = [], {name: options(Options, words.split()).max_iters for name, (_, _, words) in align.DEMO.items()}
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(align, "ROWS", (150, 4, 60))
+    monkeypatch.setattr(align, "align", lambda words: calls.append(options(Options, words)) or ({}, dict(tokens=1, seconds=1.0)))
+    monkeypatch.setattr(align, "standing", lambda *_: dict.fromkeys(("strict", "lenient", "before", "kl"), 0.0))
+    for name in ("prefer", "prompted"):
+        monkeypatch.setattr(align, name, lambda *_: None)
+    align.demonstrate(options_of("--base_iters=7 --output=out"))
+    assert [o.max_iters for o in calls] == list((usual | dict(base=7, sft=7)).values())
+
+
 def test_the_picture_shows_the_logs(tmp_path, monkeypatch, capsys):
     pyplot = pytest.importorskip("matplotlib.pyplot")
     monkeypatch.setenv("MPLBACKEND", "agg")
