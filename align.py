@@ -1585,10 +1585,12 @@ def draw_accuracy(path: str, folders: list[Path]):
     from matplotlib import pyplot
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
     for name in list(DEMO)[1:]:
-        logs = [sample.read_rows(dict, folder / name / "log.jsonl")[1:] for folder in folders]
-        seconds, right = (np.array([[row[key] for row in log] for log in logs]) for key in ("seconds", "val_strict"))
-        line, = axes.plot(seconds.mean(0), right.mean(0), label=name)
-        axes.fill_between(seconds.mean(0), right.min(0), right.max(0), color=line.get_color(), alpha=0.15)
+        logs = [sample.read_rows(dict, folder / name / "log.jsonl") for folder in folders]
+        graded = zip(*[[row for row in log if "val_strict" in row] for log in logs])
+        pairs = np.array([[(row["seconds"], row["val_strict"]) for row in rows] for rows in graded])
+        seconds, right = pairs[..., 0].mean(1), pairs[..., 1]  # (records,), (records, seeds)
+        line, = axes.plot(seconds, right.mean(1), label=name)
+        axes.fill_between(seconds, right.min(1), right.max(1), color=line.get_color(), alpha=0.15)
     axes.set(xlabel="seconds of training", ylabel="held-out prompts answered right", ylim=(0, 1))
     axes.set_title(f"mean and range, seeds: {len(folders)}")
     axes.legend()
