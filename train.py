@@ -80,7 +80,6 @@ class Options(Config):
     z_loss: float = 0.0  # weight of the squared log of the softmax's denominator in the loss
     teacher: str = ""  # a checkpoint of the same tokenizer, whose probabilities are learned beside the tokens
     teacher_weight: float = 0.5  # share of its part in the loss
-    teacher_temperature: float = 1.0  # logits of both are divided by it
     schedule: str = "wsd"  # of the learning rate: wsd, cosine, linear, constant
     warmup_iters: int = 0  # steps in which the learning rate rises
     decay_share: float = 0.6  # share of the steps in which wsd falls
@@ -120,10 +119,6 @@ class Source(NamedTuple):
     tokens: np.ndarray  # (n,)
     mask: np.ndarray  # (n,), 0 where it is no target
 
-    def head(self, count: int) -> "Source":
-        """The first tokens alone."""
-        return Source(self.tokens[:count], self.mask[:count])
-
 
 def open_source(folder: Path, side: str) -> Source:
     """Map folder/SIDE.npy, and SIDE_mask.npy where there is one. Raises OSError or ValueError."""
@@ -153,18 +148,14 @@ def read_windows(sources: list, which: np.ndarray, starts: np.ndarray, T: int, v
 
     Raises ValueError for an id too large.
     """
-    windows = np.full((len(starts), T + 1), -1)
-    wanted = np.zeros_like(windows)
-    for row, keep, i, start in zip(windows, wanted, which, starts):
-        place = slice(start, start + T + 1)
-        tokens, mask = sources[i].tokens[place], sources[i].mask[place]
+    windows, targets = np.full((2, len(starts), T + 1), -1)
+    for row, target, i, start in zip(windows, targets, which, starts):
+        tokens, mask = (part[start:start + T + 1] for part in sources[i])
         row[:len(tokens)] = tokens
-        keep[:len(mask)] = mask
+        target[:len(tokens)] = np.where(mask, row[:len(tokens)], -1)
     most = windows.max()
     require(most < vocab_size, f"the tokens hold id {most}, the vocabulary has {vocab_size}")
-    targets = np.where(wanted, windows, -1)[:, 1:]
-    inputs = windows[:, :-1].clip(0)
-    return torch.from_numpy(inputs), torch.from_numpy(targets)
+    return torch.from_numpy(windows[:, :-1].clip(0)), torch.from_numpy(targets[:, 1:])
 
 
 # ---- loss: model and loss are one module, so that compiling or sharding wraps both
@@ -199,21 +190,12 @@ class InChunks(torch.autograd.Function):
         return None, None, x, None, *sums
 
 
-def divergence(logits: Tensor, theirs: Tensor, heat: float) -> Tensor:
-    """KL(teacher || student) of each row in nats, both at a temperature, times its square: logits (R, V) -> (R).
-
-    The square keeps the size of the gradient (Hinton et al. 2015).
-    """
-    own, right = ((x / heat).log_softmax(-1) for x in (logits, theirs))
-    return heat**2 * (right.exp() * (right - own)).sum(-1)
-
-
 class Objective(nn.Module):
     """(tokens (B, T), targets (B, T)) -> (loss sum in nats, count); targets of -1 do not count.
 
     In training the sum holds what the layers add, such as the balance of experts, what the heads of --ahead lose, and
     `z_loss` times the square of log sum exp(logits), which keeps logits from drifting (Chowdhery et al. 2022).
-    `teacher`: (another model, weight of the divergence from it, temperature); in a tuple, it is no part of this module.
+    `teacher`: (another model, weight of the divergence from it); in a tuple, it is no part of this module.
     """
 
     fused = None  # output layer and cross-entropy in one, with --kernels
@@ -223,12 +205,16 @@ class Objective(nn.Module):
         self.gpt, self.z_loss, self.teacher = gpt, z_loss, teacher
 
     def rows(self, x, targets, theirs=None):
-        """The loss of rows x (R, C) of the last layer; `theirs` is the teacher's."""
+        """The loss of rows x (R, C) of the last layer; `theirs` is the teacher's.
+
+        Distillation adds KL(teacher || student) of each row (Hinton et al. 2015).
+        """
         logits = self.gpt.logits(x)  # (R, V)
         loss = F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
         if theirs is not None:
-            teacher, weight, heat = self.teacher
-            gaps = divergence(logits, teacher.head(theirs), heat)
+            teacher, weight = self.teacher
+            own, right = logits.log_softmax(-1), teacher.head(theirs).log_softmax(-1)
+            gaps = F.kl_div(own, right, log_target=True, reduction="none").sum(-1)
             loss = (1 - weight) * loss + weight * (gaps * (targets >= 0)).sum()
         if self.z_loss and self.training:
             squares = logits.logsumexp(-1).square()
@@ -476,56 +462,55 @@ def run_flops(o: Options, vocab_size: int) -> int:
     return 3 * cost["forward_flops"]
 
 
+# without a budget: a few minutes on two cores; from 4 million tokens on, of words, most likely, of which three say much
+SHAPE = dict(block_size=128, n_layer=1, n_embd=64)
+SMALL = SimpleNamespace(**SHAPE, batch_size=8, max_iters=1200, eval_interval=50, ngram=5)
+LARGE = SimpleNamespace(**SHAPE, batch_size=16, max_iters=1600, eval_interval=320, ngram=3)
+
+
 def recipe(o: Options, n_tokens: int, vocab_size: int, peak: float) -> Options:
-    """Fill what was left at its default. Without a budget: a few minutes on two cores, fewer steps for a small text.
+    """Fill what was left at its default: a run of SMALL or LARGE, whose FLOPs a budget of C FLOPs scales by f.
 
-    A budget of C FLOPs, or what reaches it, scales that by f = C / (its FLOPs). Parameters and tokens grow alike, as
-    f^0.5 (Hoffmann et al. 2022); depth grows with the width, the batch with tokens^0.38 (Bergsma et al. 2025), weight
-    decay falls with the width squared. A study of scaling.py, where there is one, chooses all but the steps.
+    Parameters and tokens grow alike, as f^0.5 (Hoffmann et al. 2022); depth grows with the width, the batch with
+    tokens^0.38 (Bergsma et al. 2025), weight decay falls with the width squared. Tables of n-grams would be larger than
+    a wide model. A study of scaling.py, where there is one, chooses all but the steps.
     """
-    chosen = dict(block_size=128, n_layer=1, n_embd=64, learning_rate=0.01, weight_decay=0.1)
-    chosen |= dict(batch_size=8, max_iters=1200, eval_interval=50, ngram=5)
-    if n_tokens > 4_000_000:  # of words, most likely, of which three say much
-        chosen |= dict(batch_size=16, max_iters=1600, eval_interval=320, ngram=3)
-
-    widest = 128  # model with tables of n-grams: wider ones would be larger than the model
-
-    def filled():
-        left = [name for name in chosen if getattr(o, name) == getattr(Options, name)]
-        new = dataclasses.replace(o, **{name: chosen[name] for name in left})
-        new.n_head = o.n_head or math.gcd(new.n_embd, new.n_embd // 64 or 1)
-        if new.n_embd > widest and o.ngram < 0:
-            new.ngram = 0
-        return new
-
     budgets = [budget for budget in (o.minutes, o.flops, o.tokens) if budget]
     require(len(budgets) < 2 and min([1, *budgets]) > 0, "--minutes, --flops, --tokens: give one of them, above 0")
-    if not budgets:
-        return filled()
-    base = dataclasses.replace(o, **chosen | dict(ngram=0), n_head=1)
-    rows = base.max_iters * base.batch_size
-    cost = rows * run_flops(base, vocab_size)
-    by_tokens = cost * (o.tokens / rows / base.block_size) ** 2
-    C = o.flops or 60 * o.minutes * peak * USE or by_tokens
-    f = C / cost
-    chosen["n_layer"] = max(1, round(base.n_layer * f ** (1 / 6)))
-    area = base.n_embd**2 * base.n_layer * f**0.5 / chosen["n_layer"]  # of a matrix, so that parameters grow smoothly
-    chosen["n_embd"] = max(32, 16 * round(area**0.5 / 16))
-    chosen["batch_size"] = max(1, round(base.batch_size * f**0.19))
-    chosen["learning_rate"] = 0.01 * f**-0.1
-    chosen["weight_decay"] = 0.1 * (base.n_embd / chosen["n_embd"]) ** 2
-    study = Path("scaling/recipe.json")
-    if study.exists():
+    base = LARGE if n_tokens > 4_000_000 else SMALL
+    f, study = 1.0, Path("scaling/recipe.json")
+    if budgets:
+        plain = dataclasses.replace(o, **vars(base) | dict(ngram=0, n_head=1, n_kv_head=0))
+        rows = base.max_iters * base.batch_size
+        cost = rows * run_flops(plain, vocab_size)
+        by_tokens = cost * (o.tokens / rows / base.block_size) ** 2
+        C = o.flops or 60 * o.minutes * peak * USE or by_tokens
+        f = C / cost
+    n_layer = max(1, round(f ** (1 / 6)))
+    area = base.n_embd**2 * f**0.5 / n_layer  # of a matrix, so that parameters grow smoothly
+    n_embd = max(32, 16 * round(area**0.5 / 16))
+    chosen = vars(base) | dict(
+        n_layer=n_layer,
+        n_embd=n_embd,
+        ngram=base.ngram if (o.n_embd or n_embd) <= 128 else 0,
+        batch_size=max(1, round(base.batch_size * f**0.19)),
+        learning_rate=0.01 * f**-0.1,
+        weight_decay=0.1 * (base.n_embd / n_embd) ** 2,
+    )
+    if budgets and study.exists():
         found = json.loads(study.read_text())
         best = min(found, key=lambda row: abs(math.log(row["C"] / C)))["options"]
         chosen |= {name: best[name] for name in chosen if name in best}
-        widest = math.inf
         print(f"shape, batch and learning rate as {study} says")
-    new = filled()
-    rows = o.tokens / new.block_size if o.tokens else C / run_flops(new, vocab_size)
-    chosen["max_iters"] = max(1, round(rows / new.batch_size))
-    chosen["eval_interval"] = chosen["max_iters"] // 5 + 1
-    return filled()
+    left = {name: value for name, value in chosen.items() if getattr(o, name) == getattr(Options, name)}
+    new = dataclasses.replace(o, **left)
+    new.n_head = o.n_head or math.gcd(new.n_embd, new.n_embd // 64 or 1)
+    if budgets:
+        rows = o.tokens / new.block_size or C / run_flops(new, vocab_size)
+        steps = max(1, round(rows / new.batch_size))
+        new.max_iters = o.max_iters or steps
+        new.eval_interval = o.eval_interval or steps // 5 + 1
+    return new
 
 
 def refuse(o: Options, sources: list[Source]):
@@ -541,8 +526,9 @@ def refuse(o: Options, sources: list[Source]):
     require(max(o.beta1, o.beta2, o.momentum) < 1, "--beta1, --beta2 and --momentum must be below 1")
     require(o.decay_from < o.max_iters, f"--decay_from={o.decay_from} is not before --max_iters={o.max_iters}")
     require(not (o.counts and o.compile), "--counts does not go with --compile")
+    ours = o.parallel and not o.parallel.startswith("torch")
+    require(ours or not o.parts, "--parts is for --parallel in the forms of ddp.py")
     if o.parallel:
-        require(not o.parts or not o.parallel.startswith("torch"), "--parts is for the forms of ddp.py")
         require(dist.is_initialized(), "--parallel needs processes: torchrun --nproc_per_node=2 train.py ...")
         for name in ("compile", "kernels", "noise_scale", "z_loss", "dropout", "teacher", "counts"):
             require(not getattr(o, name), f"--{name} does not go with --parallel")
@@ -594,13 +580,17 @@ def free_memory(device: torch.device) -> float:
     return math.inf
 
 
-def fit_micro_batch(o: Options, cost: dict, rows: int, free: float) -> int:
+def fit_micro_batch(o: Options, cost: dict, rows: int, free: float, teacher: tuple = ()) -> int:
     """How many of `rows` sequences to run at a time, in `free` bytes, when one costs `cost` (model.account).
 
-    Raises ValueError where not even one fits, or not as many as were asked for.
+    A teacher that is in memory already costs its last layer, and of the logits two more. Raises ValueError where not
+    even one sequence fits, or not as many as were asked for.
     """
     each = cost["memory"]["activations"]  # a sequence's; the rest is there once
     rest = cost["memory_total"] - each
+    if teacher:
+        theirs = teacher[0].config
+        each += 4 * o.block_size * (theirs.n_embd + 2 * theirs.vocab_size)
     most = max(1, (free - rest) / each)
     micro = int(min(rows, o.micro_batch or most))
     need = rest + micro * each
@@ -660,7 +650,6 @@ def open_teacher(o: Options, config: Config, tokenizer: object, device: torch.de
     if not o.teacher:
         return ()
     require(0 <= o.teacher_weight <= 1, f"--teacher_weight={o.teacher_weight} must be from 0 to 1")
-    require(o.teacher_temperature > 0, f"--teacher_temperature={o.teacher_temperature} must be above 0")
     checkpoint = model.load_checkpoint(o.teacher)
     checkpoint["config"]["counts"] = 0  # which know the training text by heart
     teacher = model.from_checkpoint(checkpoint).to(device).eval().requires_grad_(False)
@@ -669,7 +658,7 @@ def open_teacher(o: Options, config: Config, tokenizer: object, device: torch.de
     require(same, f"--teacher={o.teacher} has another tokenizer than the tokens")
     room = teacher.config.block_size
     require(room >= config.block_size, f"--teacher={o.teacher} takes {room} tokens, --block_size={config.block_size}")
-    return teacher, o.teacher_weight, o.teacher_temperature
+    return teacher, o.teacher_weight
 
 
 def corpus_hash(sources: list[Source]) -> str:
@@ -682,6 +671,21 @@ def corpus_hash(sources: list[Source]) -> str:
 
 # ---- the run
 
+def whole_model(run: "Run") -> SimpleNamespace:
+    """What a run has in the place of ddp.py's Split, which explains the calls, where each rank has the whole model."""
+    return SimpleNamespace(
+        pieces=dict(run.gpt.named_parameters()),
+        rows=lambda batch: np.arange(ranks()[0], batch, ranks()[1]),
+        backward=run.backward,
+        sync=lambda: sum_over_ranks([weight.grad for weight in run.weights.values()]),
+        norm=lambda without: nn.utils.get_total_norm([weight.grad for weight in run.clipped]).item(),
+        spread=lambda: None,
+        own=lambda name, tensor: tensor,
+        on_whole=lambda name, update: update,
+        whole=lambda state: (run.gpt.state_dict(), state),
+    )
+
+
 class Run:
     """A training run: all that a checkpoint holds, and what a step does to it.
 
@@ -691,12 +695,12 @@ class Run:
     adamw = None  # for many weights in one launch, with --kernels
 
     def __init__(self, o, vocab_size, tokenizer, checkpoint):
-        self.device, (rank, world) = pick_device(o.device), ranks()
+        self.device, (_, world) = pick_device(o.device), ranks()
         config = shape_of(o, vocab_size)
-        self.rows = np.arange(rank, o.batch_size, world)  # this rank's, of each batch
+        teacher = open_teacher(o, config, tokenizer, self.device)
         cost = model.account(config, 1, o.optimizer)
-        most = -(-len(self.rows) // 2) if o.noise_scale else len(self.rows)
-        micro = fit_micro_batch(o, cost, most, free_memory(self.device))
+        most = -(-o.batch_size // (2 * world if o.noise_scale else world))
+        micro = fit_micro_batch(o, cost, most, free_memory(self.device), teacher)
         if o.parallel:  # a rank with less memory: all cut alike, for each part is a message
             dist.all_reduce(least := torch.tensor(micro), dist.ReduceOp.MIN)
             micro = least.item()
@@ -712,41 +716,40 @@ class Run:
         self.gpt.to(self.device)
         self.flops = 3 * cost["forward_flops"] // o.block_size  # of a token
         start = dict(step=0, tokens=0, seconds=0.0, loss=0.0, count=0, best=math.inf, grad_norm=0.0)
-        start |= dict(pace=0.0, scale=1.0, noise=[0.0, 0.0])
+        start |= dict(pace=0.0, scale=1.0, noise=[0.0, 0.0], expert_tokens=[])
         self.progress = SimpleNamespace(**start | checkpoint.get("progress", {}))
         if o.ckpt:  # a branch has a best of its own
             self.progress.best = math.inf
         self.roles, self.rates = self.gpt.roles(), self.gpt.rates(o.optimizer)
-        self.objective = Objective(self.gpt, o.z_loss, open_teacher(o, config, tokenizer, self.device))
+        self.objective = Objective(self.gpt, o.z_loss, teacher)
         if o.kernels:
             self.use_kernels()
-        self.split = None
+        half = precision(o, self.device)
+        self.precision = torch.autocast(self.device.type, half or torch.bfloat16, enabled=half is not None)
+        self.split = whole_model(self)
         if o.parallel:
             import ddp
             self.split = ddp.split_model(self.objective, o.parallel, o.optimizer, o.batch_size)
-            self.rows = self.split.rows(o.batch_size)
-        self.weights = self.split.pieces if self.split else dict(self.gpt.named_parameters())
+            self.split.backward = self.precision(self.split.backward)
+        self.weights, rows = self.split.pieces, self.split.rows(o.batch_size)
+        self.parts = np.split(rows, range(micro, len(rows), micro))  # rows of each batch, for one micro-batch each
         # tables, of which a step uses few rows
-        self.tables = tables = [name for name, role in self.roles.items() if role == "table"]
-        self.clipped = [weight for name, weight in self.weights.items() if name not in tables]
-        for name in tables:
-            kind = self.device.type  # NCCL adds up dense ones alone
-            sparse = kind == "cpu" or kind == "cuda" and not dist.is_initialized()
-            sparse = sparse and not (o.compile or self.split)
-            self.gpt.get_submodule(name.rpartition(".")[0]).sparse = sparse
+        self.tables = [name for name, role in self.roles.items() if role == "table"]
+        self.clipped = [weight for name, weight in self.weights.items() if name not in self.tables]
+        sparse = self.device.type == "cpu" or self.device.type == "cuda" and not dist.is_initialized()  # not with NCCL
+        for name in self.tables:
+            layer = self.gpt.get_submodule(name.rpartition(".")[0])
+            layer.sparse = sparse and not (o.compile or o.parallel)
         # of a share that sample.py --prune has set to 0, which it stays
         self.masks = {name: weight.detach() != 0 for name, weight in self.weights.items()
                       if checkpoint.get("pruned") and ROLES[self.roles[name]].muon}
         self.state = {name: [] for name in self.weights}
         for name, tensors in checkpoint.get("optimizer", {}).items():
             if name in self.state:
-                own = [self.split.own(name, tensor) for tensor in tensors] if self.split else tensors
-                self.state[name] = [tensor.to(self.device, copy=True) for tensor in own]
+                self.state[name] = [self.split.own(name, tensor).to(self.device, copy=True) for tensor in tensors]
         self.tokenizer, self.vocab_size = tokenizer, vocab_size
         self.bytes_of = np.array([len(token) for token in tokenizer.vocab] or [0] * vocab_size)
         self.bytes_of[list(tokenizer.special_tokens.values())] = 0
-        half = precision(o, self.device)
-        self.precision = torch.autocast(self.device.type, half or torch.bfloat16, enabled=half is not None)
         self.writer, self.writing, self.paused = ThreadPoolExecutor(1), None, 0.0
         if o.compile:
             self.compile()
@@ -766,7 +769,7 @@ class Run:
         usual, self.objective = self.objective, torch.compile(self.objective)
         try:
             rows = np.zeros(self.o.micro_batch, int)  # the shape of training, so that it is compiled once
-            loss, _ = self.loss([Source(np.zeros(2, np.uint16), np.ones(2))], rows, rows)
+            loss, _ = self.loss(*self.windows([Source(np.zeros(2, np.uint16), np.ones(2))], rows, rows))
             loss.backward()
         except Exception as error:  # no C++ compiler, a device it does not know: many kinds
             print(f"torch.compile does not work here ({type(error).__name__}); going on without")
@@ -780,10 +783,29 @@ class Run:
             windows = [part.pin_memory() for part in windows]  # so that the copy does not hold up the CPU
         return [part.to(self.device, non_blocking=True) for part in windows]
 
-    def loss(self, sources, which, starts):
+    def loss(self, tokens, targets):
         """Loss sum and count of some windows."""
         with self.precision:
-            return self.objective(*self.windows(sources, which, starts))
+            return self.objective(tokens, targets)
+
+    def backward(self, parts, train=True):
+        """Gradients of micro-batches (tokens, targets) of this rank's rows; loss sum and count of all ranks'."""
+        o, p = self.o, self.progress
+        totals = torch.zeros(3, device=self.device)  # loss sum, count, |gradient of a part|^2
+        for rows, windows in zip(self.parts, parts):
+            keys = (o.seed % 2**20 << 40) + p.step * o.batch_size + rows
+            self.gpt.noise["keys"] = torch.from_numpy(keys)
+            loss, count = self.loss(*windows)
+            totals[:2] += torch.stack((loss.detach(), count))
+            if train:
+                (loss * p.scale).backward()
+            if train and o.noise_scale and not totals[2]:
+                totals[2] = (self.split.norm(self.tables) / (count * p.scale)).square()
+        totals = totals.cpu().double()  # which not every device has
+        sum_over_ranks([totals])
+        loss, count, part = totals.tolist()
+        self.part = part / ranks()[1]
+        return loss, count
 
     def train_step(self, sources, stop, mix=()):
         """One step: (mean loss, whether any rank was told to stop). Raises ValueError for a loss that is not finite.
@@ -794,39 +816,23 @@ class Run:
         o, p, began = self.o, self.progress, time.perf_counter()
         sizes = [len(source.tokens) for source in sources]
         which, starts = batch_starts(o.seed, p.step, o.batch_size, sizes, o.block_size, mix)
-        totals = torch.zeros(4, device=self.device)  # loss sum, count, told to stop, |gradient of a part|^2
-        parts = np.split(self.rows, range(o.micro_batch, len(self.rows), o.micro_batch))
-        if self.split:
-            windows = [self.windows(sources, which[rows], starts[rows]) for rows in parts]
-            with self.precision:
-                found = self.split.backward(windows)
-            self.split.sync()
-            totals[2] = stop
-        for rows in parts if not self.split else ():
-            keys = (o.seed % 2**20 << 40) + p.step * o.batch_size + rows
-            self.gpt.noise["keys"] = torch.from_numpy(keys)
-            loss, count = self.loss(sources, which[rows], starts[rows])
-            (loss * p.scale).backward()
-            told = torch.full_like(count, stop)
-            totals[:3] += torch.stack((loss.detach(), count, told))
-            if o.noise_scale and not totals[3]:
-                size = nn.utils.get_total_norm([weight.grad for weight in self.clipped])
-                totals[3] = (size / (count * p.scale)).square()
-        sum_over_ranks([totals] if self.split else [weight.grad for weight in self.weights.values()] + [totals])
-        loss, count, stop, part = totals.tolist()
-        loss, count = found if self.split else (loss, count)
+        windows = [self.windows(sources, which[rows], starts[rows]) for rows in self.parts]
+        loss, count = self.split.backward(windows)
+        self.split.sync()
         require(math.isfinite(loss), f"the loss is not finite at step {p.step}; try a smaller --learning_rate")
         count = max(1.0, count)  # a batch may have no target
         self.update(count)
         if o.noise_scale:
-            self.compare(part / ranks()[1], o.micro_batch * o.block_size, o.batch_size * o.block_size)
+            self.compare(self.part, o.micro_batch * o.block_size, o.batch_size * o.block_size)
+        p.expert_tokens = [part.counts.long().tolist() for part in self.gpt.modules() if type(part) is model.Experts]
         p.step += 1
         p.loss += loss
         p.count += count
         p.tokens += o.batch_size * o.block_size
-        took = torch.tensor([time.perf_counter() - began], device=self.device)
-        sum_over_ranks([took])
-        self.follow_clock(took.item() / ranks()[1])
+        told = torch.tensor([time.perf_counter() - began, stop], device=self.device)
+        sum_over_ranks([told])
+        took, stop = told.tolist()
+        self.follow_clock(took / ranks()[1])
         return loss / count, stop > 0
 
     def follow_clock(self, took):
@@ -860,10 +866,7 @@ class Run:
         speed = rate(p.step, o)
         for weight in self.weights.values():
             weight.grad = weight.grad / (count * p.scale)  # not in place: those of summed tables share numbers
-        if self.split:
-            p.grad_norm = self.split.norm(self.tables)
-        else:
-            p.grad_norm = nn.utils.get_total_norm([weight.grad for weight in self.clipped]).item()
+        p.grad_norm = self.split.norm(self.tables)
         nn.utils.clip_grads_with_norm_(self.clipped, o.grad_clip or math.inf, torch.tensor(p.grad_norm))
         fine = math.isfinite(p.grad_norm)
         require(fine or o.dtype == "float16" and p.scale > 2**-24,
@@ -880,7 +883,7 @@ class Run:
                 continue
             if role.decay:
                 weight.mul_(1 - speed * o.weight_decay)
-            if self.split and role.muon and o.optimizer != "adamw":
+            if role.muon and o.optimizer != "adamw":
                 step = self.split.on_whole(name, step)
             step(weight, self.state[name], speed * self.rates[name], p.step + 1, o)
         for (factor, decays), names in together.items():
@@ -888,8 +891,7 @@ class Run:
         for name, mask in self.masks.items():
             self.weights[name].mul_(mask)
         self.gpt.zero_grad(set_to_none=True)
-        if self.split:
-            self.split.spread()
+        self.split.spread()
 
     @torch.no_grad()
     def adamw_of(self, names, speed, decay):
@@ -904,29 +906,22 @@ class Run:
     @torch.no_grad()
     def evaluate(self, sources):
         """A record of the log. The loss is over all targets of `sources`, in windows that do not overlap."""
-        o, p = self.o, self.progress
-        rank, world = ranks()
-        totals, n_bytes = torch.zeros(2, dtype=torch.float64), 0  # on the CPU, for not every device has float64
+        o, p, (_, world) = self.o, self.progress, ranks()
+        totals, n_bytes = np.zeros(2), 0
         self.objective.eval()
         for source in sources:
             starts = np.arange(0, len(source.tokens) - 1, o.block_size)
-            if self.split:  # all ranks take part in all windows, so the last batch is filled up with nothing
-                batch = 16 * o.batch_size
-                for i in range(0, len(starts), batch):
-                    part = np.full(batch, len(source.tokens) - 1)
-                    part[:len(starts[i:i + batch])] = starts[i:i + batch]
-                    part = part[self.split.rows(batch)]
-                    with self.precision:
-                        windows = self.windows([source], 0 * part, part)
-                        totals += torch.tensor(self.split.backward([windows], train=False))
-            for i in range(16 * rank, len(starts), 16 * world) if not self.split else ():
-                part = starts[i:i + 16]
-                totals += torch.stack(self.loss([source], 0 * part, part)).cpu()
+            for batch in np.split(starts, range(16 * world, len(starts), 16 * world)):
+                # all ranks take part: the last batch is filled up with the last token, after which is no target
+                batch = np.pad(batch, (0, -len(batch) % world), constant_values=len(source.tokens) - 1)
+                own = batch[self.split.rows(len(batch))]
+                totals += self.split.backward([self.windows([source], 0 * own, own)], train=False)
             n_bytes += int(self.bytes_of[source.tokens[1:]] @ (source.mask[1:] > 0))
         self.objective.train()
-        sum_over_ranks([] if self.split else [totals])
         nats, count = totals.tolist()
-        noise = dict(noise_scale=p.noise[0] / p.noise[1]) if o.noise_scale else {}
+        further = dict(noise_scale=p.noise[0] / p.noise[1]) if o.noise_scale else {}
+        if p.expert_tokens:
+            further["expert_tokens"] = p.expert_tokens
         return dict(
             step=p.step,
             tokens=p.tokens,
@@ -938,7 +933,7 @@ class Run:
             lr=rate(p.step - 1, o),
             grad_norm=p.grad_norm,
             tokens_per_s=round(p.tokens / p.seconds),
-            **noise,
+            **further,
         )
 
     def save(self, name):
@@ -953,9 +948,9 @@ class Run:
             tokenizer=self.tokenizer.to_dict(),
             source=source_texts(),
         )
-        if self.split and o.parts:
+        if o.parts:
             return self.split.save(Path(o.output) / "parts", self.state, **rest) if name == "ckpt.pt" else None
-        weights, states = self.split.whole(self.state) if self.split else (self.gpt.state_dict(), self.state)
+        weights, states = self.split.whole(self.state)
         if ranks()[0]:
             return
         self.written()
@@ -1088,10 +1083,10 @@ def train_loop(training: Run, sources: list, val: list, mix: list, peak: float) 
         if p.step and p.step % o.eval_interval == 0 or last:
             training.save("ckpt.pt")
             record = training.evaluate(val)
-            bits = f", {record['bpb']:.4f} bits a byte" if record["bpb"] else ""
-            nats = f"train {record['train_loss']:.4f}, validation {record['val_loss']:.4f} nats"
-            noise = f", noise scale {record['noise_scale']:,.0f} tokens" if o.noise_scale else ""
-            print(f"step {p.step:5d}: {nats}{bits}, {record['seconds']:.0f} s{noise}")
+            bits = ", {bpb:.4f} bits a byte" if record["bpb"] else ""
+            noise = ", noise scale {noise_scale:,.0f} tokens" if o.noise_scale else ""
+            losses = "step {step:5d}: train {train_loss:.4f}, validation {val_loss:.4f} nats"
+            print((losses + bits + ", {seconds:.0f} s" + noise).format(**record))
             if record["val_loss"] < p.best:
                 p.best = record["val_loss"]
                 training.save("best.pt")
@@ -1192,11 +1187,11 @@ def take_up(o: Options, words: list[str]) -> tuple[Options, dict]:
         checkpoint = model.load_checkpoint(ckpt)
         require("progress" in checkpoint, f"{ckpt} is a checkpoint of weights alone; there is no run to resume")
         stored = checkpoint["train"]
-        for name in ("output", "ckpt"):  # the folder may have moved
-            stored.pop(name, None)
         if o.ckpt and (ckpt.parent / "train.npy").exists():
             stored["data"] = str(ckpt.parent)
-    own = options(Options, [f"--{key}={stored[key]}" for key in stored] + words)
+    fresh = ("output", "ckpt")  # the folder may have moved; what this version does not know is left out
+    known = [f"--{key}={value}" for key, value in stored.items() if key not in fresh and hasattr(Options, key)]
+    own = options(Options, known + words)
     if o.init_from:
         checkpoint["config"] |= dict(counts=own.counts, counts_weight=own.counts_weight)
     return own, checkpoint
@@ -1215,8 +1210,7 @@ def main():
     if o.resume or o.init_from:
         o, checkpoint = take_up(o, words)
     agree(step=checkpoint.get("step", 0), **vars(o))
-    if o.leaderboard and not o.minutes:
-        o.minutes = 2.0
+    o.minutes = o.minutes or 2.0 * o.leaderboard
     torch.set_default_dtype(torch.float64 if o.dtype == "float64" else torch.float32)
     folders = prepare_tokens(o)
     held = [Path(word) for word in o.eval_data.split(",")] if o.eval_data else folders
@@ -1255,7 +1249,8 @@ def main():
     if ranks()[0] == 0:
         begin(training.o, training.progress.step, training.corpus)
     limit = max(2, o.eval_tokens // len(val))
-    record = train_loop(training, sources, [source.head(limit) for source in val], mix, peak.item())
+    val = [Source(tokens[:limit], mask[:limit]) for tokens, mask in val]
+    record = train_loop(training, sources, val, mix, peak.item())
     print(f"checkpoints held training up for {training.paused / training.progress.seconds:.2%} of its time")
     if o.leaderboard:
         print(table_row(record, words))

@@ -483,22 +483,22 @@ def test_chunks_of_the_output_layer(words, z_loss, double, monkeypatch):
     assert train.Objective(run.gpt, z_loss).eval()(x, targets)[0].item() == pytest.approx(plain, rel=1e-12)
 
 
-@pytest.mark.parametrize("weight, heat", [(0.0, 3.0), (0.3, 1.0), (1.0, 2.0)])
-def test_a_teacher(weight, heat, double, monkeypatch):
-    """The sum is torch's kl_div and cross_entropy by their weights, also in chunks, in which neither model's logits are whole."""
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
+def test_a_teacher(weight, double, monkeypatch):
+    """The sum is p log(p / q) and torch's cross_entropy by their weights, also in chunks, in which neither model's logits are whole."""
     run, teacher, biggest = shaken(make(n_layer=2, dropout=0.0)), shaken(make(n_layer=1, n_embd=8)).gpt.eval().requires_grad_(False), []
     x, targets = torch.randint(V, (3, T)), torch.randint(-1, V, (3, T))
     logits, right = run.gpt(x)[targets >= 0], teacher(x)[targets >= 0]
     own = F.cross_entropy(logits, targets[targets >= 0], reduction="sum")
-    gap = F.kl_div((logits / heat).log_softmax(-1), (right / heat).softmax(-1), reduction="sum")
-    whole = (1 - weight) * own + weight * heat**2 * gap
+    p, q = right.softmax(-1), logits.softmax(-1)
+    whole = (1 - weight) * own + weight * (p * (p / q).log()).sum()
     whole.backward()
     expected = {name: p.grad for name, p in run.weights.items()}
     hooks = [gpt.head.register_forward_hook(lambda head, x, y: biggest.append(y.numel() // V)) for gpt in (run.gpt, teacher)]
     for logits in (2**24, 7 * V - 1):
         monkeypatch.setattr(train, "LOGITS", logits)
         run.gpt.zero_grad(set_to_none=True)
-        objective = train.Objective(run.gpt, 0.0, (teacher, weight, heat))
+        objective = train.Objective(run.gpt, 0.0, (teacher, weight))
         loss, count = objective(x, targets)
         loss.backward()
         assert count == (targets >= 0).sum() and loss.item() == pytest.approx(whole.item(), rel=1e-12)
@@ -514,18 +514,41 @@ def test_a_copy_of_the_teacher_has_nothing_to_learn(launch, tmp_path):
     assert launch("--max_iters=3", output=tmp_path / "t").code == 0
     ckpt = tmp_path / "t" / "ckpt.pt"
     words = [f"--teacher={ckpt}", "--max_iters=2", "--eval_interval=1", "--optimizer=adamw"]
-    done = launch(*words, f"--init_from={ckpt}", "--teacher_weight=1", "--teacher_temperature=2")
+    done = launch(*words, f"--init_from={ckpt}", "--teacher_weight=1")
     assert done.code == 0, done.message
     one, two = read_log(tmp_path / "out")[1:]
     assert abs(one["train_loss"]) < 1e-6 and one["val_loss"] > 1  # of the tokens, as ever
     assert launch(*words, output=tmp_path / "other").code == 0
     assert read_log(tmp_path / "other")[1]["train_loss"] > 1
     refused(launch(*words, "--teacher_weight=1.5"), "--teacher_weight=1.5 must be from 0 to 1")
-    refused(launch(*words, "--teacher_temperature=0"), "--teacher_temperature=0.0 must be above 0")
     refused(launch(*words, f"--block_size={2 * T}"), f"takes {T} tokens")
     checkpoint = torch.load(ckpt, weights_only=True)
     torch.save(checkpoint | dict(tokenizer=dict(kind="char")), ckpt)
     refused(launch(*words), "has another tokenizer than the tokens")
+
+
+@pytest.mark.parametrize("wide, without", [(V, 3), (3000, 4)])
+def test_memory_of_a_teacher(wide, without, tmp_path, monkeypatch):
+    """A micro-batch leaves room for what a backward pass keeps more with a teacher than without, and for its last layer."""
+    run, kept = shaken(make(vocab_size=wide)), [{}, {}]
+    teacher = model.GPT(dataclasses.replace(run.gpt.config, n_layer=2, n_embd=48, n_head=1)).requires_grad_(False)
+    model.save_checkpoint(tmp_path / "t.pt", teacher)
+    x = torch.randint(wide, (4, T))
+    for found, taught in zip(kept, ((), (teacher, 0.5))):
+        def keep(tensor, found=found):
+            found[tensor.untyped_storage().data_ptr()] = tensor  # which lives on, so that no other gets its place
+            return tensor
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            train.Objective(run.gpt, 0.0, taught)(x, x)
+    less, more = (sum(tensor.untyped_storage().nbytes() for tensor in found.values()) for found in kept)
+    cost = model.account(run.gpt.config, 1)
+    own = cost["memory"]["activations"]
+    each = own + (more - less) / 4 + T * 48 * 4
+    for factor, fits in ((0.98, 2), (1.02, 3)):
+        free = cost["memory_total"] - own + factor * 3 * each
+        monkeypatch.setattr(train, "free_memory", lambda device: free)
+        assert make(vocab_size=wide, teacher=str(tmp_path / "t.pt")).o.micro_batch == fits
+    assert make(vocab_size=wide).o.micro_batch == without
 
 
 def test_what_was_pruned_stays_0(launch, tmp_path):
@@ -553,6 +576,15 @@ def test_a_checkpoint_of_before_an_option_was_there_goes_on(launch, tmp_path):
     assert launch("--max_iters=3", "--resume").code == 0 and torch.load(ckpt, weights_only=True)["step"] == 3
 
 
+def test_a_checkpoint_with_an_option_that_is_gone_goes_on(launch, tmp_path):
+    assert launch("--max_iters=2").code == 0
+    ckpt = tmp_path / "out" / "ckpt.pt"
+    checkpoint = torch.load(ckpt, weights_only=True)
+    checkpoint["train"]["teacher_temperature"] = 1.0
+    torch.save(checkpoint, ckpt)
+    assert launch("--max_iters=3", "--resume", shape=[]).code == 0 and torch.load(ckpt, weights_only=True)["step"] == 3
+
+
 def test_evaluations_leave_out_what_training_adds():
     """z-loss is no part of a validation loss."""
     tokens = [source((np.arange(300) * 7 % V).astype(np.uint16))]
@@ -560,6 +592,27 @@ def test_evaluations_leave_out_what_training_adds():
     for run in runs:
         run.progress.seconds = 1.0
     assert runs[0].evaluate(tokens)["val_loss"] == runs[1].evaluate(tokens)["val_loss"]
+
+
+def test_tokens_of_each_expert_are_in_the_log(launch, tmp_path, monkeypatch):
+    """Of a step's last micro-batch, a list a layer: what the router's own scores choose; a resumed run has them, too."""
+    words = ["--n_expert=3", "--n_expert_active=2", "--n_layer=2", "--max_iters=4", "--eval_interval=2", "--micro_batch=3"]
+    seen, usual = [], model.Experts.forward
+
+    def forward(ffn, x):
+        if ffn.training and type(x) is torch.Tensor:  # not the accounting's
+            best = ffn.router(x).flatten(0, 1).argsort(1, descending=True)[:, :2]
+            seen.append(np.bincount(best.flatten().numpy(), minlength=3).tolist())
+        return usual(ffn, x)
+    monkeypatch.setattr(model.Experts, "forward", forward)
+    assert launch(*words).code == 0
+    two, four = read_log(tmp_path / "out")[1:]
+    assert len(seen) == 4 * 2 * 2  # steps, micro-batches of 3 and 1 rows, layers
+    assert list(two) == [*KEYS, "expert_tokens"] and (two["expert_tokens"], four["expert_tokens"]) == (seen[6:8], seen[14:])
+    assert sum(map(sum, four["expert_tokens"])) == 2 * 2 * T  # layers, experts of a token, tokens of a row
+    checkpoint = model.load_checkpoint(tmp_path / "out/ckpt.pt")
+    assert launch("--resume", shape=[]).code == 0 and read_log(tmp_path / "out")[-1]["expert_tokens"] == seen[14:16]
+    assert checkpoint["progress"]["expert_tokens"] == seen[14:16] and len(seen) == 16  # nothing was trained again
 
 
 def test_heads_further_ahead(double):
@@ -1080,6 +1133,12 @@ def test_the_dial_reads_a_study(tmp_path, monkeypatch):
     o = train.recipe(train.Options(flops=1e12), 10**7, V, 1e10)
     assert (o.batch_size, o.learning_rate, o.ngram, o.n_embd) == (5, 0.003, 3, 256) and o.max_iters != 7
     assert o.max_iters * o.batch_size * train.run_flops(o, V) == pytest.approx(1e12, rel=0.05)
+
+
+def test_the_dial_goes_with_shared_heads():
+    """The run whose FLOPs a budget is compared with has one head, whatever --n_kv_head says."""
+    o = train.recipe(train.Options(flops=1e12, n_head=4, n_kv_head=2), 10**7, V, 1e10)
+    assert (o.n_head, o.n_kv_head) == (4, 2) and o.n_embd % 4 == 0
 
 
 def test_one_budget(launch):
@@ -1840,3 +1899,8 @@ def test_what_does_not_go_with_parallel(name, monkeypatch):
     o = train.Options(parallel="fsdp", weight_decay=0.0, learning_rate=0.01, batch_size=2, max_iters=9, eval_interval=3, **{name: 0.1 if name in ("z_loss", "dropout") else True})
     with pytest.raises(ValueError, match=f"--{name} does not go with --parallel"):
         train.refuse(o, [])
+
+
+@pytest.mark.parametrize("parallel", ["", "torch_fsdp"])
+def test_parts_are_of_split_models(parallel, launch):
+    refused(launch("--max_iters=2", "--parts", f"--parallel={parallel}"), "--parts is for --parallel")
