@@ -68,11 +68,10 @@ class Options:
     fit: str = ""  # fit this table of past runs instead of running a study
     predict: float = 0.0  # FLOPs of a run: print its size, tokens, loss, learning rate, memory and days
     machine: str = "8xh100"  # what --predict counts days of: a100, h100, h200 or b200
-    mfu: float = 0.4  # share of the machine's peak that it reaches
     inference_tokens: float = 0.0  # tokens that the model will serve, which favours smaller models
     preregister: bool = False  # write the prediction for --predict, with hash and time, before the run
     check: str = ""  # folder of a run: compare its loss with the preregistered one; it is trained if there is none
-    plot: str = ""  # picture to write
+    plot: str = ""  # picture to write: of a study, --fit, --mup or --runs
     resamples: int = 500  # bootstrap samples behind each interval
     seed: int = 0  # of the bootstrap
 
@@ -80,9 +79,9 @@ class Options:
 # ---- tables of runs
 
 NAMES = {
-    "N": ("N", "parameters", "params", "model_size"),
-    "D": ("D", "tokens", "training_tokens"),
-    "C": ("C", "flops", "compute_budget", "compute", "training_flop"),
+    "N": ("n", "parameters", "params", "model_size"),
+    "D": ("d", "tokens", "training_tokens"),
+    "C": ("c", "flops", "compute_budget", "compute", "training_flop"),
     "loss": ("loss", "final_loss", "val_loss"),
 }
 
@@ -104,23 +103,27 @@ def rows_of(path: Path) -> list[dict]:
     return rows
 
 
+def evaluations(folder: str, names: tuple = ("val_loss", "tokens", "flops", "seconds")) -> np.ndarray:
+    """What a log of train.py says of these at each evaluation, (names, evaluations). Raises ValueError."""
+    path = Path(folder) / "log.jsonl"
+    rows = [row for row in rows_of(path) if set(names) <= row.keys()]
+    require(rows, f"{path} holds no evaluation yet")
+    try:
+        columns = np.array([[row[name] for name in names] for row in rows], float).T
+        require(np.isfinite(columns).all(), "numbers are not finite")
+    except (ValueError, TypeError, OverflowError) as error:
+        raise ValueError(f"{path} is damaged: {str(error)[:100]}") from None
+    return columns
+
+
 def field_of(row: dict, key: str, where: str) -> float:
     """What a row says of N, D, C or loss, under any of its names; nan where it says nothing. Raises ValueError."""
     plain = {re.sub(r"\W+", "_", str(name).strip().lower()): value for name, value in row.items()}
-    for name in NAMES[key]:
-        value = plain.get(name.lower())
-        if value in (None, ""):
-            continue
-        try:
-            return float(value)
-        except (ValueError, TypeError, OverflowError):
-            raise ValueError(f"{where}: {key} is {str(value)[:40]!r}, which is no number") from None
-    return math.nan
-
-
-def close(C: float, other: float) -> bool:
-    """Whether two numbers of FLOPs are one budget, which is within 10%."""
-    return abs(math.log(C / other)) < 0.1
+    values = [plain[name] for name in NAMES[key] if plain.get(name) not in (None, "")]
+    try:
+        return float(values[0]) if values else math.nan
+    except (ValueError, TypeError, OverflowError):
+        raise ValueError(f"{where}: {key} is {str(values[0])[:40]!r}, which is no number") from None
 
 
 class Runs:
@@ -139,28 +142,34 @@ class Runs:
         places = np.arange(len(self))[which]
         return Runs([self.rows[i] for i in places])
 
+    def values(self, axis: str) -> np.ndarray:
+        """N, or a hyperparameter, of each run; nan where it is not known."""
+        if axis == "N":
+            return self.N
+        return np.array([row.get("options", {}).get(axis, math.nan) for row in self.rows], float)
+
     def budgets(self) -> list[np.ndarray]:
         """Places of the runs of each budget: a step of 10% in FLOPs begins another."""
-        jumps = [i for i in range(1, len(self)) if not close(self.C[i], self.C[i - 1])]
-        return np.split(np.arange(len(self)), jumps)
+        steps = np.diff(np.log(self.C))
+        return np.split(np.arange(len(self)), 1 + np.flatnonzero(steps >= 0.1))
 
-    def families(self, at: np.ndarray, follows: tuple) -> list[np.ndarray]:
-        """Of the places `at`, those that share all hyperparameters but seed, length and what `follows` names."""
-        free = ("seed", "max_iters", *follows)
-        found = {}
-        for i in at:
-            options = self.rows[i].get("options", {})
-            fixed = {name: value for name, value in options.items() if name not in free}
-            found.setdefault(key_of(fixed), []).append(i)
-        return list(map(np.array, found.values()))
+    def valleys(self, axis: str = "N") -> list[np.ndarray]:
+        """Of each budget the places of the most runs that share all hyperparameters but this one, seed and length."""
+        free = ("seed", "max_iters", *(SIZE if axis == "N" else (axis,)))
+        values = self.values(axis)
+        found = []
+        for budget in self.budgets():
+            families = {}
+            for i in budget:
+                options = self.rows[i].get("options", {})
+                fixed = {name: value for name, value in options.items() if name not in free}
+                families.setdefault(key_of(fixed), []).append(i)
+            found.append(max(families.values(), key=lambda at: len(np.unique(values[at]))))
+        return found
 
     def main(self) -> "Runs":
-        """The runs that differ in size alone: of each budget the family with the most sizes."""
-        def count(at):
-            return len(set(self.N[at]))
-
-        best = [max(self.families(at, SIZE), key=count) for at in self.budgets()]
-        return self.keep(np.concatenate(best))
+        """The runs that differ in size alone."""
+        return self.keep(np.concatenate(self.valleys()))
 
     def flops_each(self) -> float:
         """FLOPs for each parameter and token, about 6."""
@@ -252,15 +261,7 @@ def minimise(residual: Callable, starts: np.ndarray, weights: np.ndarray, delta:
     return p[np.argsort(now)] if weights.ndim == 1 else p
 
 
-def parabola(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Least-squares parabolas through y(x), for weights (S, n): their coefficients of x^2, x and 1, (S, 3)."""
-    powers = np.vander(x, 3)
-    left = np.einsum("sn,ni,nj->sij", weights, powers, powers)
-    right = (weights * y) @ powers
-    return np.linalg.solve(left + 1e-12 * np.eye(3), right[:, :, None])[:, :, 0]
-
-
-def resampled(residual: Callable, starts: np.ndarray, n: int, o: Options, delta: float = math.inf) -> np.ndarray:
+def resampled(residual: Callable, starts: np.ndarray, n: int, o: Options, delta: float) -> np.ndarray:
     """The best fit to n runs in row 0, then o.resamples fits to other weights of the runs (Rubin 1981), (S, P).
 
     Weights are exponential with mean 1, as in the Bayesian bootstrap, so that no run is ever left out.
@@ -286,70 +287,59 @@ def summarise(found: dict[str, np.ndarray]) -> dict[str, list[float]]:
 # same runs; the middle 90% of what comes out is the interval.
 
 class Law:
-    """A loss of N and D, fitted by Huber loss on its logarithm: what the laws below share."""
+    """A loss of N and D, fitted by Huber loss on its logarithm: what the laws below share.
 
-    names: tuple  # of the parameters p, in the order of log_loss
-    doubts: list[str] = []  # what these runs cannot tell
+    A law's n, d and loss are logarithms over the runs' mean, so that one grid of starts is good for runs of all sizes.
+    """
+
+    grid: dict[str, tuple]  # the parameters p, in the order of log_loss, and values to start from
+    doubts = ()  # what these runs cannot tell
 
     def __init__(self, runs: Runs, o: Options):
-        runs = runs.main()
-        self.runs = runs
+        self.runs = runs = runs.main()
         self.inference = o.inference_tokens
         self.k = runs.flops_each()
-        self.n = np.log(runs.N)
-        self.d = np.log(runs.D)
-        self.y = np.log(runs.loss)
-        starts = np.array(self.starts())
+        logs = np.log((runs.N, runs.D, runs.loss))
+        self.middle = logs.mean(1, keepdims=True)
+        self.n, self.d, self.y = logs - self.middle
+        starts = np.array(list(itertools.product(*self.grid.values())))
         self.p = resampled(self.residual, starts, len(runs), o, DELTA)
-        sigma = self.residual(self.p[:1]).std()
-        sigma *= math.sqrt(len(runs) / max(1, len(runs) - len(self.names)))  # the law's own degrees of freedom
+        self.freedom = max(1, len(runs) - len(self.grid))
+        sigma = self.residual(self.p[:1]).std() * math.sqrt(len(runs) / self.freedom)
         normal = np.random.default_rng(o.seed).normal(size=len(self.p))
         self.noise = np.exp(sigma * normal)  # of one run
         self.noise[0] = 1
-        slopes = slopes_of(self.residual, self.p[:1])[0]
-        flat = 1e-12 * np.eye(len(self.names))  # directions in which nothing changes get a large error, not none
-        covariance = np.linalg.inv(slopes.T @ slopes + flat)
-        self.errors = sigma * np.sqrt(np.diag(covariance))  # standard errors of p
-
-    def log_loss(self, p: np.ndarray, n: np.ndarray, d: np.ndarray) -> np.ndarray:
-        """The log of the loss at log N and log D, for parameters p (S, P): (S, n)."""
-        raise NotImplementedError
 
     def residual(self, p: np.ndarray) -> np.ndarray:
-        """How far the law lies above the runs, (S, n)."""
+        """How far the law lies above the runs, (S, n), for parameters p (S, P)."""
         return self.log_loss(p, self.n, self.d) - self.y
 
     def losses(self, N: np.ndarray, D: np.ndarray) -> np.ndarray:
         """The losses of single runs, (S, n): row 0 is the fit, the others have the runs' noise in them."""
-        clean = self.log_loss(self.p, np.log(N), np.log(D))
-        return np.exp(clean) * self.noise[:, None]
+        n, d, y = self.middle
+        clean = self.log_loss(self.p, np.log(N) - n, np.log(D) - d)
+        return np.exp(clean + y) * self.noise[:, None]
 
     def predict(self, C: float) -> dict:
         """N, D, loss where C FLOPs do most; the loss's interval holds the noise of one run.
 
         --inference_tokens are paid out of the same C, at a third of the price of trained ones (Sardana et al. 2023).
         """
-        n = math.log(C / self.k) / 2 + np.linspace(-8, 8, 4001)
-        tokens = C / self.k / np.exp(n) - self.inference / 3
-        d = np.log(np.maximum(tokens, 1e-9))
-        loss = self.log_loss(self.p, n, d)  # (S, 4001)
-        at = loss.argmin(1)
-        return summarise(dict(
-            N=np.exp(n[at]),
-            D=np.exp(d[at]),
-            loss=np.exp(loss.min(1)) * self.noise,
-        ))
+        N = math.sqrt(C / self.k) * np.exp(np.linspace(-8, 8, 4001))
+        D = np.maximum(C / self.k / N - self.inference / 3, 1e-9)
+        losses = self.losses(N, D)  # (S, 4001)
+        at = losses.argmin(1)
+        return summarise(dict(N=N[at], D=D[at], loss=losses.min(1)))
 
-    def profile(self, name: str) -> list[float]:
-        """The 90% interval of a parameter by its likelihood: where the best fit with it held still is good enough.
+    def profile(self, name: str) -> tuple[float, float, float]:
+        """An exponent and its 90% interval by likelihood: where the best fit with it held still is good enough.
 
         Good enough: the cost, in units of the least cost a degree of freedom, rises by less than 2.71, the 90% point
-        of chi-squared. Unlike the bootstrap it needs no cloud of fits, so the two may be compared.
+        of chi-squared. Unlike the bootstrap it needs no cloud of fits, and it sees directions in which nothing changes.
         """
-        i = self.names.index(name)
-        value, width = self.p[0, i], min(1, self.errors[i] + 1e-9)
-        values = value + width * np.linspace(-5, 5, 121)
-        held = np.arange(len(self.names)) == i
+        i = list(self.grid).index(name)
+        values = self.p[0, i] * np.geomspace(1 / 3, 3, 241)
+        held = np.arange(len(self.grid)) == i
 
         def residual(p):
             return self.residual(np.where(held, values[:, None], p))
@@ -358,16 +348,21 @@ class Law:
         weights = np.ones((len(values), len(self.runs)))
         found = minimise(residual, starts, weights, DELTA, steps=60)
         costs = huber(residual(found), DELTA).sum(1)
-        least = huber(self.residual(self.p[:1]), DELTA).sum()
-        rise = (costs / max(least, 1e-30) - 1) * (len(self.runs) - len(self.names))
+        rise = (costs / max(costs[120], 1e-30) - 1) * self.freedom
         good = values[rise <= 2.71]  # neighbours: the cost has one valley
-        return [float(value), float(good.min()), float(good.max())]
+        return self.p[0, i], good.min(), good.max()
 
 
 class Chinchilla(Law):
     """Hoffmann et al. 2022, third approach: L(N, D) = E + A / N^alpha + B / D^beta."""
 
-    names = ("a", "alpha", "b", "beta", "e")
+    grid = dict(
+        a=(-1.0,),
+        alpha=(0.2, 0.4, 0.8),
+        b=(-1.0,),
+        beta=(0.2, 0.4, 0.8),
+        e=(-1.2, -0.5, -0.1),
+    )
 
     def log_loss(self, p, n, d):
         a, alpha, b, beta, e = p.T[:, :, None]
@@ -375,48 +370,31 @@ class Chinchilla(Law):
         by_data = np.exp(b - beta * d)
         return np.log(by_size + by_data + np.exp(e))
 
-    def starts(self) -> list[tuple]:
-        """Small, middling and large exponents; a third to nine tenths of the least loss in E."""
-        found = []
-        small_to_large = (0.2, 0.4, 0.8)
-        for alpha, beta, share in itertools.product(small_to_large, small_to_large, (0.3, 0.6, 0.9)):
-            rest = math.log((1 - share) / 2)
-            rest += self.y.mean()
-            a = rest + alpha * self.n.mean()
-            b = rest + beta * self.d.mean()
-            found.append((a, alpha, b, beta, math.log(share) + self.y.min()))
-        return found
-
     def constants(self) -> dict:
         """The constants; N grows as C^N_exponent, D as C^D_exponent (closed form of the optimum)."""
+        n, d, y = self.middle
         a, alpha, b, beta, e = self.p.T
         share = beta / (alpha + beta)
         return summarise(dict(
-            A=np.exp(a),
+            A=np.exp(a + alpha * n + y),
             alpha=alpha,
-            B=np.exp(b),
+            B=np.exp(b + beta * d + y),
             beta=beta,
-            E=np.exp(e),
+            E=np.exp(e + y),
             N_exponent=share,
             D_exponent=1 - share,
         ))
-
-    @property
-    def doubts(self) -> list[str]:
-        """What these runs cannot tell."""
-        out = []
-        for name, value, error in zip(self.names, self.p[0], self.errors):
-            if name in ("alpha", "beta") and error > 0.3 * value:
-                out.append(f"{name} is {value:.2g} with a standard error of {error:.2g}: these runs hardly tell it")
-        if self.errors[-1] > 0.3:  # of log E
-            out.append("E is uncertain by a third or more: the runs do not reach to where the loss flattens")
-        return out
 
 
 class Kaplan(Law):
     """Kaplan et al. 2020, equation 1.5: L(N, D) = ((N_c / N)^(alpha_N / alpha_D) + D_c / D)^alpha_D, with no E."""
 
-    names = ("alpha_N", "log_N_c", "alpha_D", "log_D_c")
+    grid = dict(
+        alpha_N=(0.05, 0.1, 0.3),
+        log_N_c=(0.0,),
+        alpha_D=(0.05, 0.1, 0.3),
+        log_D_c=(0.0,),
+    )
 
     def log_loss(self, p, n, d):
         alpha_n, n_c, alpha_d, d_c = p.T[:, :, None]
@@ -424,21 +402,12 @@ class Kaplan(Law):
         by_data = np.exp(d_c - d)
         return alpha_d * np.log(by_size + by_data)
 
-    def starts(self) -> list[tuple]:
-        """Both terms alike at the mean of the runs."""
-        found = []
-        small_to_large = (0.05, 0.1, 0.3)
-        for alpha_n, alpha_d in itertools.product(small_to_large, small_to_large):
-            term = self.y.mean() / alpha_d - math.log(2)
-            n_c = self.n.mean() + term * alpha_d / alpha_n
-            found.append((alpha_n, n_c, alpha_d, self.d.mean() + term))
-        return found
-
     def constants(self) -> dict:
         """alpha_N and alpha_D. The optimum's exponents follow from alpha_N N-term = alpha_D D-term, N D = C / k."""
         alpha_n, _, alpha_d, _ = self.p.T
         share = alpha_d / (alpha_n + alpha_d)
         return summarise(dict(alpha_N=alpha_n, alpha_D=alpha_d, N_exponent=share, D_exponent=1 - share))
+
 
 # ---- laws of C: a power law through the best value at each budget
 # These ask no form of the loss, only that the best size, learning rate or batch moves as a power of C. They need runs
@@ -447,7 +416,8 @@ class Kaplan(Law):
 class Powers:
     """Lowest points at some C (each with its S resamples), and value = exp(height) C^slope through them."""
 
-    doubts: list[str] = []  # what these runs cannot tell
+    axis = "N"  # what the value is
+    doubts = ()  # what these runs cannot tell
 
     def fit(self, c: list, values: list, k: float) -> None:
         """Fit log value (G, S) against log C (G,); k is FLOPs for each parameter and token."""
@@ -459,13 +429,18 @@ class Powers:
         return np.exp(self.slope * math.log(C) + self.height)
 
     def constants(self) -> dict:
-        """The exponents of N and D in C."""
+        """The exponents of N and D in C, or that of the learning rate or batch."""
+        if self.axis != "N":
+            return summarise(dict(exponent=self.slope))
         return summarise(dict(N_exponent=self.slope, D_exponent=1 - self.slope))
 
     def predict(self, C: float) -> dict:
-        """N and D where C FLOPs do most."""
-        N = self.at(C)
-        return summarise(dict(N=N, D=C / self.k / N))
+        """N and D where C FLOPs do most, or the learning rate or batch."""
+        best = self.at(C)
+        found = {self.axis: best}
+        if self.axis == "N":
+            found["D"] = C / self.k / best
+        return summarise(found)
 
 
 class Valleys(Powers):
@@ -477,50 +452,32 @@ class Valleys(Powers):
     def __init__(self, runs: Runs, o: Options, axis: str = "N"):
         self.axis = axis
         self.doubts = []
-        self.valleys = []  # values, losses, the parabola's coefficients about a middle
+        self.parabolas = []  # log values, losses: points of each for a picture
         random = np.random.default_rng(o.seed)
-        values = runs.N
-        if axis != "N":
-            values = np.array([row.get("options", {}).get(axis, math.nan) for row in runs.rows])
-
-        def count(at):
-            return len(set(values[at]))
-
+        logs = np.log(runs.values(axis))
         centres, bottoms = [], []
-        for budget in runs.budgets():
-            at = max(runs.families(budget, SIZE if axis == "N" else (axis,)), key=count)
+        for at in runs.valleys(axis):
             where = f"at {runs.C[at].mean():.3g} FLOPs"
-            if count(at) < 3:
+            x, y = logs[at], runs.loss[at]
+            if len(np.unique(x)) < 3:
                 self.doubts += [f"{where} there are not three sizes: left out"] * (axis == "N")
                 continue
-            x, y = np.log(values[at]), runs.loss[at]
-            middle = x.mean()
             weights = random.exponential(size=(o.resamples + 1, len(at)))
             weights[0] = 1  # the fit itself
-            powers = parabola(x - middle, y, weights)
-            bend = powers[:, 0]
-            bottom = middle - powers[:, 1] / 2 / np.where(bend == 0, 1, bend)
+            middle = x.mean()
+            powers = np.array([np.polyfit(x - middle, y, 2, w=np.sqrt(each)) for each in weights])
+            bend, tilt, _ = powers.T
+            bottom = middle - tilt / 2 / np.where(bend == 0, 1, bend)
             if bend[0] > 0 and x.min() < bottom[0] < x.max():
                 centres.append(np.log(runs.C[at]).mean())
                 bottom = np.where(bend > 0, bottom, bottom[0])
                 bottoms.append(bottom.clip(x.min(), x.max()))
-                self.valleys.append((values[at], y, powers[0], middle))
+                x = np.linspace(x.min(), x.max(), 99)
+                self.parabolas.append((x, np.polyval(powers[0], x - middle)))
             else:
                 self.doubts.append(f"{where} the best {WORDS[axis]} is not between two others: left out")
         require(len(bottoms) >= 2, f"it needs two budgets with the best {WORDS[axis]} between two others")
         self.fit(centres, bottoms, runs.flops_each())
-
-    def constants(self) -> dict:
-        """The exponents of N and D in C, or that of the learning rate or batch."""
-        if self.axis == "N":
-            return super().constants()
-        return summarise({"exponent": self.slope})
-
-    def predict(self, C: float) -> dict:
-        """N and D where C FLOPs do most, or the learning rate or batch."""
-        if self.axis == "N":
-            return super().predict(C)
-        return summarise({self.axis: self.at(C)})
 
 
 class Envelope(Powers):
@@ -540,8 +497,7 @@ class Envelope(Powers):
         heights = [np.interp(c, *curve, left=math.inf, right=math.inf) for curve in curves]
         heights = np.stack(heights)  # (R, 200)
         covered = np.isfinite(heights).any(0)
-        c = c[covered]
-        heights = heights[:, covered]
+        c, heights = c[covered], heights[:, covered]
         # Runs are drawn anew with repetition here: a weight would not move the lowest of some curves.
         random = np.random.default_rng(o.seed)
         chosen = random.integers(len(runs), size=(o.resamples + 1, len(runs)))  # (S, R), with repetition
@@ -610,28 +566,21 @@ class Ledger:
         with replacing(self.path) as file:  # without a last line that a kill cut short
             file.writelines(json.dumps(row).encode() + b"\n" for row in self.rows.values())
         self.writing = threading.Lock()
-        self.children = []
         self.workers = o.workers or min(8, os.cpu_count() or 1)
         self.prepare()
 
     def prepare(self) -> None:
         """Find or make the token files of the runs."""
-        data = Path(self.o.data or self.folder / "tokens")
+        self.data = data = Path(self.o.data or self.folder / "tokens")
         if not self.o.data:
             words = [f"--output={data}", "--vocab_size=2048", "--pattern=code"]
             done = subprocess.run([sys.executable, HERE / "data.py", *words], capture_output=True, text=True)
             require(done.returncode == 0, done.stderr.strip())
-        self.data = str(data)
         path = data / "tokenizer.json"  # its vocabulary is that of train.py's models
+        require(path.exists(), f"{path} is not there; data.py writes it beside the tokens")
         try:
-            if path.exists():
-                self.vocab_size = len(json.loads(path.read_bytes())["vocab"])
-                return
-            ids = []
-            for path in (data / "train.npy", data / "val.npy"):
-                ids.append(int(np.load(path, mmap_mode="r", allow_pickle=False).max()))
-            self.vocab_size = 1 + max(ids)
-        except (ValueError, EOFError, TypeError, LookupError) as error:
+            self.vocab_size = len(json.loads(path.read_bytes())["vocab"])
+        except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{path} is damaged: {str(error)[:100]}") from error
 
     def run(self, **hyperparameters) -> float:
@@ -652,7 +601,7 @@ class Ledger:
         """
         width = int(changes.get("n_embd", 64))
         options = dict(
-            data=self.data,
+            data=str(self.data),
             n_embd=width,
             n_layer=max(1, width // 64),
             n_head=math.gcd(width, width // 64 or 1),
@@ -692,25 +641,23 @@ class Ledger:
         """FLOPs of --total that are not spent."""
         return self.o.total - sum(row["paid"] for row in self.rows.values())
 
+    def lacking(self, plans: list[dict]) -> dict[str, dict]:
+        """Those of some plans that have no row yet, by key."""
+        return {plan["key"]: plan for plan in plans if plan["key"] not in self.rows}
+
     def cost(self, plans: list[dict]) -> float:
         """FLOPs that the ledger would be charged for these runs."""
-        todo = {plan["key"]: plan["C"] for plan in plans if plan["key"] not in self.rows}
-        return sum(todo.values())
+        return sum(plan["C"] for plan in self.lacking(plans).values())
 
     def ask(self, plans: list[dict]) -> list[dict]:
         """The rows of planned runs; those that the ledger lacks are trained. Raises ValueError if that is too dear."""
-        todo = {plan["key"]: plan for plan in plans if plan["key"] not in self.rows}
-        cost, left = self.cost(plans), self.left()
+        todo, cost, left = self.lacking(plans), self.cost(plans), self.left()
         reason = f"{len(todo)} runs cost {cost:.3g} FLOPs; of --total={self.o.total:g} {left:.3g} are left"
         require(cost <= left, reason)
-        with ThreadPoolExecutor(self.workers) as pool:  # threads that wait for processes
-            try:
-                list(pool.map(self.settle, todo.values()))
-            except KeyboardInterrupt:
-                pool.shutdown(wait=False, cancel_futures=True)
-                for child in self.children:  # they save what they have, and --resume goes on from it
-                    child.terminate()
-                raise
+        # Threads that wait for processes. A terminal's Ctrl-C reaches these too: they save what they have, and --resume
+        # goes on from it; those that have not begun are not started.
+        with ThreadPoolExecutor(self.workers) as pool:
+            list(pool.map(self.settle, todo.values()))
         return [self.rows[plan["key"]] for plan in plans]
 
     def settle(self, plan: dict) -> None:
@@ -736,18 +683,16 @@ class Ledger:
         if self.o.reuse:
             plan, words = self.branch(plan, folder)
         error = self.launch(options, folder, *words)
-        curve = [row for row in rows_of(folder / "log.jsonl") if "val_loss" in row]
         if error:
             return dict(plan, loss=None)
-        last = curve[-1]
+        losses, tokens, flops, seconds = evaluations(folder)
         return dict(
             plan,
-            D=last["tokens"],
-            C=last["flops"],
-            loss=last["val_loss"],
-            bpb=last["bpb"],
-            seconds=last["seconds"],
-            curve=[[row["flops"], row["val_loss"]] for row in curve],
+            D=tokens[-1],
+            C=flops[-1],
+            loss=losses[-1],
+            seconds=seconds[-1],
+            curve=np.stack((flops, losses), 1).tolist(),
         )
 
     def branch(self, plan: dict, folder: Path) -> tuple[dict, list[str]]:
@@ -780,19 +725,16 @@ class Ledger:
         command = shlex.split(self.o.launch.replace("{command}", shlex.join(command)))
         threads = (os.cpu_count() or 1) // self.workers
         environment = {"OMP_NUM_THREADS": str(max(1, threads)), **os.environ}
+        pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         while True:  # standard error is read for the reason; the log has all else
-            pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-            child = subprocess.Popen(command, env=environment, **pipes)
-            self.children.append(child)
-            _, said = child.communicate()
-            self.children.remove(child)
-            if "another run is training" not in said:
+            done = subprocess.run(command, env=environment, **pipes)
+            if "another run is training" not in done.stderr:
                 break
             time.sleep(1)
-        error = said.strip().splitlines()[-1:] if child.returncode else []
-        failed = child.returncode and not (error and "not finite" in error[0])
-        require(not failed, f"the run in {folder} failed: {''.join(error) or child.returncode}")
-        return "".join(error)
+        *_, last = done.stderr.strip().splitlines() or [""]
+        fine = done.returncode == 0 or "not finite" in last
+        require(fine, f"the run in {folder} failed: {last or done.returncode}")
+        return last if done.returncode else ""
 
 
 class Table(Ledger):
@@ -801,16 +743,16 @@ class Table(Ledger):
     def prepare(self):
         """Read the table."""
         self.past = read_runs(Path(self.o.table))
+        self.o.tuned, self.o.n_seeds = 0, 1  # other rates, batches and seeds may not be there
 
     def plan(self, C: float = 0, **changes):
         """The table's run with these hyperparameters, of C FLOPs if given. Raises ValueError where there is none."""
         fits = []
         for row in self.past.rows:
             known = row | row["options"]
-            if all(alike(known.get(name), value) for name, value in changes.items()):
+            same = [alike(known.get(name), value) for name, value in changes.items()]
+            if all(same) and (C == 0 or math.isclose(row["C"], C, rel_tol=0.1)):
                 fits.append(row)
-        if C:
-            fits = [row for row in fits if close(row["C"], C)]
         asked = " ".join(words_of(changes | dict(C=C or "any")))
         for name in changes:
             values = {str((row | row["options"]).get(name)) for row in self.past.rows}
@@ -821,7 +763,7 @@ class Table(Ledger):
 
     def sizes(self, C, **_):
         """The table's runs of C FLOPs that differ in size alone."""
-        rows = [row for row in self.past.main().rows if close(row["C"], C)]
+        rows = [row for row in self.past.main().rows if math.isclose(row["C"], C, rel_tol=0.1)]
         return [dict(row, key=key_of(row)) for row in rows]
 
     def budgets(self):
@@ -858,60 +800,53 @@ def loss_of(row: dict) -> float:
 # while the best one is the first or last of them, ask one more beyond it. So the size of each budget is found, and the
 # learning rate and batch of the small ones.
 
+RATIO = (6 * 15) ** -0.5  # N to C^0.5 where a parameter has 15 tokens
+
+
 def nearest(plans: list[dict], N: float) -> int:
     """Place of the plan whose N is nearest."""
     distances = [abs(math.log(plan["N"] / N)) for plan in plans]
     return distances.index(min(distances))
 
 
-def first_guess(C: float) -> float:
-    """N that C FLOPs train on 15 tokens a parameter."""
-    return (C / 6 / 15) ** 0.5
-
-
-def around(plans: list[dict], near: int, count: int) -> list[dict]:
-    """`count` neighbours with plans[near] in their middle, or as near to it as the ends allow."""
-    low = max(0, min(near - count // 2, len(plans) - count))
-    return plans[low:low + count]
+def around(near: int, count: int, length: int) -> int:
+    """The first of `count` places out of `length`, with `near` in their middle or as near to it as the ends allow."""
+    return max(0, min(near - count // 2, length - count))
 
 
 def valley(ledger: Ledger, plans: list[dict], near: int, count: int) -> dict:
     """Train `count` plans around plans[near], and more while the best is the first or last; the best one's row."""
     # A run more costs what the others do; a valley whose bottom is not between two runs says nothing.
-    some = around(plans, near, count)
+    low = around(near, count, len(plans))
+    high = low + count
     while True:
-        rows = ledger.ask(some)
+        rows = ledger.ask(plans[low:high])
         best = min(rows, key=loss_of)
-        low = plans.index(some[0])
-        high = low + len(some)
-        if best is rows[0] and low > 0:
-            more = plans[low - 1]
-        elif best is rows[-1] and high < len(plans):
-            more = plans[high]
-        else:
+        below = best is rows[0] and low > 0
+        above = best is rows[-1] and high < len(plans)
+        if not below and not above:
             return best
-        if ledger.cost([more]) > ledger.left():
-            print(f"--total={ledger.o.total:g} has no room for another run of {more['C']:.3g} FLOPs")
+        low, high = low - below, high + above
+        price = ledger.cost(plans[low:high])
+        if price > ledger.left():
+            print(f"--total={ledger.o.total:g} has no room for another run of {price:.3g} FLOPs")
             return best
-        some = [more, *some] if best is rows[0] else [*some, more]
 
 
 def outline(o: Options, ledger: Ledger) -> None:
     """Print what a study will do first at each budget, and its price; it adds runs where a best is not bracketed."""
     # The first runs alone: how many will be added beyond an edge nobody knows before.
     price = 0
-    print(f"{'FLOPs':>10}  {'runs':>4}  {'of sizes N':25}  {'tokens a parameter':18}  {'FLOPs in all':>12}")
     for i, C in enumerate(ledger.budgets()):
         plans = ledger.sizes(C)
         require(len(plans) > 2, f"--budgets: {C:g} FLOPs are fewer than {LEAST} steps of three sizes")
-        some = around(plans, nearest(plans, first_guess(C)), o.sizes)
-        count = len(some) + o.n_seeds - 1
-        count += 4 if i < o.tuned else 0
+        low = around(nearest(plans, RATIO * C**0.5), o.sizes, len(plans))
+        some = plans[low:low + o.sizes]
+        first, last = some[0], some[-1]
+        count = len(some) + o.n_seeds - 1 + 4 * (i < o.tuned)
         price += count * C
-        least, most = some[0]["N"], some[-1]["N"]
-        sizes = f"{least:,.0f} to {most:,.0f}"
-        ratios = f"{C / 6 / most**2:.2g} to {C / 6 / least**2:.2g}"
-        print(f"{C:10.3g}  {count:4}  {sizes:25}  {ratios:18}  {count * C:12.3g}")
+        print(f"{C:.3g} FLOPs: {count} runs, N {first['N']:,.0f} to {last['N']:,.0f}, "
+              f"{first['D'] / first['N']:.3g} to {last['D'] / last['N']:.3g} tokens a parameter")
     print(f"about {price:.3g} FLOPs of --total={o.total:g}, of which {ledger.left():.3g} are left; "
           f"{len(ledger.rows)} runs are in {ledger.path}", flush=True)
 
@@ -919,16 +854,16 @@ def outline(o: Options, ledger: Ledger) -> None:
 def study(o: Options, ledger: Ledger) -> None:
     """At each budget: learning rate and batch, if it is one of the small ones, then some sizes, and seeds of the best.
 
-    A budget begins with what was best at the one before, its size made larger as C^0.5.
+    A budget begins with what was best at the one before, a size larger as C^0.5.
     """
     settings = dict(learning_rate=o.learning_rate, batch_size=o.batch_size)
-    budgets = ledger.budgets()
-    guess = first_guess(budgets[0])
-    for i, C in enumerate(budgets):
+    ratio = RATIO
+    for i, C in enumerate(ledger.budgets()):
+        guess = ratio * C**0.5
         # First the settings, at the size that is most likely best, so that all sizes are trained with good ones.
         plans = ledger.sizes(C, **settings)
         near = plans[nearest(plans, guess)]
-        for axis in settings if i < o.tuned and not o.table else ():
+        for axis in settings if i < o.tuned else ():
             values = settings[axis] * 2.0 ** np.arange(-3, 4)
             if axis == "batch_size":
                 values = [max(1, round(value)) for value in values]
@@ -937,10 +872,8 @@ def study(o: Options, ledger: Ledger) -> None:
             settings[axis] = valley(ledger, plans, 3, 3)["options"][axis]
         plans = ledger.sizes(C, **settings)
         best = valley(ledger, plans, nearest(plans, guess), o.sizes)
-        following = budgets[min(i + 1, len(budgets) - 1)]
-        guess = best["N"] * (following / C) ** 0.5
-        others = range(1, o.n_seeds) if not o.table else ()
-        seeds = [ledger.plan(**best["options"] | dict(seed=seed)) for seed in others]
+        ratio = best["N"] / C**0.5
+        seeds = [ledger.plan(**best["options"] | dict(seed=seed)) for seed in range(1, o.n_seeds)]
         if ledger.cost(seeds) <= ledger.left():
             ledger.ask(seeds)
 
@@ -965,7 +898,7 @@ def grid(text: str) -> list[dict]:
 
 
 def sweep(o: Options, ledger: Ledger) -> None:
-    """Run a grid at each of --budgets (at the first alone if they are not given), print and draw it."""
+    """Run a grid at each of --budgets (at the first alone if they are not given) and print it."""
     points = grid(o.sweep)
     budgets = ledger.budgets()[:1]
     if o.budgets:
@@ -985,12 +918,6 @@ def sweep(o: Options, ledger: Ledger) -> None:
         point["C"] = float(row["C"])
         cells = [f"{value:.4g}" if isinstance(value, float) else str(value) for value in point.values()]
         print("  ".join(cell.rjust(14) for cell in (*cells, f"{loss_of(row):.4f}")))
-    if o.plot:
-        lines = {}
-        for point, row in zip(points, rows):
-            label = ", ".join(f"{name} {point[name]}" for name in names if name != names[1])
-            lines.setdefault(label, []).append((point[names[1]], loss_of(row)))
-        draw_lines(o.plot, [(names[1], lines)])
 
 
 RATES = range(-12, 1)  # powers of two
@@ -1002,10 +929,10 @@ def mup(o: Options, ledger: Ledger) -> None:
     The rate is the bottom of a parabola through the best three of rates a factor of 2 apart; the drift is that of the
     widest to the narrowest model in powers of two; lost is what the narrowest model's best rate costs a wider one.
     """
-    pictures = []
+    panels = []
     for init in ("gpt2", "mup"):
-        lines, best_rates = {}, []
-        first = near = 4
+        lines, best_rates = [], []
+        near, places = 4, []
         # Few steps of small batches, so that the rate matters; depth and head width are the same at all widths.
         for width in (32, 64, 128, 256):
             fixed = dict(
@@ -1015,38 +942,27 @@ def mup(o: Options, ledger: Ledger) -> None:
             plans = [ledger.plan(**fixed, learning_rate=2.0**k) for k in RATES]
             best = valley(ledger, plans, near, 5)
             near = [plan["key"] for plan in plans].index(best["key"])
-            if width == 32:
-                first = near
-            moved, = ledger.ask([plans[first]])  # what a tuner at width 32 would have chosen
+            places.append(near)
+            moved, = ledger.ask([plans[places[0]]])  # what a tuner at width 32 would have chosen
             rows = [ledger.rows[plan["key"]] for plan in plans if plan["key"] in ledger.rows]
-            lines[f"width {width}"] = [(row["options"]["learning_rate"], loss_of(row)) for row in rows]
+            rates = [row["options"]["learning_rate"] for row in rows]
+            lines.append((f"width {width}", "o-", rates, list(map(loss_of, rows))))
             middle = min(max(near, 1), len(plans) - 2)
             three = [min(99, loss_of(ledger.rows[plan["key"]])) for plan in plans[middle - 1:middle + 2]]
-            offsets = np.arange(-1, 2)
-            coefficients = parabola(offsets, np.array(three), np.ones((1, 3)))
-            p2, p1, _ = coefficients[0]
-            best_rates.append(RATES[middle] - p1 / 2 / p2)
+            bend, tilt, _ = np.polyfit((-1, 0, 1), three, 2)
+            best_rates.append(RATES[middle] - tilt / 2 / bend)
             print(f"{init:5} width {width:4}: best learning rate {2 ** best_rates[-1]:.4f}, loss {loss_of(best):.4f}, "
                   f"lost with that of width 32: {loss_of(moved) - loss_of(best):.4f}", flush=True)
         print(f"{init:5} drift of the best learning rate: {best_rates[-1] - best_rates[0]:+.2f} powers of two")
-        pictures.append((f"learning rate, {init}", lines))
+        panels.append((f"--init={init}", "learning rate", NATS, lines))
     if o.plot:
-        draw_lines(o.plot, pictures)
+        draw(o.plot, panels)
 
 
 def compare_runs(o: Options) -> None:
     """A table of the runs in some folders of train.py: what each took to reach one loss; with --plot their curves."""
     # By default the loss is the least that the worst of them reached, so that all have an answer.
-    curves = {}
-    names = ("val_loss", "tokens", "flops", "seconds")
-    for folder in o.runs.split(","):
-        rows = [row for row in rows_of(Path(folder) / "log.jsonl") if set(names) <= row.keys()]
-        require(rows, f"{folder}/log.jsonl holds no evaluation yet")
-        try:
-            columns = np.array([[row[name] for name in names] for row in rows], float).T  # (4, evaluations)
-        except (ValueError, TypeError):
-            raise ValueError(f"{folder}/log.jsonl is damaged") from None
-        curves[folder] = columns
+    curves = {folder: evaluations(folder) for folder in o.runs.split(",")}
     target = o.to_loss or max(losses.min() for losses, *_ in curves.values())
     print(f"to a validation loss of {target:.4f}:")
     print(f"{'run':24} {'least loss':>10} {'tokens':>14} {'FLOPs':>10} {'seconds':>9}")
@@ -1059,8 +975,8 @@ def compare_runs(o: Options) -> None:
             cells = [f"{tokens:,.0f}", f"{flops:.3g}", f"{seconds:.1f}"]
         print(f"{folder:24} {losses.min():10.4f} {cells[0]:>14} {cells[1]:>10} {cells[2]:>9}")
     if o.plot:
-        lines = {folder: list(zip(curve[2], curve[0])) for folder, curve in curves.items()}
-        draw_lines(o.plot, [("FLOPs", lines)])
+        lines = [(folder, "o-", flops, losses) for folder, (losses, _, flops, _) in curves.items()]
+        draw(o.plot, [("training curves", "FLOPs", NATS, lines)])
 
 
 # ---- what comes out
@@ -1122,8 +1038,15 @@ def fit(runs: Runs, o: Options, name: str) -> tuple[dict, str]:
     if "parametric" in fits:
         for key in ("alpha", "beta"):
             value, low, high = fits["parametric"].profile(key)
-            said.append(f"{key} by its profile likelihood {value:.4g} ({low:.4g} to {high:.4g})")
+            hardly = "; these runs hardly tell it" if high - low > value else ""
+            said.append(f"{key} by its profile likelihood {value:.4g} ({low:.4g} to {high:.4g}){hardly}")
+        value, low, _ = found["parametric"]["E"]
+        if low < 0.6 * value:
+            said.append("E is uncertain by a third or more: the runs do not reach to where the loss flattens")
         said.append(back_test(runs, o))
+    C = o.predict or runs.C[-1]
+    for key in found:
+        found[key]["optimum"] = dict(C=C, **fits[key].predict(C))
     write(Path(o.output) / "fit.json", found)
     print("\n".join(said), flush=True)
     return fits, "\n".join(said)
@@ -1138,8 +1061,7 @@ def best_plan(ledger: Ledger, fits: dict, C: float) -> dict:
     changes = {axis: fits[axis].at(C)[0] for axis in ("learning_rate", "batch_size") if axis in fits}
     if "batch_size" in changes:
         changes["batch_size"] = max(1, round(changes["batch_size"]))
-    widths = [width for width in WIDTHS if ledger.plan(1, n_embd=width)["N"] < 3 * best] or WIDTHS[:1]
-    plans = [ledger.plan(C, n_embd=width, **changes) for width in widths]
+    plans = [ledger.plan(C, n_embd=width, **changes) for width in WIDTHS]
     return plans[nearest(plans, best)]
 
 
@@ -1156,19 +1078,19 @@ def predict(fits: dict, o: Options, ledger: Ledger | None, sha256: str) -> str:
     if abs(off) > 0.01:
         said.append(f"isoflop's N is {off:+.0%} from the parametric law's: its parabolas are symmetric and see one\n"
                     "budget at a time, the law's valleys are not and see all budgets")
-    # Days and memory are arithmetic, not measurements: peak times --mfu, and 16 bytes a parameter.
+    # Days and memory are arithmetic, not measurements: 40% of the peak, and 16 bytes a parameter.
     count, _, kind = o.machine.rpartition("x")
     known = kind in MACHINES and (count or "1").isdigit()
     require(known, f"--machine={o.machine}: write 8xh100 or such; there are {', '.join(MACHINES)}")
     peak, memory = MACHINES[kind]
-    days = o.predict / (int(count or 1) * peak * o.mfu) / 86400
-    said.append(f"{D / N:.3g} tokens a parameter; {days:.3g} days on {o.machine} at {o.mfu:.0%} of its peak; weights, "
+    days = o.predict / (int(count or 1) * peak * 0.4) / 86400
+    said.append(f"{D / N:.3g} tokens a parameter; {days:.3g} days on {o.machine} at 40% of its peak; weights, "
                 f"gradients and AdamW in float32 take {16 * N / 1e9:.3g} GB, one device has {memory / 1e9:.0f}")
     # What will be trained has a width of WIDTHS, not the best N itself: the loss is that of the nearest such model.
     stored = dict(FLOPs=o.predict, found=found, loss=found["parametric"]["loss"])
     if ledger and not o.table:
         plan = best_plan(ledger, fits, o.predict)
-        losses = law.losses(np.array([plan["N"]]), np.array([plan["D"]]))[:, 0]
+        losses = law.losses(plan["N"], plan["D"])[:, 0]
         stored |= dict(plan, **summarise(dict(loss=losses)))
         value, low, high = stored["loss"]
         said.append(f"the nearest model has N {plan['N']:,} and loss {value:.4f} ({low:.4f} to {high:.4f})\n"
@@ -1184,8 +1106,11 @@ def predict(fits: dict, o: Options, ledger: Ledger | None, sha256: str) -> str:
     return "\n".join(said)
 
 
-def check(o: Options) -> None:
-    """Compare the last loss of the run in the folder --check with the preregistered one; first train it if need be."""
+def check(o: Options) -> tuple[float, float]:
+    """Compare the last loss of the run in the folder --check with the preregistered one; first train it if need be.
+
+    Returns its FLOPs and loss.
+    """
     path = Path(o.output) / "prediction.json"
     try:
         stored = json.loads(path.read_bytes())
@@ -1201,45 +1126,32 @@ def check(o: Options) -> None:
         error = Ledger(o).launch(stored["options"], Path(o.check))
         require(not error, error)
     # A run of other FLOPs would say nothing of the prediction, however good its loss.
-    rows = [row for row in rows_of(log) if {"flops", "val_loss"} <= row.keys()]
-    require(rows, f"{log} holds no evaluation yet")
-    used, loss = float(rows[-1]["flops"]), float(rows[-1]["val_loss"])
+    used, loss = evaluations(o.check, ("flops", "val_loss"))[:, -1]
     require(abs(used / wanted - 1) < 0.05, f"{o.check} took {used:.3g} FLOPs; the prediction is for {wanted:.3g}")
     inside = "inside" if low <= loss <= high else "outside"
     print(f"predicted {value:.4f} ({low:.4f} to {high:.4f}) on {stored.get('time')}")
     print(f"measured  {loss:.4f}, {loss / value - 1:+.2%}, {inside} the interval")
+    return used, loss
 
 
-def write_page(o: Options, runs: Runs, said: list[str], sha256: str) -> None:
+def write_page(o: Options, said: list[str], sha256: str) -> None:
     """OUTPUT/report.md: one page with all that is needed to redo the study."""
-    cores = f"{platform.machine()}, {os.cpu_count()} cores"
-    versions = f"Python {platform.python_version()}, numpy {np.__version__}, {cores}"
+    versions = f"Python {platform.python_version()}, numpy {np.__version__}"
+    machine = f"{platform.machine()}, {os.cpu_count()} cores"
     command = shlex.join(["python", "scaling.py", *sys.argv[1:]])
-    names = ("learning_rate", "batch_size", "seed")
     # Whoever reads the page can run the command, compare the hash, and refit the same rows.
-    lines = [
+    parts = [
         "# A scaling study",
-        "",
-        f"`{command}` on {time.strftime('%Y-%m-%d', time.gmtime())} ({versions}). `runs.jsonl` (SHA-256 {sha256}) has",
-        "every run's options, price and curve; `--fit` of it gives the fits below.",
-        "",
-        "```",
-        "\n\n".join(said),
-        "```",
-        "",
-        "| C, FLOPs | N | D, tokens | D / N | " + " | ".join(names) + " | loss |",
-        "|---|---|---|---|---|---|---|---|",
+        f"`{command}` on {time.strftime('%Y-%m-%d', time.gmtime())} ({versions}, {machine}).",
+        f"`runs.jsonl` (SHA-256 {sha256}) has options, price and curve of all runs; `--fit` of it gives this:",
+        "```\n" + "\n\n".join(said) + "\n```",
     ]
     if o.plot:
         picture = os.path.relpath(o.plot, o.output)
-        lines[4:4] = ["", f"![curves, runs of equal FLOPs, best sizes, least losses]({picture})"]
-    for row in runs.rows:
-        cells = [f"{row['C']:.3g}", f"{row['N']:,.0f}", f"{row['D']:,.0f}", f"{row['D'] / row['N']:.3g}"]
-        cells += [f"{row['options'].get(name, math.nan):.3g}" for name in names]
-        lines.append(f"| {' | '.join(cells)} | {row['loss']:.4f} |")
+        parts.append(f"![curves, runs of equal FLOPs, best sizes, least losses]({picture})")
     path = Path(o.output) / "report.md"
-    write(path, "\n".join(lines) + "\n")
-    print(f"{path} holds this and all runs")
+    write(path, "\n\n".join(parts) + "\n")
+    print(f"{path} holds this")
 
 
 # ---- pictures, with matplotlib where it is installed
@@ -1247,62 +1159,69 @@ def write_page(o: Options, runs: Runs, said: list[str], sha256: str) -> None:
 NATS = "validation loss, nats a token"
 
 
-def draw_lines(path: str, panels: list[tuple[str, dict]]) -> None:
-    """Loss over something, a panel each: (its name, {label: points (x, loss)})."""
-    from matplotlib import pyplot
-    figure, all_axes = pyplot.subplots(1, len(panels), figsize=(7 * len(panels), 4.5), sharey=True, squeeze=False)
-    for axes, (name, lines) in zip(all_axes[0], panels):
-        for label, points in lines.items():
-            axes.plot(*zip(*sorted(points)), "o-", label=label, markersize=4)
-        axes.set(xlabel=name, ylabel=NATS, xscale="log")
-        axes.legend(fontsize=8)
-        axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=150, bbox_inches="tight")
-    print(f"{path} written")
+def draw(path: str, panels: list[tuple[str, str, str, list]]) -> None:
+    """Panels, two in a row: (title, what x is, what y is, series); all x are logarithmic.
 
-
-def draw_study(path: str, runs: Runs, fits: dict, target: float) -> None:
-    """Four panels: training curves, parabolas, the best sizes and the least losses over FLOPs, with their bands."""
+    A series is (label, style, x, y), or (label, style, x, y, low, high) with a band.
+    """
     from matplotlib import pyplot
-    figure, panels = pyplot.subplots(2, 2, figsize=(13, 9))
-    curves, valleys, sizes, losses = panels.flat
-    main = runs.main()
-    budgets = main.budgets()
-    best = [at[main.loss[at].argmin()] for at in budgets]
-    for colour, at in zip(pyplot.cm.viridis(np.linspace(0, 0.9, len(budgets))), budgets):
-        label = f"{main.C[at].mean():.2g} FLOPs"
-        valleys.plot(main.N[at], main.loss[at], "o", color=colour, label=label)
-        for i in at:
-            curve = main.rows[i].get("curve") or [[main.C[i], main.loss[i]]]
-            line, = curves.plot(*np.array(curve).T, ".-", color=colour, alpha=0.7)
-        line.set_label(label)
-    for x, _, powers, middle in getattr(fits.get("isoflop"), "valleys", ()):
-        n = np.linspace(np.log(x.min()), np.log(x.max()), 99)
-        valleys.plot(np.exp(n), np.polyval(powers, n - middle), "-", color="grey", linewidth=1)
-    C = np.geomspace(main.C[0], max(3 * main.C[-1], target), 40)
-    for name in ("parametric", "isoflop", "envelope"):
-        # Only the parametric law says how low the loss will be; all of them say which size.
-        found = [fits[name].predict(c) for c in C if name in fits]
-        for axes, key in ((sizes, "N"), (losses, "loss")):
-            band = [each[key] for each in found if key in each]
+    names = {y_name for _, _, y_name, _ in panels}
+    shape = math.ceil(len(panels) / 2), min(2, len(panels))
+    size = 6.5 * shape[1], 4.5 * shape[0]
+    figure, grid = pyplot.subplots(*shape, figsize=size, sharey=len(names) == 1, squeeze=False, layout="tight")
+    for axes, (title, x_name, y_name, series) in zip(grid.flat, panels):
+        for label, style, x, y, *band in series:
+            line, = axes.plot(x, y, style, label=label, linewidth=1.2, markersize=4)
             if band:
-                value, low, high = np.array(band).T
-                line, = axes.plot(C, value, "-", label=name)
-                axes.fill_between(C, low, high, alpha=0.15, color=line.get_color())
-    sizes.plot(main.C[best], main.N[best], "k.", label="best run")
-    losses.plot(main.C[best], main.loss[best], "k.", label="best run")
-    if target:
-        losses.axvline(target, color="grey", linestyle=":", label="predicted")
-    curves.set(title="training curves", xlabel="FLOPs", ylabel=NATS, xscale="log")
-    valleys.set(title="runs of equal FLOPs", xlabel="N, parameters", ylabel=NATS, xscale="log")
-    sizes.set(title="best size, 90% bands", xlabel="FLOPs", ylabel="N, parameters", xscale="log", yscale="log")
-    losses.set(title="least loss, 90% bands", xlabel="FLOPs", ylabel=NATS, xscale="log")
-    for axes in (curves, valleys, sizes, losses):
+                axes.fill_between(x, *band, alpha=0.15, color=line.get_color())
+        scale = "linear" if y_name == NATS else "log"
+        axes.set(title=title, xlabel=x_name, ylabel=y_name, xscale="log", yscale=scale)
         axes.legend(fontsize=8)
         axes.grid(alpha=0.3)
-    figure.tight_layout()
     figure.savefig(path, dpi=150)
     print(f"{path} written")
+
+
+def draw_study(path: str, runs: Runs, fits: dict, target: float, measured: tuple = ()) -> None:
+    """Four panels: training curves, parabolas, the best sizes and the least losses over FLOPs, with their bands.
+
+    `target` is the FLOPs of a prediction (0: none), `measured` FLOPs and loss of a run that was predicted.
+    """
+    main = runs.main()
+    budgets = main.budgets()
+    curves, valleys, sizes, losses = [], [], [], []
+    for at in budgets:
+        label = f"{main.C[at].mean():.2g} FLOPs"
+        valleys.append((label, "o", main.N[at], main.loss[at]))
+        points = []
+        for i in at:
+            points += main.rows[i].get("curve") or [[main.C[i], main.loss[i]]]
+            points.append([math.nan, math.nan])  # lifts the pen
+        curves.append((label, ".-", *np.transpose(points)))
+    for n, loss in getattr(fits.get("isoflop"), "parabolas", ()):
+        valleys.append((None, "k-", np.exp(n), loss))
+    # Only laws of N and D say how low the loss will be; all of these say which size.
+    C = np.geomspace(main.C[0], max(3 * main.C[-1], target), 40)
+    for name in ("parametric", "isoflop", "envelope"):
+        found = [fits[name].predict(c) for c in C if name in fits]
+        for series, key in ((sizes, "N"), (losses, "loss")):
+            band = [each[key] for each in found if key in each]
+            if band:
+                series.append((name, "-", C, *np.transpose(band)))
+    best = [at[main.loss[at].argmin()] for at in budgets]
+    sizes.append(("best run", "k.", main.C[best], main.N[best]))
+    losses.append(("best run", "k.", main.C[best], main.loss[best]))
+    if target and "parametric" in fits:
+        value, low, high = fits["parametric"].predict(target)["loss"]
+        losses.append(("predicted", "k_:", [target] * 3, [low, value, high]))
+    if measured:
+        losses.append(("measured", "r*", *measured))
+    draw(path, [
+        ("training curves", "FLOPs", NATS, curves),
+        ("runs of equal FLOPs", "N, parameters", NATS, valleys),
+        ("best size, 90% bands", "FLOPs", "N, parameters", sizes),
+        ("least loss, 90% bands", "FLOPs", NATS, losses),
+    ])
 
 
 def options(kind: type, words: list[str]):
@@ -1362,8 +1281,11 @@ def main() -> None:
     if o.runs:
         return compare_runs(o)
     Path(o.output).mkdir(parents=True, exist_ok=True)
-    if o.check:
-        return check(o)
+    measured = check(o) if o.check else ()
+    if measured and not o.plot:
+        return
+    if measured:  # the picture of the study, with what came of its prediction
+        o.fit = o.fit or str(Path(o.output) / "runs.jsonl")
     ledger = None if o.fit else Table(o) if o.table else Ledger(o)
     if o.sweep or o.mup:
         require(ledger, "--fit runs nothing; leave it out")
@@ -1382,9 +1304,9 @@ def main() -> None:
         require("parametric" in fits, "there is no fit to predict a loss from")
         said.append(predict(fits, o, ledger, sha256))
     if o.plot:
-        draw_study(o.plot, runs, fits, o.predict)
+        draw_study(o.plot, runs, fits, o.predict, measured)
     if ledger:
-        write_page(o, runs, said, sha256)
+        write_page(o, said, sha256)
     if ledger and not o.table and "parametric" in fits:
         rows = [best_plan(ledger, fits, C) for C in np.geomspace(runs.C[0], 1000 * runs.C[-1], 40)]
         write(Path(o.output) / "recipe.json", rows)

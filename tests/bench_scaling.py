@@ -9,6 +9,7 @@ long 500 bootstrap fits take here.
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+import itertools
 import statistics
 import sys
 import time
@@ -29,7 +30,7 @@ def main():
     except ImportError:
         sys.exit("bench_scaling.py: scipy is not installed, and it is the rival")
     law = scaling.Chinchilla(made(0.01), scaling.Options(resamples=20))
-    starts = np.array(law.starts())
+    starts = np.array(list(itertools.product(*law.grid.values())))
     delta = scaling.DELTA
 
     def cost(p):
