@@ -243,12 +243,13 @@ def minimise(residual: Callable, starts: np.ndarray, weights: np.ndarray, delta:
     eye = np.eye(p.shape[1])
     for _ in range(steps):
         r = residual(p)
-        slopes = slopes_of(residual, p)
+        slopes = slopes_of(residual, p)  # (S, n, P)
         pull = weights * np.minimum(1, delta / np.abs(r))  # of the parabola that touches huber where r is
-        hessian = np.einsum("snp,sn,snq->spq", slopes, pull, slopes)
+        pulled = (slopes * pull[:, :, None]).swapaxes(1, 2)  # (S, P, n)
+        hessian = pulled @ slopes
         hessian += (damping * hessian + 1e-30) * eye
-        gradient = np.einsum("snp,sn->sp", slopes, pull * r)
-        trial = p - np.linalg.solve(hessian, gradient[:, :, None])[:, :, 0]
+        gradient = pulled @ r[:, :, None]  # (S, P, 1)
+        trial = p - np.linalg.solve(hessian, gradient)[:, :, 0]
         then = cost(trial)
         better = then < now
         done = np.where(better, now - then <= 1e-13 * now, damping[:, 0, 0] > 1e6)
@@ -956,7 +957,7 @@ def mup(o: Options, ledger: Ledger) -> None:
         print(f"{init:5} drift of the best learning rate: {best_rates[-1] - best_rates[0]:+.2f} powers of two")
         panels.append((f"--init={init}", "learning rate", NATS, lines))
     if o.plot:
-        draw(o.plot, panels)
+        picture(o.plot, panels)
 
 
 def compare_runs(o: Options) -> None:
@@ -976,7 +977,7 @@ def compare_runs(o: Options) -> None:
         print(f"{folder:24} {losses.min():10.4f} {cells[0]:>14} {cells[1]:>10} {cells[2]:>9}")
     if o.plot:
         lines = [(folder, "o-", flops, losses) for folder, (losses, _, flops, _) in curves.items()]
-        draw(o.plot, [("training curves", "FLOPs", NATS, lines)])
+        picture(o.plot, [("training curves", "FLOPs", NATS, lines)])
 
 
 # ---- what comes out
@@ -1147,8 +1148,8 @@ def write_page(o: Options, said: list[str], sha256: str) -> None:
         "```\n" + "\n\n".join(said) + "\n```",
     ]
     if o.plot:
-        picture = os.path.relpath(o.plot, o.output)
-        parts.append(f"![curves, runs of equal FLOPs, best sizes, least losses]({picture})")
+        path = os.path.relpath(o.plot, o.output)
+        parts.append(f"![curves, runs of equal FLOPs, best sizes, least losses]({path})")
     path = Path(o.output) / "report.md"
     write(path, "\n\n".join(parts) + "\n")
     print(f"{path} holds this")
@@ -1159,7 +1160,7 @@ def write_page(o: Options, said: list[str], sha256: str) -> None:
 NATS = "validation loss, nats a token"
 
 
-def draw(path: str, panels: list[tuple[str, str, str, list]]) -> None:
+def picture(path: str, panels: list[tuple[str, str, str, list]]) -> None:
     """Panels, two in a row: (title, what x is, what y is, series); all x are logarithmic.
 
     A series is (label, style, x, y), or (label, style, x, y, low, high) with a band.
@@ -1216,7 +1217,7 @@ def draw_study(path: str, runs: Runs, fits: dict, target: float, measured: tuple
         losses.append(("predicted", "k_:", [target] * 3, [low, value, high]))
     if measured:
         losses.append(("measured", "r*", *measured))
-    draw(path, [
+    picture(path, [
         ("training curves", "FLOPs", NATS, curves),
         ("runs of equal FLOPs", "N, parameters", NATS, valleys),
         ("best size, 90% bands", "FLOPs", "N, parameters", sizes),
