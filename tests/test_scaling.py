@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
+import bpe
 import model
 import scaling
 
@@ -771,6 +772,7 @@ def test_branches_of_train_py_are_whole_runs(tmp_path, monkeypatch, run_script):
     for side, seed in (("train", 0), ("val", 1)):
         tokens = np.random.default_rng(seed).integers(64, size=5000).cumsum() % 64
         np.save(tmp_path / f"tokens/{side}.npy", tokens.astype(np.uint16))
+    bpe.train("byte", ["a"], 257).save(tmp_path / "tokens/tokenizer.json")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     book = scaling.Ledger(scaling.Options(data="tokens", reuse=0.5, ngram=0, block_size=16, workers=1))
     for steps, start in ((8, 4), (20, 10)):
