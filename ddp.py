@@ -240,18 +240,9 @@ def scattered(x: Tensor, group: Group, dim: int) -> Tensor:
     return group.reduce_scatter(torch.stack(x.chunk(group.size, dim)))
 
 
-def gather_grad(x: Tensor, group: Group, dim: int) -> Tensor:
-    """`gathered`; what the forward pass gathers, the backward pass scatters."""
-    ahead = partial(gathered, group=group, dim=dim)
-    back = partial(scattered, group=group, dim=dim)
-    return Through.apply(x, ahead, back)
-
-
-def scatter_grad(x: Tensor, group: Group, dim: int) -> Tensor:
-    """`scattered`; what the forward pass scatters, the backward pass gathers."""
-    ahead = partial(scattered, group=group, dim=dim)
-    back = partial(gathered, group=group, dim=dim)
-    return Through.apply(x, ahead, back)
+def there_and_back(x: Tensor, ahead: Callable, back: Callable, group: Group, dim: int) -> Tensor:
+    """One of the two above in the forward pass, the other in the backward pass"""
+    return Through.apply(x, partial(ahead, group=group, dim=dim), partial(back, group=group, dim=dim))
 
 
 def summed(x: Tensor, group: Group) -> Tensor:
@@ -279,18 +270,13 @@ class Mesh:
         place = np.argwhere(self.grid == dist.get_rank())[0]
         self.at = dict(zip(AXES, place.tolist()))  # this rank's place on each axis
 
-    def group(self, *axes: str, ends: bool = False) -> Group | None:
-        """The ranks that differ from this one along these axes alone (ends: of them the first and the last).
-
-        None: this rank is between the ends. All ranks must ask for the same groups in the same order.
-        """
+    def group(self, *axes: str) -> Group:
+        """The ranks that differ from this one along these axes alone; all ranks must ask in the same order."""
         places = [AXES.index(axis) for axis in axes]
         size = math.prod(self.size[axis] for axis in axes)
         rows = np.moveaxis(self.grid, places, range(-len(axes), 0))
-        mine = None
-        for row in rows.reshape(-1, size).tolist():
-            ranks = sorted({row[0], row[-1]}) if ends else row
-            key = (*axes, ends, *ranks)  # two groups may talk at once only if their names differ
+        for ranks in rows.reshape(-1, size).tolist():
+            key = (*axes, *ranks)  # two groups may talk at once only if their names differ
             if len(ranks) > 1 and key not in CHANNELS:
                 CHANNELS[key] = dist.new_group(ranks, Group.timeout)
             if dist.get_rank() in ranks:
@@ -331,31 +317,21 @@ class Unit:
     sharding there is one row, which all ranks own.
     """
 
-    def __init__(
-        self,
-        named: dict[str, nn.Parameter],
-        group: Group,
-        stage: int,
-        whole: bool,
-        low: torch.dtype | None,
-    ):
-        self.named, self.stage, self.group = named, stage, group
-        n, self.row = (group.size, group.rank) if stage else (1, 0)
+    def __init__(self, named: dict[str, nn.Parameter], sharder: "Sharder"):
+        self.named, self.stage, self.group, low = named, sharder.stage, sharder.group, sharder.low
+        n, self.row = (self.group.size, self.group.rank) if self.stage else (1, 0)
         sizes = [p.numel() for p in named.values()]
-        length, starts = layout(sizes, n, whole)
-        first = next(iter(named.values()))
-        self.full = first.new_zeros(n, length, dtype=low or first.dtype)
-        shapes = [p.shape for p in named.values()]
-        self.spans = dict(zip(named, zip(starts, shapes)))  # where each begins in the rows, its shape
-        wide = first.new_zeros(n, length)
+        length, starts = layout(sizes, n, sharder.whole)
+        self.spans = {name: (start, named[name].shape) for name, start in zip(named, starts)}
+        wide = next(iter(named.values())).new_zeros(n, length)
         for name, view in self.views(wide).items():
             view.copy_(named[name].data)
-        group.broadcast(wide)
-        self.full.copy_(wide)
+        self.group.broadcast(wide)
+        self.full = wide.to(low or wide.dtype)  # without `low` it is the same
         for name, view in self.views(self.full).items():
             named[name].data = view
-        own = wide[self.row] if low else self.full[self.row]
-        self.master = own.clone() if stage == 3 or low else own
+        own = wide[self.row]
+        self.master = own.clone() if self.stage == 3 or low else own
         self.grad = torch.zeros_like(self.master)
         self.pieces, self.grads, self.begins = {}, {}, {}  # by name; where in its parameter a piece begins
         left = self.row * length
@@ -428,38 +404,33 @@ class Sharder:
         names: set[str] | None = None,
     ):
         self.group, self.stage, self.overlap = group, stage, overlap
+        self.whole, self.low = whole, low
         self.last = True  # micro-batch of a step
         self.backward = False  # is going on
-        make = partial(Unit, group=group, stage=stage, whole=whole, low=low)
-        named = dict(module.named_parameters())
-        named = {name: named[name] for name in named if names is None or name in names}
-        self.units, blocks = [], []
-        lists = filter(lambda part: isinstance(part, nn.ModuleList), module.modules())
-        for block in [block for part in lists for block in part] if stage == 3 else ():
-            own = {*block.parameters()}
-            mine = {name: named.pop(name) for name in list(named) if named[name] in own}
-            if mine:
-                self.units.append(make(mine))
-                blocks.append(block)
-        rest, size = {}, 0
-        for name, p in reversed(named.items()):  # gradients come from the last layer on
-            if rest and stage < 3 and size + p.nbytes > bucket:
-                self.units.append(make(rest))
-                rest, size = {}, 0
-            rest[name], size = p, size + p.nbytes
-        self.units += [make(rest)] if rest else []
-        self.pieces = {}
+        most = math.inf if stage == 3 else max(bucket, 1)
+        lots, size = {}, 0  # parameters by the name of a block, or by the number of a bucket
+        for name, p in reversed(list(module.named_parameters())):  # gradients come from the last layer on
+            if names is None or name in names:
+                block = stage == 3 and re.match(r"(.*?\.)?\d+(?=\.)", name)  # as blocks.0 of blocks.0.norm.weight
+                key = block[0] if block else size // most
+                lots.setdefault(key, {})[name] = p
+                size += p.nbytes
+        blocks = [key for key in reversed(lots) if type(key) is str]
+        self.blocks = [Unit(lots.pop(key), self) for key in blocks]
+        self.rest = [Unit(named, self) for named in lots.values()]
+        self.units = self.blocks + self.rest
+        self.pieces, self.begins = {}, {}
         for unit in self.units:
             self.pieces |= unit.pieces
+            self.begins |= unit.begins
             for p in unit.named.values():
                 p.register_post_accumulate_grad_hook(partial(self.arrived, unit))
-        self.blocks = len(blocks)  # these units are first
         if stage == 3:
-            self.hook(module, blocks)
+            self.hook(module, [module.get_submodule(key) for key in blocks])
 
     def hook(self, module: nn.Module, blocks: list[nn.Module]) -> None:
         """Fetch what a module needs before it is used in either direction, the neighbour's too; free it after."""
-        units = self.units[:len(blocks)]
+        units = self.blocks
 
         def before(i, step, *_):
             self.backward |= step < 0
@@ -482,7 +453,7 @@ class Sharder:
     def begin(self, *_) -> None:
         """Before the forward pass of the whole (of what wraps `module`, if not of that): fetch what no list holds."""
         self.backward = False
-        for unit in self.units[self.blocks:]:
+        for unit in self.rest:
             self.need(unit)
 
     def start(self, unit: Unit, action: Callable, *x) -> None:
@@ -498,11 +469,10 @@ class Sharder:
             unit.there = True
             self.start(unit, unit.collect)
 
-    def need(self, unit: Unit | None) -> None:
+    def need(self, unit: Unit) -> None:
         """Go on when the parameters are there."""
-        if unit:
-            self.fetch(unit)
-            unit.job and unit.job.result()
+        self.fetch(unit)
+        unit.job and unit.job.result()
 
     def arrived(self, unit: Unit, p: nn.Parameter) -> None:
         """A gradient is there; the last one of a unit sends them all."""
@@ -546,6 +516,49 @@ class Sharder:
                 self.start(unit, unit.collect)
         for unit in self.units:
             unit.job and unit.job.result()
+
+
+class TorchSharder:
+    """torch's own engine, DistributedDataParallel or (`stage` 3) FSDP2, with the names of Sharder: for real runs.
+
+    Pieces are what FSDP2 calls local shards, of the first dimension; with DDP they are the parameters. `run` is what
+    must be called in place of the objective.
+    """
+
+    def __init__(self, objective: nn.Module, group: Group, stage: int):
+        from torch.distributed import fsdp
+        self.group, self.stage = group, stage
+        device = next(objective.parameters()).device
+        if stage:
+            mesh = dist.device_mesh.init_device_mesh(device.type, (group.size,))
+            for part in (*objective.gpt.blocks, objective):
+                fsdp.fully_shard(part, mesh=mesh)
+        self.run = objective if stage else nn.parallel.DistributedDataParallel(objective)
+        self.weights = dict(objective.gpt.named_parameters())
+        self.pieces, self.begins = {}, {}
+        for name, p in self.weights.items():
+            self.pieces[name] = nn.Parameter(p.to_local()) if stage else p
+            rows = -(-len(p) // group.size) * group.rank if stage else 0  # of the ranks before
+            self.begins[name] = rows * p.shape[1:].numel()
+
+    def sync(self) -> None:
+        """Hand the gradients on: torch's are means over the ranks, sums are wanted."""
+        for name, p in self.weights.items():
+            grad = p.grad if p.grad is not None else torch.zeros_like(p)
+            self.pieces[name].grad = (grad.to_local() if self.stage else grad) * self.group.size
+
+    def spread(self) -> None:
+        """FSDP fetches what has changed by itself, and DDP's ranks have all changed the same."""
+        for p in self.weights.values():
+            p.grad = None
+
+    def whole(self, name: str, x: Tensor) -> Tensor:
+        """Of numbers for a piece, those for the whole parameter"""
+        p = self.weights[name]
+        if not self.stage or x.shape != self.pieces[name].shape:
+            return x
+        tensor = dist.tensor.DTensor.from_local(x, p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
+        return tensor.full_tensor()
 
 
 # ---- parts of a model: what each axis of the mesh cuts
@@ -601,6 +614,13 @@ def joined(parts: list[Tensor], dim: int, sizes: list[int]) -> Tensor:
     return torch.cat([part for block in blocks for part in block], dim)
 
 
+def piece_of(x: Tensor, cuts: list[tuple], size: dict, at: dict, begin: int, n: int) -> Tensor:
+    """n numbers from `begin` on, of what the axes leave the rank `at` this place of a tensor of the whole model"""
+    for axis, dim, sizes in cuts:
+        x = sliced(x, dim, sizes, size[axis], at[axis])
+    return x.flatten()[begin:begin + n]
+
+
 def vocabulary_rows(gpt: nn.Module, group: Group) -> tuple[Callable, Callable]:
     """Embedding and loss where each rank has some rows of the vocabulary: (ids -> vectors), (x, targets -> loss sum).
 
@@ -617,8 +637,8 @@ def vocabulary_rows(gpt: nn.Module, group: Group) -> tuple[Callable, Callable]:
 
     def look_up(ids):
         near, mine = here(ids)
-        rows = F.embedding(near, gpt.embedding.weight)
-        return scatter_grad(rows * mine[..., None], group, 1)  # (B, T / n, C): the others' rows are 0
+        rows = F.embedding(near, gpt.embedding.weight) * mine[..., None]  # the others' are 0
+        return there_and_back(rows, scattered, gathered, group, 1)  # (B, T / n, C)
 
     def loss(x, targets):
         logits = gpt.head(x)  # (R, V / n)
@@ -640,15 +660,15 @@ def tensor_parallel(gpt: nn.Module, objective: nn.Module, group: Group) -> None:
     a layer gathers the tokens and scatters sums, in all as much as one all-reduce.
     """
     def before(layer, x):
-        return gather_grad(x[0], group, 1), *x[1:]
+        return there_and_back(x[0], gathered, scattered, group, 1), *x[1:]
 
     def after(layer, x, y):
-        return scatter_grad(y, group, 1)
+        return there_and_back(y, scattered, gathered, group, 1)
     look_up, objective.rows = vocabulary_rows(gpt, group)
     if type(gpt.embedding) is not Absent:  # another stage of a pipeline has it
         gpt.embedding.forward = look_up
     if type(gpt.norm) is not Absent:
-        gpt.norm.register_forward_hook(lambda _, x, y: gather_grad(y, group, 1))
+        gpt.norm.register_forward_hook(lambda _, x, y: there_and_back(y, gathered, scattered, group, 1))
     for block in [block for block in gpt.blocks if type(block) is not Absent]:
         block.mixer.heads = tuple(n // group.size for n in block.mixer.heads)
         for layer in (block.mixer, block.ffn):
@@ -869,7 +889,7 @@ class Absent(nn.Module):
 def stage_of(gpt: nn.Module, group: Group) -> None:
     """Leave a model the layers of one stage; the names of its parameters stay.
 
-    The first stage has the embedding, the last the final norm and the head.
+    The first stage has the embedding, the last the final norm and the head; a matrix that is both, all stages have.
     """
     mine = np.array_split(range(len(gpt.blocks)), group.size)[group.rank]
     for layer in {*range(len(gpt.blocks))} - {*mine.tolist()}:
@@ -877,7 +897,8 @@ def stage_of(gpt: nn.Module, group: Group) -> None:
     if group.rank < group.size - 1:
         gpt.norm, gpt.head = Absent(), Absent()
     if group.rank:
-        gpt.embedding = Absent()
+        weight, gpt.embedding = gpt.embedding.weight, Absent()
+        gpt.embedding.weight = weight if gpt.config.tie_embeddings else None
 
 
 # ---- the whole: a model on a mesh
@@ -913,18 +934,6 @@ def check_split(config: object, mesh: Mesh, o: Options, batch: int) -> None:
             require(same, f"--mesh={mesh.text} is for --{name}={getattr(plain, name)}; others go with dp alone")
 
 
-def whole_update(update: Callable, whole: Callable, own: Callable) -> Callable:
-    """An optimizer's update on all of a matrix of which a rank has a part: put together, moved, cut again."""
-    @torch.no_grad()
-    def run(weight, state, *rest):
-        every, states = nn.Parameter(whole(weight)), [whole(x) for x in state]
-        every.grad = whole(weight.grad)
-        update(every, states, *rest)
-        weight.copy_(own(every))
-        state[:] = [own(x) for x in states]
-    return run
-
-
 class Split:
     """What one rank of a mesh holds of `objective`: a module with `gpt` and `rows`, as train.py's Objective.
 
@@ -934,20 +943,18 @@ class Split:
     def __init__(self, objective: nn.Module, mesh: Mesh, o: Options, batch: int):
         gpt, config = objective.gpt, objective.gpt.config
         check_split(config, mesh, o, batch)
-        self.objective, self.gpt, self.config = objective, gpt, config
+        self.run, self.gpt, self.config = objective, gpt, config
         self.mesh, self.o = mesh, o
         self.device = next(gpt.parameters()).device
         self.pp, self.cp, self.tp, ep = map(mesh.group, ("pp", "cp", "tp", "ep"))
-        data = mesh.group("dp", "ep", "cp")  # ranks with other tokens and the same parameters
         self.totals = mesh.group("pp", "dp", "ep", "cp")
         self.every = mesh.group(*AXES)
-        self.tied = "embedding.weight" if config.tie_embeddings and self.pp.size > 1 else ""
-        self.ends = mesh.group("pp", ends=True)
-        self.cuts = {}
+        self.cuts, self.shapes = {}, {}  # how a parameter is cut, what shape is left
         for name, p in gpt.named_parameters():
             self.cuts[name] = cuts_of(name, config, mesh)
             for axis, dim, sizes in self.cuts[name]:
                 p.data = sliced(p.data, dim, sizes, mesh.size[axis], mesh.at[axis])
+            self.shapes[name] = p.shape
         stage_of(gpt, self.pp)
         if self.tp.size > 1:
             tensor_parallel(gpt, objective, self.tp)
@@ -955,34 +962,36 @@ class Split:
             sequence_parallel(gpt, self.cp)
         for block in gpt.blocks if ep.size > 1 else ():
             block.ffn.work = partial(dispatch, block.ffn, ep, o.capacity)
-        self.shard(data, mesh.group("dp", "cp"))
+        self.shard()
 
-    def shard(self, data: Group, few: Group) -> None:
-        """Up to three lots of parameters: experts, what two stages have, all others; a Sharder for each"""
-        o, lots = self.o, {}
-        for own, _ in self.gpt.named_parameters():
-            name = self.tied if own == "head.weight" and self.tied else own
-            experts = any(axis == "ep" for axis, *_ in self.cuts[name])
-            lot = "experts" if experts else name if name == self.tied else ""
-            lots.setdefault(lot, set()).add(own)
-        whole = o.optimizer != "adamw" or self.config.ngram > 1  # what works on matrices, and on rows of tables
-        self.sharders = []
-        self.pieces, self.begins, self.shapes = {}, {}, {}
+    def shard(self) -> None:
+        """A sharder for each lot of parameters: experts, what all stages have, all others; or torch's for all"""
+        o, mesh, config = self.o, self.mesh, self.config
+        tied = {"embedding.weight"} if config.tie_embeddings and self.pp.size > 1 else set()
+        experts = {name for name, cuts in self.cuts.items() if cuts and cuts[0][0] == "ep"}
+        rest = self.cuts.keys() - tied - experts
+        whole = o.optimizer != "adamw" or config.ngram > 1  # what works on matrices, and on rows of tables
+        make = partial(Sharder, self.gpt, bucket=o.bucket * 2**20, whole=whole)
+        data, few = mesh.group("dp", "ep", "cp"), mesh.group("dp", "cp")  # ranks with other tokens, equal parameters
+        if o.mesh in TORCH:
+            self.sharders = [TorchSharder(self.run, data, TORCH[o.mesh])]
+            self.run = self.sharders[0].run
+        else:
+            self.sharders = [
+                make(few, o.stage, overlap=o.overlap, names=experts),
+                make(self.totals, min(o.stage, 1), overlap=False, names=tied),
+                make(data, o.stage, overlap=o.overlap, names=rest),
+            ]
+        for sharder in self.sharders if o.stage == 3 else ():
+            self.run.register_forward_pre_hook(sharder.begin)
+        self.pieces, self.begins = {}, {}
         self.copies = {}  # of a piece: how many ranks have the same numbers
-        for lot, names in sorted(lots.items()):
-            group = few if lot == "experts" else data
-            sharder = Sharder(self.gpt, group, o.stage, o.bucket * 2**20, o.overlap, whole, names=names)
-            self.sharders.append(sharder)
-            if o.stage == 3:
-                self.objective.register_forward_pre_hook(sharder.begin)
-            for unit in sharder.units:
-                for own, piece in unit.pieces.items():
-                    name = self.tied if own == "head.weight" and self.tied else own
-                    self.pieces[name], self.begins[name] = piece, unit.begins[own]
-                    self.shapes[name] = unit.spans[own][1]
-                    self.copies[name] = 1 if o.stage else group.size
-                    self.copies[name] *= 1 if self.cuts[name] else self.tp.size
-                    self.copies[name] *= 1 + (name == self.tied)
+        for sharder in self.sharders:
+            self.pieces |= sharder.pieces
+            self.begins |= sharder.begins
+            for name in sharder.pieces:
+                self.copies[name] = 1 if sharder.stage else sharder.group.size
+                self.copies[name] *= 1 if self.cuts[name] else self.tp.size
 
     def rows(self, batch: int) -> np.ndarray:
         """Which rows of a batch are for this rank"""
@@ -1011,7 +1020,7 @@ class Split:
                     x = torch.empty(shape, device=self.device)
                     self.pp.exchange(None, 0, x, self.pp.rank - 1)
                     self.gpt.embedding.value = x.requires_grad_(train)
-                y, count = self.objective(tokens, targets) if last else (self.gpt.hidden(tokens), 0)
+                y, count = self.run(tokens, targets) if last else (self.gpt.hidden(tokens), 0)
                 if last:
                     totals += torch.stack((y.detach(), count))
                 sent += [] if last else self.pp.start(y.detach(), self.pp.rank + 1)
@@ -1035,15 +1044,13 @@ class Split:
         """Gradients of `pieces` are those of the sum over the whole batch."""
         for sharder in self.sharders:
             sharder.sync()
-        if self.tied in self.pieces:
-            grad = self.pieces[self.tied].grad
-            grad.copy_(self.ends.all_reduce(grad))
 
     def norm(self, without: tuple = ()) -> float:
         """The norm of the gradient of the whole model (without some parameters)"""
         total = torch.zeros(1, dtype=torch.float64, device=self.device)
-        for name in self.pieces.keys() - {*without}:
-            total += self.pieces[name].grad.square().sum().item() / self.copies[name]
+        for name, piece in self.pieces.items():
+            if name not in without:
+                total += piece.grad.square().sum().double() / self.copies[name]
         return self.every.all_reduce(total).sqrt().item()
 
     def spread(self) -> None:
@@ -1053,33 +1060,39 @@ class Split:
 
     def own(self, name: str, x: Tensor) -> Tensor:
         """Of a tensor as large as a parameter of the whole model, what belongs to this rank's piece"""
-        for axis, dim, sizes in self.cuts[name]:
-            x = sliced(x, dim, sizes, self.mesh.size[axis], self.mesh.at[axis])
-        piece, begin = self.pieces[name], self.begins[name]
-        if x.numel() != self.shapes[name].numel():  # one number for each row, which is never cut
+        cuts, piece = self.cuts[name], self.pieces[name]
+        if not cuts and x.numel() != self.shapes[name].numel():  # one number for each row, which is never cut
             return x
-        return x.flatten()[begin:begin + piece.numel()].view(piece.shape)
+        x = piece_of(x, cuts, self.mesh.size, self.mesh.at, self.begins[name], piece.numel())
+        return x.view(piece.shape)
 
     def on_whole(self, name: str, update: Callable) -> Callable:
-        """An optimizer's update of a matrix, for a rank that has a part: on all of it, then cut again."""
-        if not self.cuts[name] or self.cuts[name][0][0] != "tp" or self.pieces[name].ndim < 2:
+        """An optimizer's update of a matrix of which a rank may have a part: put together, moved, cut again"""
+        if self.o.mesh == "torch_fsdp":
+            whole = partial(self.sharders[0].whole, name)
+        elif self.cuts[name] and self.cuts[name][0][0] == "tp":
+            _, dim, sizes = self.cuts[name][0]
+
+            def whole(x):
+                return joined(gathered(x[None], self.tp, 0), dim, sizes)
+        else:
             return update
-        (_, dim, sizes), group = self.cuts[name][0], self.tp
 
-        def whole(x):
-            rows = x.new_empty(group.size, *x.shape)
-            rows[group.rank] = x
-            return joined(list(group.all_gather(rows)), dim, sizes)
-
-        def own(x):
-            return sliced(x, dim, sizes, group.size, group.rank)
-        return whole_update(update, whole, own)
+        @torch.no_grad()
+        def run(weight, state, *rest):
+            every, states = nn.Parameter(whole(weight)), [whole(x) for x in state]
+            every.grad = whole(weight.grad)
+            update(every, states, *rest)
+            weight.copy_(self.own(name, every))
+            state[:] = [self.own(name, x) for x in states]
+        return run
 
     def export(self, state: dict[str, list[Tensor]]) -> dict:
         """This rank's part of a checkpoint: its place, and of each piece where it begins, its numbers, and `state`"""
         pieces = {}
         for name, piece in self.pieces.items():
-            pieces[name] = self.begins[name], list(self.shapes[name]), [piece.detach(), *state.get(name, [])]
+            tensors = [x.detach().cpu() for x in (piece, *state.get(name, []))]
+            pieces[name] = self.begins[name], list(self.shapes[name]), tensors
         return dict(at=self.mesh.at, mesh=self.mesh.text, pieces=pieces)
 
     def save(self, folder: Path, state: dict[str, list[Tensor]], **rest) -> None:
@@ -1096,90 +1109,7 @@ class Split:
         parts = None if rank else [None] * world
         dist.gather_object(self.export(state), parts)
         weights, states = assemble(parts, self.config, world) if parts else ({}, {})
-        if parts and self.config.tie_embeddings:
-            weights["head.weight"] = weights["embedding.weight"]
         return self.gpt.state_dict() | weights, states  # the former for its buffers
-
-
-class Torch:
-    """torch's own engine, DistributedDataParallel or FSDP2, behind the calls of Split: for real runs.
-
-    Pieces are what FSDP2 calls local shards, of the first dimension; with DDP they are the parameters.
-    """
-
-    def __init__(self, objective: nn.Module, shards: bool):
-        from torch.distributed import fsdp
-        self.objective, self.gpt = objective, objective.gpt
-        device = next(objective.parameters()).device
-        self.world, self.shards = dist.get_world_size(), shards
-        if shards:
-            mesh = dist.device_mesh.init_device_mesh(device.type, (self.world,))
-            for part in (*self.gpt.blocks, objective):
-                fsdp.fully_shard(part, mesh=mesh)
-        self.run = objective if shards else nn.parallel.DistributedDataParallel(objective)
-        self.weights = dict(self.gpt.named_parameters())
-        self.pieces = {name: nn.Parameter(p.to_local()) if shards else p for name, p in self.weights.items()}
-
-    def rows(self, batch: int) -> np.ndarray:
-        """Which rows of a batch are for this rank"""
-        return np.arange(dist.get_rank(), batch, self.world)
-
-    def backward(self, parts: list[tuple[Tensor, Tensor]], train: bool = True) -> tuple[float, float]:
-        """Gradients of micro-batches, summed over the ranks as they come; loss sum and count of the whole batch."""
-        totals = torch.zeros(2, dtype=torch.float64, device=parts[0][0].device)
-        for tokens, targets in parts:
-            loss, count = (self.run if train else self.objective)(tokens, targets)
-            if train:
-                loss.backward()
-            totals += torch.stack((loss.detach(), count))
-        dist.all_reduce(totals)
-        return tuple(totals.tolist())
-
-    def sync(self) -> None:
-        """Hand the gradients on: torch's are means over the ranks, sums are wanted."""
-        for name, p in self.weights.items():
-            grad = p.grad if p.grad is not None else torch.zeros_like(p)
-            self.pieces[name].grad = (grad.to_local() if self.shards else grad) * self.world
-
-    def norm(self, without: tuple = ()) -> float:
-        """The norm of the gradient of the whole model (without some parameters)"""
-        names = self.pieces.keys() - {*without}
-        total = sum(self.pieces[name].grad.square().sum().double() for name in sorted(names))
-        if self.shards:
-            dist.all_reduce(total)
-        return total.sqrt().item()
-
-    def spread(self) -> None:
-        """FSDP fetches what has changed by itself, and DDP's ranks have all changed the same."""
-        for p in self.weights.values():
-            p.grad = None
-
-    def full(self, name: str, x: Tensor) -> Tensor:
-        """Of a piece's numbers, those of all ranks"""
-        p = self.weights[name]
-        if not self.shards or x.shape != self.pieces[name].shape:
-            return x
-        tensor = dist.tensor.DTensor.from_local(x, p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
-        return tensor.full_tensor()
-
-    def own(self, name: str, x: Tensor) -> Tensor:
-        """Of a tensor as large as a parameter, what belongs to this rank's piece"""
-        p = self.weights[name]
-        if not self.shards or x.shape != p.shape:
-            return x
-        return dist.tensor.distribute_tensor(x, p.device_mesh, p.placements).to_local()
-
-    def on_whole(self, name: str, update: Callable) -> Callable:
-        """An optimizer's update of a matrix, for a rank that has some of its rows"""
-        return whole_update(update, partial(self.full, name), partial(self.own, name)) if self.shards else update
-
-    def whole(self, state: dict[str, list[Tensor]]) -> tuple[dict, dict]:
-        """Weights and optimizer state of the whole model"""
-        weights = {name: self.full(name, piece.detach()) for name, piece in self.pieces.items()}
-        states = {name: [self.full(name, x) for x in tensors] for name, tensors in state.items()}
-        if "embedding.weight" in weights and "head.weight" not in weights:  # tied
-            weights["head.weight"] = weights["embedding.weight"]
-        return self.gpt.state_dict() | weights, states
 
 
 KINDS = {  # by the name that train.py's --parallel gives
@@ -1194,16 +1124,16 @@ KINDS = {  # by the name that train.py's --parallel gives
     "torch_ddp": "--mesh=torch_ddp",
     "torch_fsdp": "--mesh=torch_fsdp",
 }
+TORCH = {"torch_ddp": 0, "torch_fsdp": 3}  # what torch's own engines shard, as a stage
 
 
-def engine(objective: nn.Module, o: Options, batch: int) -> Split | Torch:
+def engine(objective: nn.Module, o: Options, batch: int) -> Split:
     """The part of a model that this rank trains, on --mesh"""
-    if o.mesh in ("torch_ddp", "torch_fsdp"):
-        return Torch(objective, o.mesh == "torch_fsdp")
-    return Split(objective, Mesh(o.mesh, dist.get_world_size()), o, batch)
+    n = dist.get_world_size()
+    return Split(objective, Mesh(f"dp{n}" if o.mesh in TORCH else o.mesh, n), o, batch)
 
 
-def split_model(objective: nn.Module, kind: str, optimizer: str, batch: int) -> Split | Torch:
+def split_model(objective: nn.Module, kind: str, optimizer: str, batch: int) -> Split:
     """The same by a key of KINDS, or a mesh such as dp2,tp2: what train.py's --parallel asks for.
 
     Raises ValueError for another word, and for a model that cannot be split so.
@@ -1216,38 +1146,27 @@ def split_model(objective: nn.Module, kind: str, optimizer: str, batch: int) -> 
 
 
 def assemble(parts: list[dict], config: object, world: int) -> tuple[dict, dict]:
-    """Weights and optimizer state of the whole model from all ranks' parts. Raises ValueError where one is missing.
-
-    Pieces of one shard follow each other, as flat numbers; then the shards that an axis cut are joined.
-    """
-    require(len(parts) == world, f"{len(parts)} parts are there, {world} were written")
+    """Weights and optimizer state of the whole model from all ranks' parts. Raises ValueError where one is missing."""
+    ranks = {str(part["at"]) for part in parts}
+    require(len(ranks) == world, f"{len(ranks)} parts are there, {world} were written")
     size = {axis: 1 + max(part["at"][axis] for part in parts) for axis in AXES}
-    found = {}  # name -> place on the axis that cuts it -> where a piece begins -> its tensors
+    found = {}
     for part in parts:
         for name, (begin, shape, tensors) in part["pieces"].items():
             cuts = cuts_of(name, config, SimpleNamespace(size=size))
-            place = part["at"][cuts[0][0]] if cuts else 0
-            pieces = found.setdefault(name, (cuts, shape, {}))[2]
-            pieces.setdefault(place, {})[begin] = tensors
-    weights, states = {}, {}
-    for name, (cuts, shape, places) in found.items():
-        shards = []
-        for _, pieces in sorted(places.items()):
-            rows = [pieces[begin] for begin in sorted(pieces)]
-            shards.append([merged(column, shape) for column in zip(*rows)])
-        columns = [list(column) for column in zip(*shards)]
-        whole = [joined(column, *cuts[0][1:]) if cuts else column[0] for column in columns]
-        weights[name], states[name] = whole[0], whole[1:]
-    return weights, states
-
-
-def merged(pieces: tuple[Tensor], shape: list[int]) -> Tensor:
-    """Pieces one behind the other in this shape; one that is whole has its own, such as a number for each row."""
-    if len(pieces) == 1 and pieces[0].numel() != math.prod(shape):
-        return pieces[0]
-    flat = torch.cat([piece.flatten() for piece in pieces])
-    require(flat.numel() == math.prod(shape), "a part is missing, or is of another run")
-    return flat.view(shape)
+            for _, dim, sizes in cuts:
+                shape[dim] = sum(sizes)
+            places = torch.arange(math.prod(shape)).view(shape)  # which numbers of the whole are in this piece
+            places = piece_of(places, cuts, size, part["at"], begin, tensors[0].numel())
+            if name not in found:
+                found[name] = [x.new_empty(shape) if x.numel() == len(places) else x for x in tensors]
+            for whole, x in zip(found[name], tensors):
+                if x.numel() == len(places):  # else it is one number for each row, which is never cut
+                    whole.view(-1)[places] = x.flatten()
+    weights = {name: tensors[0] for name, tensors in found.items()}
+    if config.tie_embeddings:
+        weights["head.weight"] = weights["embedding.weight"]
+    return weights, {name: tensors[1:] for name, tensors in found.items()}
 
 
 # ---- the harness: each form against one process with the same batches
@@ -1284,7 +1203,7 @@ FORMS = {
 ADAM = SimpleNamespace(beta1=0.9, beta2=0.95, momentum=0.95)
 
 
-def windows_of(o: Options, step: int) -> tuple[Tensor, Tensor]:
+def windows_of(step: int) -> tuple[Tensor, Tensor]:
     """Tokens and targets (BATCH, T) of a step: text in which a token says much about the next"""
     draw = torch.Generator().manual_seed(step)
     T, V = SHAPE["block_size"], SHAPE["vocab_size"]
@@ -1320,7 +1239,7 @@ def alone(o: Options) -> tuple[list, dict]:
     named = dict(objective.gpt.named_parameters())
     state, losses, roles = {name: [] for name in named}, [], objective.gpt.roles()
     for step in range(o.steps):
-        tokens, targets = windows_of(o, step)
+        tokens, targets = windows_of(step)
         loss, count = objective(tokens, targets)
         loss.backward()
         norm = torch.stack([p.grad.square().sum() for p in named.values()]).sum().sqrt().item()
@@ -1352,7 +1271,7 @@ def measure(o: Options) -> dict:
     far = 0.0
     for step in range(o.steps):  # all ranks draw the whole batch and take their rows
         began, sent = time.perf_counter(), Group.sent
-        tokens, targets = (x[own] for x in windows_of(o, step))
+        tokens, targets = (x[own] for x in windows_of(step))
         loss, count = split.backward(list(zip(tokens.chunk(micro), targets.chunk(micro))))
         split.sync()
         move(split.pieces, state, roles, split.norm(), count, step + 1, o, split.on_whole)
@@ -1468,10 +1387,7 @@ def bench_collectives() -> None:
             print(f"{name:15} {x.nbytes:9,} bytes {1e6 * times[0]:9.0f} {1e6 * times[1]:9.0f} us "
                   f"{speed:7.3f} GB/s {share * speed:7.3f} on the bus", flush=True)
         sizes, took = np.array(points).T
-        rows = np.stack((np.ones_like(sizes), sizes), 1)
-        weights = 1 / took  # for relative errors
-        best = np.linalg.lstsq(rows * weights[:, None], took * weights, rcond=None)
-        latency, slope = best[0]
+        slope, latency = np.polyfit(sizes, took, 1, w=1 / took)  # relative errors count
         print(f"{name:15} about {1e6 * latency:.0f} us + bytes / {1e-9 / max(slope, 1e-18):.2f} GB/s")
 
 
@@ -1574,8 +1490,6 @@ def merge(folder: str, output: str) -> None:
         weights, states = assemble(parts, config, parts[0]["world"])
     except (TypeError, KeyError, AttributeError, IndexError) as error:  # what is no part, though it has its keys
         raise ValueError(f"--merge={folder}: a part is damaged: {error!r:.100}") from error
-    if config.tie_embeddings:
-        weights["head.weight"] = weights["embedding.weight"]
     rest = {key: value for key, value in parts[0].items() if key not in ("at", "mesh", "pieces", "world")}
     rest |= dict(weights=GPT(config).state_dict() | weights, optimizer=states)
     save_checkpoint(output, GPT(config), **rest)

@@ -311,15 +311,16 @@ def tokens(tmp_path):
     return folder
 
 
-def test_a_run_goes_on_in_another_form(tokens, tmp_path, run_main):
-    """Four steps sharded, then four cut by heads and written in parts, are eight steps of one process."""
+@pytest.mark.parametrize("first, then", [("fsdp", "dp1,tp2"), pytest.param("pp", "torch_fsdp", marks=pytest.mark.slow)])
+def test_a_run_goes_on_in_another_form(first, then, tokens, tmp_path, run_main):
+    """Four steps in one form, then four in another and written in parts, are eight steps of one process."""
     words = ["--n_layer=2", "--n_head=4", "--n_embd=32", "--block_size=32", "--ngram=0", "--vocab_size=64", "--batch_size=8",
              "--eval_interval=4", "--schedule=constant", "--dtype=float64", f"--data={tokens}"]
     done = run_main("train.py", *words, f"--output={tmp_path / 'one'}", "--max_iters=8", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     words = [str(ROOT / "train.py"), *words, f"--output={tmp_path / 'two'}"]
-    two_processes(free_port(), [*words, "--max_iters=4", "--parallel=fsdp"])
-    two_processes(free_port(), [*words, "--max_iters=8", "--parallel=dp1,tp2", "--resume", "--parts"])
+    two_processes(free_port(), [*words, "--max_iters=4", f"--parallel={first}"])
+    two_processes(free_port(), [*words, "--max_iters=8", f"--parallel={then}", "--resume", "--parts"])
     parts = tmp_path / "two" / "parts"
     merge = ["ddp.py", f"--merge={parts}", f"--output={tmp_path / 'two.pt'}"]
     done = run_main(*merge, cwd=tmp_path)
@@ -329,9 +330,13 @@ def test_a_run_goes_on_in_another_form(tokens, tmp_path, run_main):
     assert one["weights"].keys() == two["weights"].keys() and one["optimizer"].keys() == two["optimizer"].keys()
     assert max((one["weights"][name] - two["weights"][name]).abs().max() for name in one["weights"]) < EXACT
     assert max((x - y).abs().max() for name, xs in one["optimizer"].items() for x, y in zip(xs, two["optimizer"][name])) < EXACT
-    os.remove(parts / "part-1.pt")
+    shutil.copy(parts / "part-0.pt", parts / "part-1.pt")
+    for twice in (True, False):
+        done = run_main(*merge, cwd=tmp_path)
+        assert done.returncode == 1 and "1 parts are there, 2 were written" in done.stderr
+        os.remove(parts / f"part-{int(twice)}.pt")
     done = run_main(*merge, cwd=tmp_path)
-    assert done.returncode == 1 and "1 parts are there, 2 were written" in done.stderr
+    assert done.returncode == 1 and "holds no part" in done.stderr
 
 
 SMALL = ["--n_layer=2", "--n_head=4", "--n_embd=32", "--block_size=32", "--ngram=0", "--vocab_size=64", "--batch_size=8", "--max_iters=4",
