@@ -64,7 +64,7 @@ class Options:
     tokens: float = 1e12  # plan: of the training
     batch_tokens: float = 4e6  # plan: of a step
     block_size: int = 8192  # plan: tokens of a sequence
-    machine: str = "h100"  # plan: a key of MACHINES
+    machine: str = "h100"  # plan: a key of MACHINES, or its numbers: 989e12,80e9,450e9,50e9,8
 
 
 def require(holds: object, reason: str) -> None:
@@ -1402,6 +1402,39 @@ MACHINES = {
 REACHED = 0.6  # of the peak in matrix products, of the links in large messages
 
 
+def machine_of(text: str) -> tuple:
+    """A row of MACHINES, or such numbers in a text. Raises ValueError for what is neither."""
+    given = re.fullmatch(r"[1-9][\d.e+]*(,[1-9][\d.e+]*){4}", text)
+    require(text in MACHINES or given, f"--machine={text}: choose from {', '.join(MACHINES)}, or give five numbers: "
+            "FLOP/s, bytes of memory, bytes a second within a node and between nodes, GPUs of a node")
+    return MACHINES.get(text) or tuple(map(float, text.split(",")))
+
+
+def costs(params: float, layers: int, out: float, mesh: tuple, stage: int, steps: float,
+          kinds: tuple = (2, 4, 12)) -> tuple[dict, dict]:
+    """Bytes that a rank keeps, by kind, and bytes that it sends in a step, by axis of the `mesh` (dp, tp, pp).
+
+    params: of all layers. out: numbers that a layer gives on, for each of `steps` micro-batches. kinds: bytes of a
+    weight or an activation, of a gradient, and of what the optimizer keeps for one parameter.
+    """
+    (dp, tp, pp), (low, wide, kept) = mesh, kinds
+    own = params / tp / pp
+    memory = dict(
+        weights=low * own / (dp if stage > 2 else 1),
+        gradients=wide * own / (dp if stage > 1 else 1),
+        optimizer=kept * own / (dp if stage > 0 else 1),
+    )
+    # gradients are summed at their owners; then they are gathered, or (with shards) the weights, for each pass
+    sums = wide * (steps if stage > 1 else 1)
+    gathers = (wide, low, low, 2 * low * steps)[stage]
+    wire = dict(
+        tp=8 * low * out * (tp - 1) / tp * layers / pp * steps,  # gathers and sums, each twice a layer, both ways
+        pp=min(2, pp - 1) * low * out / tp * steps,  # between two others a stage sends both ways
+        dp=(sums + gathers) * own * (dp - 1) / dp,
+    )
+    return memory, wire
+
+
 def plan_of(o: Options, tp: int, pp: int, stage: int, micro: int) -> dict | None:
     """Memory, bytes on the wire and time of a step, or None where the mesh does not fit the model or the machine.
 
@@ -1409,7 +1442,7 @@ def plan_of(o: Options, tp: int, pp: int, stage: int, micro: int) -> dict | None
     bytes of master weights and AdamW's moments a parameter, and 34 bytes a token, channel and layer of activations
     (Korthikanti et al. 2022, attention not kept), for as many micro-batches of `micro` sequences as 1F1B keeps.
     """
-    peak, room, inside, between, node = MACHINES[o.machine]
+    peak, room, inside, between, node = machine_of(o.machine)
     # the shape: N = 12 L (128 L)^2
     layers = max(1, round((o.params / 12 / 128**2) ** (1 / 3)))
     width = (o.params / 12 / layers) ** 0.5
@@ -1417,36 +1450,26 @@ def plan_of(o: Options, tp: int, pp: int, stage: int, micro: int) -> dict | None
     rows = o.batch_tokens / o.block_size / max(1, dp)
     if left or tp > node or pp > layers or rows < micro or stage == 3 and pp > 1:
         return None
-    steps, own = rows / micro, o.params / tp / pp
-    token = micro * o.block_size * width  # numbers of a layer's output, for a micro-batch
-    memory = dict(
-        weights=2 * own / (dp if stage > 2 else 1),
-        gradients=4 * own / (dp if stage > 1 else 1),
-        optimizer=12 * own / (dp if stage > 0 else 1),
-        activations=34 * token * layers / pp / tp * min(pp, steps),
-    )
+    steps = rows / micro
+    out = micro * o.block_size * width
+    memory, wire = costs(o.params, layers, out, (dp, tp, pp), stage, steps)
+    memory["activations"] = 34 * out * layers / pp / tp * min(pp, steps)
     if sum(memory.values()) > 0.9 * room:
         return None
     flops = (6 * o.params + 6 * layers * width * o.block_size) * o.batch_tokens / o.gpus
-    link = inside if tp * dp <= node else between
-    wire = dict(
-        # bytes a rank sends in a step; of activations 2 bytes a number
-        tp=8 * 2 * token * (tp - 1) / tp * layers / pp * steps,  # gathers and sums, each twice a layer, both ways
-        pp=2 * 2 * token / tp * steps * (pp > 1),
-        dp=((4 if stage > 1 else 4 / steps) + (4 if stage > 2 else 2 / steps)) * steps * own * (dp - 1) / dp,
-    )
     compute = flops / peak / REACHED
     idle = (pp - 1) / (steps + pp - 1)
     # gathers within a layer wait for each other, so they hold up; gradients travel beside the backward pass
     talk = wire["tp"] / inside / REACHED + wire["pp"] / between / REACHED
-    hidden = 2 / 3 * compute
-    seconds = (compute + talk) / (1 - idle) + max(0.0, wire["dp"] / link / REACHED - hidden)
+    beside = wire["dp"] / (inside if tp * dp <= node else between) / REACHED
+    seconds = (compute + talk) / (1 - idle) + max(0.0, beside - 2 / 3 * compute)
     return dict(
         mesh=f"pp{pp},dp{dp},tp{tp}",
         stage=stage,
         micro=micro,
         memory=memory,
         wire=wire,
+        ratio=compute / (talk + beside) if o.gpus > 1 else math.inf,
         idle=idle,
         seconds=seconds,
         mfu=flops / peak / seconds,
@@ -1455,23 +1478,20 @@ def plan_of(o: Options, tp: int, pp: int, stage: int, micro: int) -> dict | None
 
 def plan(o: Options) -> None:
     """Print the best meshes for a model, a machine and a number of tokens."""
-    require(o.machine in MACHINES, f"--machine={o.machine}: choose from {', '.join(MACHINES)}")
     powers = [2**i for i in range(14)]
     tried = [plan_of(o, tp, pp, stage, micro)
              for tp in powers[:4] for pp in powers[:8] for stage in (0, 1, 2, 3) for micro in powers[:4]]
     found = sorted(filter(None, tried), key=lambda row: row["seconds"])
     require(found, f"{o.params:.3g} parameters in steps of {o.batch_tokens:.3g} tokens fit on no mesh of {o.gpus} GPUs")
     print(f"{o.params:.3g} parameters, {o.tokens:.3g} tokens in steps of {o.batch_tokens:.3g}, {o.gpus} x {o.machine}")
-    print("mesh            stage micro  GB: weights gradients optimizer activations, idle, GB sent, s/step, MFU, days")
-    seen = set()
-    for row in found:
-        if row["mesh"] not in seen and len(seen) < 8:
-            seen.add(row["mesh"])
-            sizes = " ".join(f"{size / 1e9:6.1f}" for size in row["memory"].values())
-            days = row["seconds"] * o.tokens / o.batch_tokens / 86400
-            talk = sum(row["wire"].values()) / 1e9
-            print(f"{row['mesh']:15} {row['stage']:5} {row['micro']:5} {sizes} {row['idle']:6.1%} "
-                  f"{talk:7.1f} {row['seconds']:6.2f} {row['mfu']:6.1%} {days:5.1f}")
+    print("GB of weights, gradients, optimizer, activations; GB sent along tp, pp, dp; compute over communication")
+    print("mesh            stage micro  weights grads optim activ     tp     pp     dp  ratio  idle s/step   MFU  days")
+    best = {row["mesh"]: row for row in reversed(found)}
+    for row in [row for row in found if row is best[row["mesh"]]][:8]:
+        sizes = " ".join(f"{size / 1e9:6.1f}" for size in (*row["memory"].values(), *row["wire"].values()))
+        days = row["seconds"] * o.tokens / o.batch_tokens / 86400
+        print(f"{row['mesh']:15} {row['stage']:5} {row['micro']:5}  {sizes} {row['ratio']:6.1f} {row['idle']:6.1%} "
+              f"{row['seconds']:6.2f} {row['mfu']:6.1%} {days:5.1f}")
 
 
 # ---- checkpoints in parts

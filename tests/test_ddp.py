@@ -2,7 +2,9 @@
 
 The processes are real, over gloo; one world of two and one of four serve all tests, as starting them takes longest.
 """
+import collections
 import contextlib
+import gc
 import json
 import os
 import random
@@ -532,6 +534,93 @@ def test_plan():
     steps = 4e6 / 4096 / 16
     assert piped["idle"] == pytest.approx(3 / (steps + 3))
     assert 0 < piped["mfu"] < row["mfu"] <= ddp.REACHED
+    numbers = ",".join(f"{number:g}" for number in ddp.MACHINES["h100"])
+    assert ddp.plan_of(ddp.Options(**vars(o) | dict(machine=numbers)), 1, 4, 1, 1) == piped
+    between = ddp.MACHINES["h100"][3]
+    compute, talk = piped["mfu"] * piped["seconds"], (piped["wire"]["pp"] + piped["wire"]["dp"]) / between  # over 0.6 both
+    assert piped["ratio"] == pytest.approx(compute / talk)
+    assert ddp.plan_of(ddp.Options(**vars(o) | dict(gpus=1, params=1e9)), 1, 1, 0, 1)["ratio"] == float("inf")
+
+
+def counted(mesh, stage, steps, layers):
+    """What the planner foretells and what is: bytes sent along each axis in a step in float64, state between steps, both by name"""
+    norm = "gainless" if "tp" in mesh else "rmsnorm"  # a plan leaves out the gains, whose gradients are summed over tp
+    config = Config(**ddp.SHAPE | dict(n_layer=layers, n_embd=64), init="gpt2", norm=norm)
+    gc.collect()
+    before, sent, usual = ddp.live_bytes(), collections.Counter(), ddp.Group.start
+    objective = train.Objective(GPT(config))
+    roles, size = objective.gpt.roles(), sum(p.numel() for p in objective.gpt.blocks.parameters())
+    split = ddp.Split(objective, ddp.Mesh(mesh, 2), ddp.Options(stage=stage), ddp.BATCH)
+    own, state = split.rows(ddp.BATCH), {name: [] for name in split.pieces}
+
+    def start(group, out, *rest):
+        sent[id(group)] += 0 if out is None else out.nbytes
+        return usual(group, out, *rest)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ddp.Group, "start", start)
+        for step in range(2):
+            sent.clear()
+            tokens, targets = (x[own].chunk(steps) for x in ddp.windows_of(step))
+            _, count = split.backward(list(zip(tokens, targets)))
+            split.sync()
+            ddp.move(split.pieces, state, roles, split.norm(), count, step + 1, ddp.Options(), split.on_whole)
+            split.spread()
+    del tokens, targets
+    gc.collect()
+    axes = tuple(split.mesh.size[axis] for axis in ("dp", "tp", "pp"))
+    out = len(own) // steps * config.block_size * config.n_embd
+    kinds = 8, 8, 16  # float64, and no master weights
+    _, wire = ddp.costs(size, layers, out, axes, stage, steps, kinds)
+    memory, _ = ddp.costs(size, layers, out, axes, 2 if stage == 1 else stage, steps, kinds)  # whole gradients come and go
+    found = dict(dp=sent[id(split.sharders[-1].group)], tp=sent[id(split.tp)], pp=sent[id(split.pp)])
+    return wire, found, sum(memory.values()), ddp.live_bytes() - before
+
+
+def counted_in_bfloat16(stage, steps=2):
+    """The same with the planner's own types, in any module: parameters in bfloat16, the rest in float32"""
+    gc.collect()
+    before = ddp.live_bytes()
+    module = nn.ModuleDict(dict(layers=nn.ModuleList(nn.Linear(64, 64, dtype=torch.float32) for _ in range(4))))
+    size = sum(p.numel() for p in module.parameters())
+    sharder = ddp.Sharder(module, ddp.Mesh("dp2", 2).group("dp"), stage, low=torch.bfloat16)
+    optimizer = torch.optim.AdamW(sharder.pieces.values(), 0.1)
+    for _ in range(2):
+        sent = ddp.Group.sent
+        for i in range(steps):
+            sharder.last = i == steps - 1
+            sharder.begin()
+            x = torch.ones(1, 64, dtype=torch.bfloat16, requires_grad=True)
+            for layer in module["layers"]:
+                x = layer(x)
+            x.sum().backward()
+        sharder.sync()
+        optimizer.step()
+        sharder.spread()
+    sent = ddp.Group.sent - sent
+    del x, layer
+    gc.collect()
+    memory, _ = ddp.costs(size, 4, 0, (2, 1, 1), 2 if stage == 1 else stage, steps)
+    _, wire = ddp.costs(size, 4, 0, (2, 1, 1), stage, steps)
+    if stage == 3:  # made of the master weights when they are fetched
+        memory["weights"] = 0
+    return wire, dict(dp=sent, tp=0, pp=0), sum(memory.values()), ddp.live_bytes() - before
+
+
+def planned():
+    forms = [("dp2", stage, 2) for stage in range(4)] + [("tp2", 0, 2), ("pp2", 0, 4)]
+    return ({form: [counted(*form, layers) for layers in (2, 4)] for form in forms}, list(map(counted_in_bfloat16, range(4))))
+
+
+def test_what_is_planned_is_what_is_sent_and_kept(tmp_path):
+    """Bytes exactly, state within 10%. A plan has layers alone: of a model with embeddings it tells what two more layers add."""
+    for forms, stack in in_world(planned, 2, tmp_path):
+        for form, (small, large) in forms.items():
+            for axis in ("dp", "tp"):
+                assert large[1][axis] - small[1][axis] == large[0][axis] - small[0][axis], (form, axis)
+            assert large[1]["pp"] == large[0]["pp"] and any(large[0].values()), form
+            assert large[3] - small[3] == pytest.approx(large[2] - small[2], rel=0.1), form
+        for stage, (wire, found, foretold, kept) in enumerate(stack):
+            assert found == wire and kept == pytest.approx(foretold, rel=0.1), stage
 
 
 def test_a_mistake_on_every_rank_ends_in_one_line(tmp_path):
@@ -543,6 +632,8 @@ def test_a_mistake_on_every_rank_ends_in_one_line(tmp_path):
 @pytest.mark.parametrize("words, said", [
     (["--optimizer=lion"], "choose from adamw, muon"),
     (["--plan", "--params=1e13", "--gpus=2"], "fit on no mesh of 2 GPUs"),
+    (["--plan", "--machine=h1000"], "choose from a100, h100, b200, or give five numbers"),
+    (["--plan", "--machine=1e15,0,1e12,1e11,8"], "or give five numbers"),
     (["--merge=nowhere"], "holds no part-*.pt"),
 ])
 def test_mistakes_end_in_one_line(words, said, tmp_path, run_main):
