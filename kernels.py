@@ -574,14 +574,28 @@ def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, T
     return losses.sum(dtype=torch.float64).float(), dx, dw.to(weight.dtype)
 
 
+@functools.cache
+def adds_halves(kind: torch.dtype, device: torch.device) -> bool:
+    """Whether torch adds a product of this type to a sum in float32: found by one try, for older
+    versions know no out_dtype.
+    """
+    one = torch.ones(16, 16, dtype=kind, device=device)
+    total = one.float()
+    try:
+        torch.addmm(total, one, one, out_dtype=torch.float32, out=total)
+    except (TypeError, RuntimeError):
+        return False
+    return True
+
+
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a b in float32, also where a and b are half as wide"""
+    """total += a b in float32. Where torch cannot for halves, their product is rounded before it is added."""
     if a.dtype == torch.float32:
         total.addmm_(a, b)
-    elif a.is_cuda:
+    elif adds_halves(a.dtype, a.device):
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     else:
-        total += a.float() @ b.float()
+        total += a @ b
 
 
 def cross_entropy_backward(dloss: Tensor, dx: Tensor, dw: Tensor) -> tuple[Tensor, Tensor]:

@@ -253,6 +253,45 @@ def test_cross_entropy_in_chunks_never_holds_all_logits(monkeypatch):
     assert seen == [5, 5, 5, 5, 5, 4]
 
 
+def torch_adds_halves(knows, calls):
+    """torch.addmm of a version that adds products of halves to a sum in float32 (torch 2.8 on a GPU), or does not know how"""
+    usual = torch.addmm
+
+    def addmm(total, a, b, out_dtype=None, out=None):
+        calls.append(out_dtype)
+        if out_dtype is None:
+            return usual(total, a, b, out=out)
+        if not knows:
+            raise TypeError("addmm() got an unexpected keyword argument 'out_dtype'")
+        return usual(total, a.to(out_dtype), b.to(out_dtype), out=out)
+
+    return addmm
+
+
+@pytest.mark.parametrize("knows", (False, True))
+def test_cross_entropy_sums_chunks_of_halves_in_float32(knows, monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch, "addmm", torch_adds_halves(knows, calls))
+    monkeypatch.setattr(kernels, "LOGITS", 250)  # five rows
+    kernels.adds_halves.cache_clear()
+    assert kernels.errors(KERNELS["cross_entropy"], (20, 8, 50), torch.float16, DEVICE)[0] <= 2
+    # one try, then five draws of four parts
+    assert calls == [torch.float32] * (1 + 5 * 4 if knows else 1)
+    kernels.adds_halves.cache_clear()
+
+
+def test_a_product_of_halves_is_added_where_torch_cannot_in_one_call(monkeypatch):
+    monkeypatch.setattr(torch, "addmm", torch_adds_halves(False, []))
+    kernels.adds_halves.cache_clear()
+    for kind in (torch.float16, torch.bfloat16):
+        torch.manual_seed(0)
+        total, a, b = torch.rand(7, 5, device=DEVICE), torch.randn(7, 13, device=DEVICE).to(kind), torch.randn(13, 5, device=DEVICE).to(kind)
+        true = total.double() + a.double() @ b.double()
+        kernels.add_product(total, a, b)
+        assert total.dtype == torch.float32 and (total - true).abs().max() < torch.finfo(kind).eps * true.abs().max()
+    kernels.adds_halves.cache_clear()
+
+
 def test_a_target_beyond_the_vocabulary_is_no_number():
     x = torch.randn(3, 4, device=DEVICE)
     loss = KERNELS["cross_entropy"](x, x, torch.tensor([0, 3, -1], device=DEVICE))
