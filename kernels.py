@@ -46,9 +46,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-on_cpu = "--device=cpu" in sys.argv or not torch.cuda.is_available()
-if __name__ == "__main__" and on_cpu and "TRITON_COMPILE" not in os.environ:
-    os.environ["TRITON_INTERPRET"] = "1"
+if __name__ == "__main__":  # Triton reads this when it is imported; an interpreted kernel cannot be compiled
+    if {"--compile_report", "--compile_report=true"} & {word.lower() for word in sys.argv}:
+        os.environ.pop("TRITON_INTERPRET", None)
+    elif "--device=cpu" in sys.argv or not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
 try:
     import triton
     import triton.language as tl
@@ -155,28 +157,23 @@ def slope_kernel(da, db, dy, a, b, n, stride, f: tl.constexpr, BLOCK: tl.constex
         tl.store(db + far, dv, at < n)
 
 
-def launch_map(f: object, y: Tensor, a: Tensor, b: Tensor | None = None) -> Tensor:
-    """y = f(a, b) for tensors of one shape.
+def launch(kernel: object, f: object, y: Tensor, a: Tensor, *pointers: Tensor | None) -> None:
+    """Start map_kernel or slope_kernel for tensors of one shape.
 
-    Contiguous tensors are one long row. Else the rows of a and b (their last dimension) may lie
-    apart, as the two halves of wider rows do, and y's lie side by side.
+    Contiguous tensors are one long row. Else the rows of a and its like (their last dimension) may
+    lie apart, as the two halves of wider rows do, and y's lie side by side.
     """
     flat = a.is_contiguous()
     n, stride = (a.numel(), a.numel()) if flat else (a.shape[-1], a.stride(-2))
     grid = (y.numel() // max(n, 1) * triton.cdiv(n, MAP["BLOCK"]),)
     if y.numel():
-        map_kernel[grid](y, a, b, n, stride, f, **MAP)
+        kernel[grid](*pointers, n, stride, f, **MAP)
+
+
+def launch_map(f: object, y: Tensor, a: Tensor, b: Tensor | None = None) -> Tensor:
+    """y = f(a, b)"""
+    launch(map_kernel, f, y, a, y, a, b)
     return y
-
-
-def launch_slope(f: object, dy: Tensor, *tensors: Tensor) -> None:
-    """da, db = f(dy, a, b) for tensors = (da, a), or (da, a, db, b) where rows lie apart as halves do."""
-    da, a, db, b = *tensors, *[None] * (4 - len(tensors))
-    flat = a.is_contiguous()
-    n, stride = (a.numel(), a.numel()) if flat else (a.shape[-1], a.stride(-2))
-    grid = (dy.numel() // max(n, 1) * triton.cdiv(n, MAP["BLOCK"]),)
-    if dy.numel():
-        slope_kernel[grid](da, db, dy, a, b, n, stride, f, **MAP)
 
 
 def add(x: Tensor, z: Tensor) -> Tensor:
@@ -202,8 +199,8 @@ def gelu(x: Tensor) -> Tensor:
 
 def gelu_backward(dy: Tensor, x: Tensor) -> Tensor:
     """dx from dy and x; what lies between is computed again, which is cheaper than to store and read it."""
-    dx = torch.empty_like(x)
-    launch_slope(gelu_slope, dy.contiguous(), dx, x)
+    dx, dy = torch.empty_like(x), dy.contiguous()
+    launch(slope_kernel, gelu_slope, dy, x, dx, None, dy, x, None)
     return dx
 
 
@@ -222,8 +219,8 @@ def swiglu(x: Tensor) -> Tensor:
 def swiglu_backward(dy: Tensor, x: Tensor) -> Tensor:
     """dx (..., 2 F) from dy (..., F) and x: both halves are written in place, so no concatenation follows."""
     dx = torch.empty_like(x)
-    (dgate, dup), (gate, up) = dx.chunk(2, -1), x.chunk(2, -1)
-    launch_slope(swiglu_slope, dy.contiguous(), dgate, gate, dup, up)
+    dy, gate, up = dy.contiguous(), *x.chunk(2, -1)
+    launch(slope_kernel, swiglu_slope, dy, gate, *dx.chunk(2, -1), dy, gate, up)
     return dx
 
 
@@ -249,6 +246,25 @@ def tile(n: int) -> dict:
     return dict(ROWS=rows, BLOCK=block, num_warps=min(max(rows * block // WARP, 4), 32))
 
 
+def launch_rows(kernel: object, most: int, *tensors: Tensor | None, rest: tuple = ()) -> Tensor:
+    """Start a kernel for the rows (last dimensions) of the first tensor, in blocks of at most
+    `most`; returns this one.
+    """
+    y = tensors[0]
+    if y.numel():
+        n = y.shape[-1]
+        rows, sizes = y.numel() // n, tile(min(n, most))
+        grid = (triton.cdiv(rows, sizes["ROWS"]),)
+        kernel[grid](*tensors, rows, n, *rest, **sizes)
+    return y
+
+
+@jit
+def own_rows(ROWS: tl.constexpr):
+    """The rows of this program, (ROWS, 1); their offsets have 64 bits"""
+    return (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+
+
 @jit
 def softmax_kernel(y, x, R, n, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """y = exp(x - max) / sum exp(x - max) of ROWS rows of n numbers.
@@ -256,7 +272,7 @@ def softmax_kernel(y, x, R, n, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     Where a row fits into BLOCK, each number is read once and written once. A longer row is read twice: the first time
     online, with a sum that is rescaled whenever a larger number turns up; the second read mostly finds the cache.
     """
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    row = own_rows(ROWS)
     col = tl.arange(0, BLOCK)[None, :]
     x += row * n
     y += row * n
@@ -283,7 +299,7 @@ def softmax_kernel(y, x, R, n, ROWS: tl.constexpr, BLOCK: tl.constexpr):
 @jit
 def softmax_slope_kernel(dx, dy, y, R, n, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """dx = y (dy - sum of dy y over the row); the input itself is not needed, so it need not be kept."""
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    row = own_rows(ROWS)
     col = tl.arange(0, BLOCK)[None, :]
     dx += row * n
     dy += row * n
@@ -307,22 +323,12 @@ def softmax_slope_kernel(dx, dy, y, R, n, ROWS: tl.constexpr, BLOCK: tl.constexp
 
 def softmax(x: Tensor) -> Tensor:
     """softmax over the last dimension, of rows of any length."""
-    y, n = torch.empty_like(x), x.shape[-1]
-    if x.numel():
-        rows, sizes = x.numel() // n, tile(min(n, WHOLE))
-        softmax_kernel[triton.cdiv(rows, sizes["ROWS"]),](y, x, rows, n, **sizes)
-    return y
+    return launch_rows(softmax_kernel, WHOLE, torch.empty_like(x), x)
 
 
 def softmax_backward(dy: Tensor, y: Tensor) -> Tensor:
     """dx from dy and the result y."""
-    dx, n = torch.empty_like(y), y.shape[-1]
-    if y.numel():
-        rows, sizes = y.numel() // n, tile(min(n, WHOLE))
-        softmax_slope_kernel[triton.cdiv(rows, sizes["ROWS"]),](
-            dx, dy.contiguous(), y, rows, n, **sizes
-        )
-    return dx
+    return launch_rows(softmax_slope_kernel, WHOLE, torch.empty_like(y), dy.contiguous(), y)
 
 
 def softmax_twin(x: Tensor) -> Tensor:
@@ -339,7 +345,7 @@ def rmsnorm_kernel(
 
     The norm is that of the total as it is stored, in the type of x: so the backward pass can start from it.
     """
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    row = own_rows(ROWS)
     col = tl.arange(0, BLOCK)[None, :]
     at = row * n + col
     here = (row < R) & (col < n)
@@ -388,7 +394,7 @@ def rmsnorm(
 
     A row must fit into a program: at most 65536 channels.
     """
-    y, n = torch.empty_like(x), x.shape[-1]
+    n = x.shape[-1]
     require(
         weight.shape == (n,), f"rmsnorm: a weight of shape {list(weight.shape)} for {n} channels"
     )
@@ -398,12 +404,8 @@ def rmsnorm(
     )
     require(n <= 65536, f"rmsnorm: a row of {n} channels, at most 65536 fit into a program")
     total = x.new_empty(0) if residual is None else torch.empty_like(x)
-    if x.numel():
-        rows, sizes = x.numel() // n, tile(n)
-        rmsnorm_kernel[triton.cdiv(rows, sizes["ROWS"]),](
-            y, total, x, residual, weight, rows, n, eps, **sizes
-        )
-    return y, total
+    tensors = torch.empty_like(x), total, x, residual, weight
+    return launch_rows(rmsnorm_kernel, n, *tensors, rest=(eps,)), total
 
 
 def rmsnorm_backward(
@@ -615,6 +617,12 @@ def cross_entropy_twin(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 @jit
+def tensor_at(row, column: tl.constexpr, kind: tl.constexpr):
+    """The tensor of this type whose address, a multiple of 16, stands in this column of a row of the table"""
+    return tl.multiple_of(tl.load(row + column).to(tl.pointer_type(kind)), 16)
+
+
+@jit
 def adamw_kernel(
     table,
     owner,
@@ -638,10 +646,8 @@ def adamw_kernel(
     row = table + tl.load(owner + tl.program_id(0)) * 5
     at = tl.multiple_of(tl.load(starts + tl.program_id(0)), BLOCK) + tl.arange(0, BLOCK)
     here = at < tl.load(row + 4)
-    weight = tl.multiple_of(tl.load(row).to(tl.pointer_type(kind)), 16) + at
-    grad = tl.multiple_of(tl.load(row + 1).to(tl.pointer_type(kind)), 16) + at
-    first = tl.multiple_of(tl.load(row + 2).to(tl.pointer_type(tl.float32)), 16) + at
-    second = tl.multiple_of(tl.load(row + 3).to(tl.pointer_type(tl.float32)), 16) + at
+    weight, grad = tensor_at(row, 0, kind) + at, tensor_at(row, 1, kind) + at
+    first, second = tensor_at(row, 2, tl.float32) + at, tensor_at(row, 3, tl.float32) + at
     g, m, v = tl.load(grad, here).to(tl.float32), tl.load(first, here), tl.load(second, here)
     m += (g - m) * new1
     v += (g * g - v) * new2
@@ -677,24 +683,18 @@ def adamw(
     A model has hundreds of tensors, most of them small: launched one by one they would take as long
     to launch as to update. 7 numbers move for each parameter: 4 are read, 3 written.
     """
-    fit = all(
-        len({t.shape for t in tensors}) == 1
-        for tensors in zip(params, grads, first, second, strict=True)
-    )
-    require(fit, "adamw: parameters, gradients and averages differ in shape")
-    kinds = all(
-        w.dtype == g.dtype and m.dtype == v.dtype == torch.float32
-        for w, g, m, v in zip(params, grads, first, second)
-    )
-    require(kinds, "adamw: gradients must be of the type of their parameters, moments in float32")
-    for tensor in (*params, *grads, *first, *second):
-        aligned = tensor.is_contiguous() and tensor.data_ptr() % 16 == 0
-        require(aligned, "adamw: tensors must be contiguous, at addresses that are multiples of 16")
-    sets = [
-        [t for t in zip(params, grads, first, second) if t[0].dtype == kind and t[0].numel()]
-        for kind in HALF.values()
-    ]
-    for kind, group in zip((tl.bfloat16, tl.float16, tl.float32), sets):
+    sets = [*zip(params, grads, first, second, strict=True)]
+    for tensors in sets:
+        (w, g, m, v), shapes = tensors, {t.shape for t in tensors}
+        kinds = w.dtype == g.dtype and m.dtype == v.dtype == torch.float32
+        lie = all(t.is_contiguous() and t.data_ptr() % 16 == 0 for t in tensors)
+        require(
+            len(shapes) == 1 and kinds and lie,
+            "adamw: wanted tensors of one shape, contiguous, at addresses that are multiples of 16; "
+            "gradients of the type of their parameters, moments in float32",
+        )
+    for name, kind in HALF.items():  # Triton's types have the same names
+        group = [tensors for tensors in sets if tensors[0].dtype == kind and tensors[0].numel()]
         if group:
             rows = tuple((*(t.data_ptr() for t in tensors), tensors[0].numel()) for tensors in group)
             table, owner, starts = addresses(rows, group[0][0].device, ADAMW["BLOCK"])
@@ -710,7 +710,7 @@ def adamw(
                 eps,
                 1 - beta1**step,
                 1 - beta2**step,
-                kind,
+                getattr(tl, name),
                 **ADAMW,
             )
 
@@ -824,13 +824,16 @@ def product(
     scale: Tensor | None = None,
     f: object = unchanged,
 ) -> Tensor:
-    """f(x w^T * scale + bias) of x (M, K), w (N, K) -> (M, N)"""
-    (M, K), N = x.shape, w.shape[0]
-    y = x.new_empty(M, N)
+    """f(x w^T * scale + bias) of x (..., K), w (N, K) -> (..., N)"""
+    M, (N, K) = math.prod(x.shape[:-1]), w.shape
+    rows = x.reshape(M, K)
+    y = x.new_empty(*x.shape[:-1], N)
     sizes = TILES["few" if M <= 16 else "many", x.element_size()]
     if y.numel():
         grid = (triton.cdiv(M, sizes["BM"]) * triton.cdiv(N, sizes["BN"]),)
-        matmul_kernel[grid](y, x, w, bias, scale, M, N, K, *x.stride(), *w.stride(), f, **sizes)
+        matmul_kernel[grid](
+            y, rows, w, bias, scale, M, N, K, *rows.stride(), *w.stride(), f, **sizes
+        )
     return y
 
 
@@ -848,8 +851,7 @@ def matmul(x: Tensor, weight: Tensor, bias: Tensor, activation: str) -> Tensor:
     require(
         x.dtype == weight.dtype, f"matmul: x and weight differ in type, {x.dtype} and {weight.dtype}"
     )
-    y = product(x.reshape(-1, x.shape[-1]), weight, bias, None, ACTIVATIONS[activation][0])
-    return y.view(*x.shape[:-1], len(weight))
+    return product(x, weight, bias, None, ACTIVATIONS[activation][0])
 
 
 def matmul_backward(
@@ -859,7 +861,8 @@ def matmul_backward(
 
     The kernel takes any strides, so that no factor is transposed in memory.
     """
-    rows, dz = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1]).contiguous()
+    rows = x.reshape(-1, x.shape[-1])
+    dz = dy.reshape(-1, dy.shape[-1]).contiguous()
     if activation == "gelu":  # its input is computed again rather than kept
         dz = gelu_backward(dz, product(rows, weight, bias))
     dx = product(dz, weight.mT).view(x.shape)
@@ -880,7 +883,7 @@ def int8(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
         fit,
         f"int8: x {list(x.shape)}, weight {list(weight.shape)} {weight.dtype}: wanted int8, a scale for each row",
     )
-    return product(x.reshape(-1, x.shape[-1]), weight, None, scale).view(*x.shape[:-1], len(weight))
+    return product(x, weight, None, scale)
 
 
 def int8_twin(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
@@ -1290,24 +1293,26 @@ def flash_dkdv_kernel(
 
 
 def flash_launch(
-    kernel: object, place: int, q: Tensor, k: Tensor, tensors: list, heads: int, causal: bool
+    kernel: object, place: int, q: Tensor, k: Tensor, tensors: list, causal: bool
 ) -> None:
-    """A program for each tile and each of `heads` heads, of queries or keys; place: of its tile in a row of FLASH."""
-    (B, H, T, hd), S = q.shape, k.shape[2]
+    """A program for each tile and each head, of keys where `place` is 2, else of queries; place: of
+    its tile in a row of FLASH.
+    """
+    (B, H, T, hd), (groups, S) = q.shape, k.shape[1:3]
     row = next(
         row
         for row in FLASH
         if hd <= row[0] and q.element_size() == row[1] and room(q.device) >= row[2]
     )
     M, N, warps, stages = row[3 + place]
-    tiles = triton.cdiv(S, N) if place == 2 else triton.cdiv(T, M)
+    heads, tiles = (groups, triton.cdiv(S, N)) if place == 2 else (H, triton.cdiv(T, M))
     matrices = [(x, *x.stride()[:3]) if x is not None and x.dim() == 4 else x for x in tensors]
     width = max(16, triton.next_power_of_2(hd))
     if B * heads * tiles:
         kernel[B * heads, tiles](
             *matrices,
             heads,
-            H // k.shape[1],
+            H // groups,
             T,
             S,
             hd**-0.5,
@@ -1319,6 +1324,11 @@ def flash_launch(
             num_warps=warps,
             num_stages=stages,
         )
+
+
+def lying(*tensors: Tensor) -> list[Tensor]:
+    """The tensors as they lie in memory; those whose last stride is not 1 are copied"""
+    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
 
 
 def flash(
@@ -1343,10 +1353,10 @@ def flash(
         first is None or first.shape == (B, T),
         f"flash: first of another shape than {[B, T]}, one key for each query",
     )
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    q, k, v = lying(q, k, v)
     first = None if first is None else first.contiguous()
     out, lse = torch.empty_like(q), q.new_empty(B, H, T, dtype=torch.float32)
-    flash_launch(flash_kernel, 0, q, k, [q, k, v, out, lse, first], H, causal)
+    flash_launch(flash_kernel, 0, q, k, [q, k, v, out, lse, first], causal)
     return out, lse
 
 
@@ -1366,31 +1376,17 @@ def flash_backward(
     Each computes the scores again, seven products instead of five; in return no program adds to
     what another wrote, and every run gives the same bits.
     """
-    dout, q, k, v, out = (x if x.stride(-1) == 1 else x.contiguous() for x in (dout, q, k, v, out))
+    dout, q, k, v, out = lying(dout, q, k, v, out)
     dq, dk, dv, delta = *(torch.empty_like(x) for x in (q, k, v)), torch.empty_like(lse)
     last, dlse = None, None if dlse is None else dlse.contiguous()
     if first is not None:
         first = first.contiguous()
         keys = torch.arange(k.shape[2], dtype=first.dtype, device=q.device).repeat(len(first), 1)
         last = torch.searchsorted(first, keys, right=True, out_int32=True)
-    flash_launch(
-        flash_dq_kernel,
-        1,
-        q,
-        k,
-        [q, k, v, dout, out, dq, lse, dlse, delta, first],
-        q.shape[1],
-        causal,
-    )
-    flash_launch(
-        flash_dkdv_kernel,
-        2,
-        q,
-        k,
-        [q, k, v, dout, dk, dv, lse, delta, first, last],
-        k.shape[1],
-        causal,
-    )
+    tensors = [q, k, v, dout, out, dq, lse, dlse, delta, first]
+    flash_launch(flash_dq_kernel, 1, q, k, tensors, causal)
+    tensors = [q, k, v, dout, dk, dv, lse, delta, first, last]
+    flash_launch(flash_dkdv_kernel, 2, q, k, tensors, causal)
     return dq, dk, dv
 
 
@@ -1447,7 +1443,7 @@ class Kernel:
     flops: Callable  # (*inputs) -> floating-point operations of a forward pass
     sizes: tuple  # for the interpreter, a laptop, a GPU
     outputs: str = "y"  # names of what `run` returns
-    hidden: str = ""  # the last of these are for the backward pass alone: names of inputs that they look like
+    hidden: str = ""  # all but the first are for the backward pass alone: names of inputs that they look like
     backward: Callable | None = None  # its parameters are named as inputs, outputs, and d + an output's name
     gradients: dict = dataclasses.field(default_factory=dict)  # input -> its place in what `backward` returns
     like: str = ""  # names of parameters of `backward` that its results look like
@@ -1477,7 +1473,7 @@ class Kernel:
         found = self.twin(*inputs)
         values = dict(zip(self.inputs, inputs))
         hidden = [torch.empty_like(values[name]) for name in self.hidden.split()]
-        return (*(found if isinstance(found, tuple) else (found,)), *hidden) if hidden else found
+        return (found, *hidden) if hidden else found
 
     def fake_backward(self, *inputs):
         """Gradients of the right shapes and layout, for torch.compile"""
@@ -1486,32 +1482,33 @@ class Kernel:
         found = [torch.empty_like(values[name], memory_format=layout) for name in self.like.split()]
         return tuple(found) if len(found) > 1 else found[0]
 
+    def values(self, inputs, output):
+        """What the backward pass may ask for, by name: inputs and outputs. An input whose place an
+        output has taken is None.
+        """
+        found = output if isinstance(output, tuple) else (output,)
+        values = dict(zip(self.inputs, inputs)) | dict(zip(self.outputs.split(), found))
+        gone = [name for name, output in self.replaced.items() if values[output].numel()]
+        return values | dict.fromkeys(gone)
+
     def keep(self, ctx, inputs, output):
         """Save for the backward pass what its parameters name."""
-        values = dict(zip(self.inputs, inputs))
-        ctx.wanted = [name for name in self.inputs if isinstance(values[name], Tensor)]
-        values |= zip(self.outputs.split(), output if isinstance(output, tuple) else (output,))
-        for name in self.gone(values):
-            values[name] = None
-        ctx.kept = [name for name in self.needs if isinstance(values.get(name), Tensor)]
-        ctx.rest = {
-            name: values[name] for name in self.needs if name in values and name not in ctx.kept
-        }
-        ctx.save_for_backward(*(values[name] for name in ctx.kept))
-
-    def gone(self, values):
-        """Names of inputs that the backward pass does without, for an output has taken their place"""
-        return [name for name, output in self.replaced.items() if values[output].numel()]
+        values = self.values(inputs, output)
+        asked = [values.get(name) for name in self.needs]
+        ctx.rest = [None if isinstance(value, Tensor) else value for value in asked]
+        ctx.save_for_backward(*(value if isinstance(value, Tensor) else None for value in asked))
 
     def give(self, ctx, *grads):
         """The gradients of all inputs from those of the outputs."""
-        slopes = zip(("d" + name for name in self.outputs.split()), grads)
-        values = dict(slopes) | ctx.rest | dict(zip(ctx.kept, ctx.saved_tensors))
-        found = self.back(*(values[name] for name in self.needs))
+        slopes = {f"d{name}": grad for name, grad in zip(self.outputs.split(), grads)}
+        kept = [
+            rest if saved is None else saved for saved, rest in zip(ctx.saved_tensors, ctx.rest)
+        ]
+        found = self.back(*(slopes.get(name, value) for name, value in zip(self.needs, kept)))
         found = found if isinstance(found, tuple) else (found,)
         return tuple(
-            found[self.gradients[name]] if name in self.gradients and name in ctx.wanted else None
-            for name in self.inputs
+            found[self.gradients[name]] if wanted and name in self.gradients else None
+            for name, wanted in zip(self.inputs, ctx.needs_input_grad)
         )
 
     def __call__(self, *inputs):
@@ -1530,8 +1527,7 @@ class Kernel:
         if not self.strided and not self.mutates:
             inputs = [value.contiguous() if isinstance(value, Tensor) else value for value in inputs]
         found = self.op(*inputs)
-        shown = len(self.outputs.split()) - len(self.hidden.split())
-        return found[0] if self.hidden and shown == 1 else found
+        return found[0] if self.hidden else found
 
 
 def flat(values: tuple | list) -> list[Tensor]:
@@ -1573,9 +1569,8 @@ def matmul_inputs(sizes: tuple, *like) -> tuple:
 def rope_inputs(sizes: tuple, *like) -> tuple:
     """Inputs of rope from (batch, length, heads, channels of a head)"""
     B, T, H, width = sizes
-    angle = torch.arange(T, device=like[1])[:, None] / 10000 ** (
-        torch.arange(width // 2, device=like[1]) * 2 / width
-    )
+    rate = 10000 ** (torch.arange(0, width, 2, device=like[1]) / width)
+    angle = torch.arange(T, device=like[1])[:, None] / rate
     return randn(*sizes, like=like), angle.cos().to(like[0]), angle.sin().to(like[0])
 
 
@@ -1608,36 +1603,14 @@ def flash_inputs(sizes: tuple, *like) -> tuple:
     return (*(randn(B, n, T, width, like=like) for n in (H, groups, groups)), True, None)
 
 
-def fused_adamw(
-    params: list,
-    grads: list,
-    first: list,
-    second: list,
-    rate: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    decay: float,
-    step: int,
-) -> None:
+def fused_adamw(params: list, grads: list, first: list, second: list, *numbers: float) -> None:
     """torch's fused AdamW, with the signature of adamw"""
     if params[0].dtype != first[0].dtype:  # torch's wants one type
-        return adamw_twin(params, grads, first, second, rate, beta1, beta2, eps, decay, step)
-    steps = [torch.full((), float(step), device=params[0].device) for _ in params]
+        return adamw_twin(params, grads, first, second, *numbers)
+    words = dict(zip(("lr", "beta1", "beta2", "eps", "weight_decay"), numbers))
+    steps = [torch.full((), float(numbers[-1]), device=params[0].device) for _ in params]
     torch._fused_adamw_(
-        params,
-        grads,
-        first,
-        second,
-        [],
-        steps,
-        lr=rate,
-        beta1=beta1,
-        beta2=beta2,
-        weight_decay=decay,
-        eps=eps,
-        amsgrad=False,
-        maximize=False,
+        params, grads, first, second, [], steps, **words, amsgrad=False, maximize=False
     )
 
 
@@ -1748,34 +1721,26 @@ def copied(value: object, kind: torch.dtype | None = None) -> object:
     return value.detach().clone().to(kind if kind and value.is_floating_point() else value.dtype)
 
 
-def ready(kernel: Kernel, inputs: tuple, kind: torch.dtype | None = None) -> list:
-    """Copies of the inputs, of which those with gradients ask for them"""
-    inputs = [copied(value, kind) for value in inputs]
-    for name, value in zip(kernel.inputs, inputs):
-        if name in kernel.gradients and value is not None:
-            value.requires_grad_()
-    return inputs
+def attempt(
+    kernel: Kernel, function: Callable, inputs: tuple, kind: torch.dtype | None = None
+) -> tuple[list, Callable]:
+    """What function(*inputs) gives, or the inputs it changed, and backward(count): the gradients of
+    the first `count` of these.
 
-
-def results_of(call: Callable, inputs: list | tuple) -> tuple:
-    """What call(*inputs) gives, as a tuple"""
-    found = call(*inputs)
-    return found if isinstance(found, tuple) else (found,)
-
-
-def slopes(kernel: Kernel, inputs: list, found: tuple) -> tuple[list, list, list]:
-    """What torch.autograd.grad takes for the results `found`: these, the inputs that ask for
-    gradients, the slopes.
-
-    The slopes are waves, for ones would hide errors that add up to nothing.
+    The inputs are copied, in the type `kind` if given, so that all forms start from the same
+    numbers. The slopes are waves, for ones would hide errors that add up to nothing.
     """
-    found = [y for y in found if y.requires_grad]
-    leaves = [value for value in inputs if isinstance(value, Tensor) and value.requires_grad]
+    values = dict(zip(kernel.inputs, (copied(value, kind) for value in inputs)))
+    leaves = [values[name].requires_grad_() for name in kernel.gradients]
+    found = function(*values.values())
+    found = flat([values[name] for name in kernel.mutates] or [found])
     waves = [
-        torch.arange(y.numel(), device=y.device).float().mul(0.7).cos().view(y.shape).to(y.dtype)
-        for y in found
+        torch.arange(y.numel(), device=y.device).float().mul(0.7).cos().view_as(y).to(y.dtype)
+        for y in found[: len(found) if leaves else 0]
     ]
-    return found, leaves, waves
+    return found, lambda count: torch.autograd.grad(
+        found[:count], leaves, waves[:count], retain_graph=True
+    )
 
 
 def results(
@@ -1783,31 +1748,28 @@ def results(
     function: Callable,
     inputs: tuple,
     kind: torch.dtype | None = None,
-    count: int = 9,
+    count: int | None = None,
 ) -> list:
-    """What function(*inputs) gives, its first `count` results, and the gradients of these; or the
-    inputs it changed.
+    """The first `count` of what function(*inputs) gives (None: all), and their gradients, see `attempt`"""
+    found, backward = attempt(kernel, function, inputs, kind)
+    return [*(y.detach() for y in found[:count]), *(backward(count) if kernel.backward else ())]
 
-    The inputs are copied, in the type `kind` if given, so that all forms start from the same
-    numbers.
+
+def distances(
+    kernel: Kernel, inputs: tuple, exact: bool = True
+) -> list[tuple[float, float, float]]:
+    """For each result: |a - b| / |b| of the kernel, of the library, and the spacing of its type.
+
+    b is the twin's in float64, or if not `exact`, the library's.
     """
-    inputs = ready(kernel, inputs, kind)
-    found = results_of(function, inputs)[:count]
-    if kernel.mutates:
-        return flat([value for name, value in zip(kernel.inputs, inputs) if name in kernel.mutates])
-    grads = torch.autograd.grad(*slopes(kernel, inputs, found)) if kernel.backward else ()
-    return [*(y.detach() for y in found), *grads]
-
-
-def distances(kernel: Kernel, inputs: tuple) -> list[tuple[float, float, float]]:
-    """For each result: |a - b| / |b| of the kernel, of the library (b in float64), and the spacing of its type."""
     theirs = results(kernel, kernel.library or kernel.twin, inputs)
     shown = len(theirs) - len(kernel.gradients)
-    exact = results(kernel, kernel.twin, inputs, torch.float64, shown)
+    true = results(kernel, kernel.twin, inputs, torch.float64, shown) if exact else theirs
     found = []
-    for mine, other, true in zip(results(kernel, kernel, inputs, None, shown), theirs, exact):
+    for mine, other, truth in zip(results(kernel, kernel, inputs, None, shown), theirs, true):
+        truth = truth.double()
         far, usual = (
-            (part.double() - true).norm().item() / (true.norm().item() or 1.0)
+            (part.double() - truth).norm().item() / (truth.norm().item() or 1.0)
             for part in (mine, other)
         )
         found.append((math.inf if math.isnan(far) else far, usual, torch.finfo(mine.dtype).eps))
@@ -1824,22 +1786,9 @@ def errors(
     rounds = [distances(kernel, kernel.example(sizes, kind, device)) for _ in range(draws)]
     found = []
     for parts in zip(*rounds):
-        far, usual, eps = (
-            math.sqrt(sum(part[place] ** 2 for part in parts) / draws) for place in range(3)
-        )
+        far, usual, eps = (math.hypot(*column) / math.sqrt(draws) for column in zip(*parts))
         found.append((far / max(usual, eps / 4), far))
     return max(found)
-
-
-def apart(kernel: Kernel, inputs: tuple) -> float:
-    """Largest |a - b| / |b| of the kernel's results a and the library's b, in spacings of numbers of their type"""
-    theirs = results(kernel, kernel.library or kernel.twin, inputs)
-    mine = results(kernel, kernel, inputs, None, len(theirs) - len(kernel.gradients))
-    far = [
-        ((a - b).float().norm() / (b.float().norm() + 1e-30) / torch.finfo(a.dtype).eps).item()
-        for a, b in zip(mine, theirs)
-    ]
-    return max(math.inf if math.isnan(size) else size for size in far)
 
 
 # ---- is it fast? times beside the limits of this machine, which are measured too
@@ -1914,15 +1863,11 @@ def least_bytes(kernel: Kernel, inputs: tuple) -> tuple[int, int]:
     size = lambda values: sum(t.numel() * t.element_size() for t in flat(values))  # noqa: E731
     named = dict(zip(kernel.inputs, inputs))
     found = flat([named[name] for name in kernel.mutates] or [kernel.twin(*inputs)])
-    forward = size(inputs) + size(found)
     # by place, for one gradient may be that of two inputs
     leaves = {place: named[name] for name, place in kernel.gradients.items()}
-    values = named | dict(zip(kernel.outputs.split(), found))
-    kept = [
-        values[name]
-        for name in getattr(kernel, "needs", ())
-        if name in values and name not in kernel.gone(values)
-    ]
+    values = kernel.values(inputs, tuple(found))
+    kept = [values.get(name) for name in getattr(kernel, "needs", ())]
+    forward = size(inputs) + size(found)
     return forward, size(found) + size(kept) + size([*leaves.values()])
 
 
@@ -1965,15 +1910,9 @@ def passes(
     }
     found = {"forward": (forward, moved[0], work)}
     if kernel.backward:
-        asked = ready(kernel, inputs)
-        found_by = {name: results_of(call, asked) for name, call in calls.items()}
-        shown = min(map(len, found_by.values()))  # the library may give fewer
-        backward = {
-            name: functools.partial(
-                torch.autograd.grad, *slopes(kernel, asked, ys[:shown]), retain_graph=True
-            )
-            for name, ys in found_by.items()
-        }
+        tries = {name: attempt(kernel, call, inputs) for name, call in calls.items()}
+        shown = min(len(results) for results, _ in tries.values())  # the library may give fewer
+        backward = {name: functools.partial(call, shown) for name, (_, call) in tries.items()}
         factor = 2.5 if kernel.name == "flash" else 2
         found["backward"] = (backward, moved[1], factor * work)
     return found
@@ -1997,7 +1936,7 @@ def show_times(
     inputs, points = kernel.example(sizes, dtype, device), []
     print(f"{kernel.name} {' x '.join(map(str, sizes))}", end="")
     if device.type == "cuda":
-        far = apart(kernel, inputs)
+        far = max(far / eps for far, _, eps in distances(kernel, inputs, exact=False))
         print(
             f", {far:.1f} spacings of {str(dtype)[6:]} from {'the library' if kernel.library else 'the twin'}",
             end="",
@@ -2013,11 +1952,11 @@ def show_times(
             for rival in ("eager", "compiled", "library")
         ]
         memory = [peak(calls[form], device) for form in (ours, "eager")]
+        cells = "".join(f"{size:8.0f}" for size in memory)
+        cells += "".join(f"{ratio:6.2f}" for ratio in versus)
         print(
             f"  {name:8} {took * 1e6:10.1f} {spread:4.0%} {moved / took / 1e9:6.3g} {moved / took / top[0]:4.0%} "
-            f"{work / took / 1e12:7.3g} {work / took / top[1]:4.0%}"
-            + "".join(f"{size:8.0f}" if size == size else "       -" for size in memory)
-            + "".join(f"{ratio:6.2f}" if ratio == ratio else "     -" for ratio in versus),
+            f"{work / took / 1e12:7.3g} {work / took / top[1]:4.0%}{cells.replace('nan', '  -')}",
             flush=True,
         )
         points.append((f"{kernel.name} {name}", work / moved, work / took))
@@ -2042,8 +1981,9 @@ def layers(
     B, T, C, H = (int(part) for part in shape.split(","))
     require(C % H == 0, f"--shape={shape}: the width is no multiple of the heads")
     found, width, like = {}, torch.finfo(dtype).bits // 8, (dtype, device)
+    weights = dict(qkv=(3 * C, C), out=(C, C), up=(4 * C, C), down=(C, 4 * C))
     for phase, rows, queries in (("prefill", B * T, T), ("decode", B, 1)):
-        for name, n, k in (("qkv", 3 * C, C), ("out", C, C), ("up", 4 * C, C), ("down", C, 4 * C)):
+        for name, (n, k) in weights.items():
             x, w = randn(rows, k, like=like), randn(n, k, like=like)
             moved = width * (rows * k + n * k + rows * n)
             found[f"{phase} {name}"] = (functools.partial(F.linear, x, w), moved, 2.0 * rows * n * k)
@@ -2080,12 +2020,9 @@ def roofline(points: list[tuple], top: tuple, plot: str) -> None:
         low = min(point[1] for point in points) / 2
         high = max(bend, *(point[1] for point in points)) * 2
         axes.loglog([low, bend, high], [low * top[0], top[1], top[1]], color="black")
-        for place, (name, intensity, reached) in enumerate(points):
-            axes.loglog(intensity, reached, "o")
-            aside = (6, 6 - 7 * (place % 3))  # neighbours' names at other heights
-            axes.annotate(
-                name, (intensity, reached), fontsize=7, xytext=aside, textcoords="offset points"
-            )
+        for name, *point in points:
+            axes.loglog(*point, "o")
+            axes.annotate(name, point, fontsize=7, xytext=(6, 6), textcoords="offset points")
         axes.set(
             xlabel="FLOP per byte",
             ylabel="FLOP a second",
@@ -2105,94 +2042,46 @@ SPILLED = 128  # bytes a thread: the fastest tiles of flash's backward pass spil
 TENSOR = ("mma.sync", "wgmma", "tcgen05")  # the instructions of tensor cores since then
 
 
-def launches(kernel: Kernel, sizes: tuple, dtype: torch.dtype) -> list[tuple]:
-    """(function, its arguments by name) of all Triton launches of a forward and a backward pass.
+def launches(kernel: Kernel, sizes: tuple, dtype: torch.dtype, card: int) -> list[tuple]:
+    """(name, compiled code) of all Triton launches of a forward and a backward pass, for a card of
+    compute capability card / 10.
 
-    The launchers run on tensors without memory, with Triton's own launch replaced: what is compiled
-    ahead is what would run, tile sizes and all. Nothing is computed.
+    The launchers run on tensors without memory, and Triton's own launch finds this card and stops
+    when it has compiled: so what is compiled is what would run, tile sizes and all.
     """
-    calls, usual = [], triton.runtime.jit.JITFunction.run
+    found, runtime = [], triton.runtime.jit
+    usual, driver = runtime.JITFunction.run, runtime.driver
 
-    def record(self, *args, grid, warmup, **words):
+    def compiled(self, *args, grid, warmup, **words):
         """Stands in for Triton's launch"""
-        calls.append((self, dict(zip(self.arg_names, args)) | words))
+        found.append((self.__name__, usual(self, *args, grid=grid, warmup=True, **words)))
 
-    triton.runtime.jit.JITFunction.run = record
+    runtime.JITFunction.run = compiled
+    runtime.driver = SimpleNamespace(
+        active=SimpleNamespace(
+            get_current_device=lambda: card,
+            get_current_stream=lambda device: 0,
+            get_current_target=lambda: triton.backends.compiler.GPUTarget("cuda", card, 32),
+        )
+    )
     try:
         inputs = kernel.example(sizes, dtype, torch.device("meta"))
-        found = kernel.run(*inputs)
+        values = kernel.values(inputs, kernel.run(*inputs))
         if kernel.backward:
-            results = dict(
-                zip(kernel.outputs.split(), found if isinstance(found, tuple) else [found])
-            )
-            values = (
-                dict(zip(kernel.inputs, inputs))
-                | results
-                | {f"d{name}": y for name, y in results.items()}
-            )
-            values |= {name: None for name in kernel.gone(values)}
+            values |= {f"d{name}": values[name] for name in kernel.outputs.split()}
             kernel.backward(*(values[name] for name in kernel.needs))
     finally:
-        triton.runtime.jit.JITFunction.run = usual
-    return calls
+        runtime.JITFunction.run, runtime.driver = usual, driver
+    return found
 
 
-NAMES = {
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.float32: "*fp32",
-    torch.int8: "*i8",
-    torch.int32: "*i32",
-    torch.int64: "*i64",
-}
-
-
-def described(value: object, path: tuple, fixed: bool, constants: dict, attributes: dict) -> object:
-    """An argument's type in Triton's words; what the compiler knows of it goes into the two dicts,
-    under its path.
-
-    As at a launch: numbers that are 1 are fixed, addresses and numbers that are multiples of 16 are
-    known to be so.
-    """
-    if isinstance(value, tuple):
-        return tuple(
-            described(part, (*path, place), False, constants, attributes)
-            for place, part in enumerate(value)
-        )
-    if fixed or value is None or type(value) is int and value == 1:
-        constants[path] = value
-        return "constexpr"
-    if isinstance(value, Tensor) or isinstance(value, int) and value % 16 == 0:
-        attributes[path] = [["tt.divisibility", 16]]
-    if isinstance(value, Tensor):
-        return NAMES[value.dtype]
-    return "fp32" if isinstance(value, float) else "i32" if value < 2**31 else "i64"
-
-
-def specialised(function: object, values: dict) -> tuple[dict, dict, dict]:
-    """(types of the arguments, which of them are fixed, what else is known), as Triton derives them at a launch."""
-    constants, attributes = {}, {}
-    signature = {
-        param.name: described(
-            values[param.name], (place,), param.is_constexpr, constants, attributes
-        )
-        for place, param in enumerate(function.params)
-    }
-    return signature, constants, attributes
-
-
-def ahead(function: object, values: dict, card: int) -> dict:
-    """Compile a launch for a card of compute capability card / 10, as Triton would do on it.
+def resources(made: object, card: int) -> tuple[int, int, int, float, str]:
+    """What a compiled launch takes of a multiprocessor.
 
     Returns registers of a thread, bytes a thread spills to memory for want of them, bytes of shared
     memory, the share of a multiprocessor's threads that can be there at once, and the tensor
     instructions in the code (- where none is asked).
     """
-    source = triton.compiler.ASTSource(function, *specialised(function, values))
-    words = {name: values[name] for name in ("num_warps", "num_stages") if name in values}
-    made = triton.compile(
-        source, target=triton.backends.compiler.GPUTarget("cuda", card, 32), options=words
-    )
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "kernel.cubin")
         file.write_bytes(made.asm["cubin"])
@@ -2200,26 +2089,19 @@ def ahead(function: object, values: dict, card: int) -> dict:
         text = subprocess.run(
             [tool, "--dump-resource-usage", file], capture_output=True, text=True, check=True
         ).stdout
-    used = {name: int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK", "LOCAL")}
-    threads, shared = 32 * values.get("num_warps", 4), made.metadata.shared
+    found = (re.search(rf"{name}:(\d+)", text) for name in ("REG", "STACK", "LOCAL"))
+    registers, stack, local = (int(match[1]) for match in found)
+    threads, shared = 32 * made.metadata.num_warps, made.metadata.shared
     blocks = min(
-        65536 // (max(used["REG"], 16) * threads),
+        65536 // (max(registers, 16) * threads),
         CARDS[card] * 1024 // max(shared, 1024),
         2048 // threads,
         32,
     )
-    tensor = (
-        [name for name in TENSOR if name in made.asm["ptx"]]
-        if "tt.dot" in made.asm["ttir"]
-        else ["-"]
-    )
-    return dict(
-        registers=used["REG"],
-        spills=used["STACK"] + used["LOCAL"],
-        shared=shared,
-        occupancy=blocks * threads / 2048,
-        tensor=" ".join(tensor) or "none",
-    )
+    tensor = "-"
+    if "tt.dot" in made.asm["ttir"]:
+        tensor = " ".join(name for name in TENSOR if name in made.asm["ptx"]) or "none"
+    return registers, stack + local, shared, blocks * threads / 2048, tensor
 
 
 def compile_report(
@@ -2239,23 +2121,19 @@ def compile_report(
     for name, kind, card in itertools.product(names, kinds, cards):
         ROOM[0] = CARDS[card]
         for sizes in KERNELS[name].sizes[1:]:
-            for function, values in launches(KERNELS[name], sizes, kind):
-                key = str((function.__name__, kind, card, specialised(function, values)))
-                if key in seen:
+            for function, made in launches(KERNELS[name], sizes, kind, card):
+                if (kind, made.hash) in seen:
                     continue
-                seen.add(key)
-                r = ahead(function, values, card)
-                title = f"{function.__name__:20} {str(kind)[6:]:8} {card:4}"
+                seen.add((kind, made.hash))
+                registers, spilled, shared, occupancy, tensor = resources(made, card)
+                title = f"{function:20} {str(kind)[6:]:8} {card:4}"
                 print(
-                    f"{title} {r['registers']:9} {r['spills']:7} {r['shared']:7} {r['occupancy']:9.0%}  {r['tensor']}",
+                    f"{title} {registers:9} {spilled:7} {shared:7} {occupancy:9.0%}  {tensor}",
                     flush=True,
                 )
-                slow = kind != torch.float32 and r["tensor"] == "none"
-                wrong += (
-                    [title]
-                    if r["spills"] > SPILLED or r["shared"] > CARDS[card] * 1024 or slow
-                    else []
-                )
+                slow = kind != torch.float32 and tensor == "none"
+                if spilled > SPILLED or shared > CARDS[card] * 1024 or slow:
+                    wrong.append(title)
     return wrong
 
 
@@ -2302,18 +2180,11 @@ def main() -> None:
         require(name in KERNELS, f"--only={name}: there are {', '.join(KERNELS)}")
     require(not o.dtype or o.dtype in HALF, f"--dtype={o.dtype}: there are {', '.join(HALF)}")
     require(o.seconds > 0, f"--seconds={o.seconds}: wanted some")
-    found = not o.plot or importlib.util.find_spec("matplotlib")
-    require(found, "--plot needs matplotlib: pip install matplotlib")
+    drawn = not o.plot or importlib.util.find_spec("matplotlib")
+    require(drawn, "--plot needs matplotlib: pip install matplotlib")
     if o.compile_report:
-        if (
-            "TRITON_INTERPRET" in os.environ
-        ):  # interpreted kernels cannot be compiled: once more, without
-            rest = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-            sys.exit(
-                subprocess.run(
-                    [sys.executable, *sys.argv], env=rest | {"TRITON_COMPILE": "1"}
-                ).returncode
-            )
+        hint = "unset TRITON_INTERPRET, for interpreted kernels cannot be compiled"
+        require(not INTERPRETED.value, f"--compile_report: {hint}")
         wrong = compile_report(
             names, [HALF[o.dtype]] if o.dtype else [torch.bfloat16, torch.float32]
         )

@@ -171,12 +171,18 @@ def test_adamw_over_steps_and_types():
 
 # ---- autograd and torch.compile
 
+def asking(kernel, inputs):
+    """Copies of the inputs, of which those with gradients ask for them"""
+    copies = [kernels.copied(value) for value in inputs]
+    return tuple(value.requires_grad_() if name in kernel.gradients else value for name, value in zip(kernel.inputs, copies))
+
+
 @pytest.mark.parametrize("name", list(KERNELS))
 def test_custom_op_is_sound_and_compiles_whole(name):
     kernel = KERNELS[name]
     torch.manual_seed(0)
     inputs = kernel.example(SHAPES[name](lambda low, high: min(low + 4, high)), torch.float32, DEVICE)
-    torch.library.opcheck(kernel.op, tuple(kernels.ready(kernel, inputs)))
+    torch.library.opcheck(kernel.op, asking(kernel, inputs))
     torch._dynamo.reset()
     compiled = torch.compile(kernel, fullgraph=True, backend="aot_eager")
     for mine, other in zip(results(kernel, compiled, inputs), results(kernel, kernel, inputs)):
@@ -447,16 +453,18 @@ def test_a_new_kernel_is_one_entry():
                             lambda x: x.numel(), ((5, 7),) * 3, backward=twice_backward, gradients=dict(x=0), like="dy")
     inputs = kernel.example((5, 7), torch.float32, DEVICE)
     assert kernels.errors(kernel, (5, 7), torch.float32, DEVICE)[0] <= 2
-    torch.library.opcheck(kernel.op, tuple(kernels.ready(kernel, inputs)))
+    torch.library.opcheck(kernel.op, asking(kernel, inputs))
 
 
 def test_errors_sees_a_wrong_kernel():
     wrong = copy.copy(KERNELS["gelu"])
     wrong.op = F.gelu  # the exact form, which differs in the fourth digit
     inputs = wrong.example((50, 70), torch.float32, DEVICE)
-    assert kernels.errors(wrong, (50, 70), torch.float32, DEVICE)[0] > 2 and kernels.apart(wrong, inputs) > 8
+    assert kernels.errors(wrong, (50, 70), torch.float32, DEVICE)[0] > 2
+    far, usual, eps = kernels.distances(wrong, inputs, exact=False)[0]
+    assert far > 8 * eps and usual == 0  # the library's own results are what it is compared with
     wrong.op = lambda x: x * math.nan
-    assert kernels.errors(wrong, (5, 7), torch.float32, DEVICE)[0] == kernels.apart(wrong, inputs) == math.inf
+    assert kernels.errors(wrong, (5, 7), torch.float32, DEVICE)[0] == kernels.distances(wrong, inputs, exact=False)[0][0] == math.inf
 
 
 # ---- the benchmark's parts
@@ -569,7 +577,9 @@ def test_without_triton(tmp_path):
 # ---- compiled for real, without a card
 
 REPORTS = {  # name -> code that prints
-    "hopper": "assert not kernels.compile_report([*kernels.KERNELS], [torch.bfloat16], [90])",
+    "hopper": "jit = kernels.triton.runtime.jit\nusual = jit.JITFunction.run, jit.driver\n"
+              "assert not kernels.compile_report([*kernels.KERNELS], [torch.bfloat16], [90])\n"
+              "assert (jit.JITFunction.run, jit.driver) == usual",
     "heads": "kernels.KERNELS['flash'].sizes = (0, (1, 2, 1, 64, 80), (1, 1, 1, 64, 256))\nkernels.SPILLED = 600\n"
              "assert not kernels.compile_report(['flash'], [torch.bfloat16], [80])",
     "too large": "kernels.TILES['few', 2] = dict(BM=16, BN=128, BK=512, num_warps=4, num_stages=5)\n"
@@ -601,6 +611,19 @@ def test_compiles_for_three_cards(dtype):
     assert {line[2] for line in lines} == {"80", "90", "100"}
     if dtype != "float32":
         assert all(any(word in line for line in lines) for word in ("mma.sync", "wgmma", "tcgen05"))
+
+
+def test_compile_report_needs_no_gpu_and_no_interpreter():
+    done = script("--compile_report", "--only=add", "--dtype=float32", TRITON_INTERPRET="1")
+    lines = [line.split() for line in done.stdout.splitlines()[1:]]
+    assert done.returncode == 0 and [line[:3] for line in lines] == [["map_kernel", "float32", card] for card in ("80", "90", "100")]
+
+
+def test_compile_report_says_that_it_cannot_compile_what_is_interpreted(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["kernels.py", "--compile_report"])
+    monkeypatch.setattr(kernels, "INTERPRETED", kernels.tl.constexpr(True))
+    with pytest.raises(ValueError, match="--compile_report: unset TRITON_INTERPRET"):
+        kernels.main()
 
 
 def test_compile_report_sees_what_does_not_fit():
