@@ -862,7 +862,10 @@ class Tokenizer:
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes of tokens; ValueError names an id that is not in the vocabulary."""
-        ids = np.asarray(ids if hasattr(ids, "__len__") else list(ids))
+        ids = ids if hasattr(ids, "__len__") else list(ids)
+        if len(ids) < MANY and all(0 <= i < self.vocab_size for i in ids):
+            return b"".join([self.vocab[i] for i in ids])
+        ids = np.asarray(ids)
         if len(wrong := ids[(ids < 0) | (ids >= self.vocab_size)]):
             raise ValueError(f"id {wrong[0]} is not in this vocabulary of {self.vocab_size} tokens")
         starts = range(0, len(ids), CHUNK)

@@ -50,7 +50,8 @@ from model import GPT, Embedding, Linear, State, from_checkpoint, load_checkpoin
 from model import ROLES as WEIGHTS
 
 END = "<|endoftext|>"
-CHUNK = 512  # tokens of a prompt that are computed together
+CHUNK = 512  # tokens of prompts that are computed together
+SPARE = 16  # tokens that are rather computed again than in a call of their own
 DTYPES = ("float32", "bfloat16", "float16")
 GUESSES = 4  # tokens that a draft may guess ahead
 
@@ -256,9 +257,9 @@ class Past:
         self.state = None
         self.computed = 0  # tokens that went through the model
 
-    def take_in(self, tokens: list[int]) -> Tensor:
-        """The model's output (1, 1, C) at the last of some tokens, at most `capacity` of them."""
-        known = len(os.path.commonprefix([self.tokens, tokens[:-1]]))
+    def take_in(self, tokens: list[int], asked: int = 1) -> Tensor:
+        """The model's output (1, 1, C) at the last of some tokens, at most `capacity` of them, if it is `asked` for."""
+        known = len(os.path.commonprefix([self.tokens, tokens[:len(tokens) - asked]]))
         try:
             require(known, "nothing is known")
             self.state.truncate([known])  # what a recurrence keeps does not go back: ValueError, too
@@ -268,7 +269,7 @@ class Past:
         self.tokens = tokens[:]
         for start in range(known, len(tokens), CHUNK):  # of a long prompt not all is in the works at once
             hidden = run_on(self.model, [tokens[start:start + CHUNK]], self.state)
-        return hidden[:, -1:]
+        return hidden[:, -1:] if asked else None
 
 
 def run_on(model: GPT, rows: list, state: State) -> Tensor:
@@ -279,6 +280,25 @@ def run_on(model: GPT, rows: list, state: State) -> Tensor:
     T = max(map(len, rows))
     padded = [row + [0] * (T - len(row)) for row in rows]
     return model.hidden(torch.tensor(padded, device=next(model.parameters()).device), state)
+
+
+def side_by_side(contexts: list[tuple]) -> Iterator[tuple[list[tuple], int]]:
+    """Contexts that are computed together, of which a call sees CHUNK tokens at most, and how many all begin with.
+
+    >>> list(side_by_side([(1, 2), (1, 3, 4), (*range(900),), (*range(899),)]))[1]
+    ([(1, 2), (1, 3, 4)], 1)
+    """
+    batch, common = [], 0
+    for context in sorted(contexts):
+        if batch:
+            shared, near = (len(os.path.commonprefix([other, context])) for other in (batch[0], batch[-1]))
+            longest = max(map(len, [*batch, context])) - shared
+            if max(common, near) - shared > SPARE or (len(batch) + 1) * longest > CHUNK:
+                yield batch, common
+                batch = []
+            common = shared if batch else 0
+        batch.append(context)
+    yield batch, common
 
 
 def join(states: list[State]) -> State:
@@ -417,17 +437,42 @@ class Engine:
         """Take in whole contexts, equal ones once, and add a first token; returns how many tokens were computed."""
         before, room = self.past.computed, self.room(self.active + group)
         states = [resized(self.state, room)] if self.active else []
-        for context in dict.fromkeys(tuple(request.context) for request in group):
-            same = [request for request in group if tuple(request.context) == context]
-            ids = [*context]
-            self.past.take_in(ids[:-1] or ids)
-            hidden = self.past.take_in(ids)  # a call of one token, as those of decoding: recurrences keep the last call
-            states.append(resized(self.past.state, room).fork([0] * len(same)))
-            logits = self.logits(hidden.expand(len(same), -1, -1))
-            self.extend(same, logits[:, 0])
-            self.active = self.active + same
+        for contexts, common in side_by_side({tuple(request.context) for request in group}):
+            state, hidden = self.take_in(contexts, common, room)
+            joining = [request for request in group if tuple(request.context) in contexts]
+            rows = [contexts.index(tuple(request.context)) for request in joining]
+            states.append(state if rows == [*range(len(contexts))] else state.fork(rows))
+            logits = self.logits(hidden[rows])
+            self.extend(joining, logits[:, 0])
+            self.active = self.active + joining
         self.state = join(states)
         return self.past.computed - before
+
+    def take_in(self, contexts: list[tuple], common: int, room: int) -> tuple[State, Tensor]:
+        """A state of contexts that begin with `common` equal tokens, and the model's output (B, 1, C) at the last ones.
+
+        The last tokens are a call of their own, as those of decoding are, for recurrences keep the last call.
+        """
+        rows, past = len(contexts), self.past
+        if rows == 1:
+            ids = [*contexts[0]]
+            past.take_in(ids[:-1] or ids)
+            hidden = past.take_in(ids)
+            return resized(past.state, room).fork([0]), hidden
+        common = min(common, *(len(context) - 1 for context in contexts))
+        state, shared = self.model.new_state(rows, room), [*contexts[0][:common]]
+        if common > SPARE:
+            if past.tokens != shared:
+                past.take_in(shared[:-1])
+            past.take_in(shared, 0)
+            state = resized(past.state, room).fork([0] * rows)
+        before = state.lengths
+        tails = [[*context[n:-1]] for n, context in zip(before, contexts)]
+        if any(tails):
+            run_on(self.model, tails, state)
+            state.truncate([n + len(tail) for n, tail in zip(before, tails)])
+        past.computed += sum(map(len, tails)) + rows
+        return state, run_on(self.model, [[context[-1]] for context in contexts], state)
 
     def decode(self, group: list[Request], ahead: int) -> int:
         """Take in the last token of each context and up to `ahead` guesses; returns how many tokens that gave."""
