@@ -27,8 +27,6 @@ HOW = "--template=bare --max_new_tokens=20 --verifier=gsm8k"
 
 def kept_bytes(rank, preset="gpt2"):
     """(bytes of weights, of gradients, of the optimizer's tensors) of one step; rank 0: all weights are trained."""
-    import torch
-
     import align
     import bpe
     import model
@@ -86,9 +84,8 @@ def main():
         return print(f"responses a second: align.py {256 / own:,.0f}, transformers {256 / theirs:,.0f}; {theirs / own:.2f} times")
     if o.lora:
         print("| GPT-2's shape | weights | gradients | optimizer | of both, share of full |\n|---|---|---|---|---|")
-        for rank in (0, o.lora):
-            sizes = kept_bytes(rank)
-            full = sizes if not rank else full
+        full = kept_bytes(0)
+        for rank, sizes in ((0, full), (o.lora, kept_bytes(o.lora))):
             cells = [f"{size / 1e6:,.1f} MB" for size in sizes] + [f"{sum(sizes[1:]) / sum(full[1:]):.2%}"]
             print(f"| {f'adapters of rank {rank}' if rank else 'all weights'} | {' | '.join(cells)} |", flush=True)
         return
