@@ -36,7 +36,7 @@ import textwrap
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -114,7 +114,7 @@ class Options(Sampling):
 
 # ---- sampling
 
-def shape(logits: Tensor, s: Sampling, seen: Sequence[list[int]]) -> Tensor:
+def shape(logits: Tensor, s: Sampling, seen: Iterable[list[int]]) -> Tensor:
     """Logits (B, V) of the distribution to draw from; `seen` (CTRL's penalty, and presence) are the tokens of each row.
 
     The three cuts are conditions on the row in descending order: its rank, what the more probable ones hold together,
@@ -232,17 +232,17 @@ def pick(logits: Tensor, requests: Sequence[Request]) -> list[tuple[int, float]]
     total = logits.logsumexp(-1)
     require(total.isfinite().all(), "the model's output is not finite (NaN or infinite): its training diverged")
     shaped = logits.clone() if any(request.bias for request in requests) else logits
-    for row, request in zip(shaped, requests):
+    groups, chosen = collections.defaultdict(list), {}
+    for row, request in enumerate(requests):
+        groups[request.sampling].append(row)
         for token, extra in request.bias.items():
-            row[token] += extra
-    chosen = {}
-    for sampling in {request.sampling for request in requests}:
-        group = {row: request for row, request in enumerate(requests) if request.sampling == sampling}
-        chance = torch.tensor([1 - request.random.random() for request in group.values()])  # in (0, 1]
-        seen = [request.prompt + request.output for request in group.values()]
-        own = shape(shaped[list(group)], sampling, seen)
+            shaped[row, token] += extra
+    for sampling, rows in groups.items():
+        group = [requests[row] for row in rows]
+        chance = torch.tensor([1 - request.random.random() for request in group])  # in (0, 1]
+        own = shape(shaped[rows], sampling, (request.prompt + request.output for request in group))
         ids = draw(own, chance.to(own.device)) if sampling.temperature else own.argmax(-1)
-        chosen |= zip(group, ids.tolist())
+        chosen |= zip(rows, ids.tolist())
     tokens = [chosen[row] for row in range(len(requests))]
     return list(zip(tokens, (logits[range(len(tokens)), tokens] - total).tolist()))
 
