@@ -526,8 +526,7 @@ def refuse(o: Options, sources: list[Source]):
     require(max(o.beta1, o.beta2, o.momentum) < 1, "--beta1, --beta2 and --momentum must be below 1")
     require(o.decay_from < o.max_iters, f"--decay_from={o.decay_from} is not before --max_iters={o.max_iters}")
     require(not (o.counts and o.compile), "--counts does not go with --compile")
-    ours = o.parallel and not o.parallel.startswith("torch")
-    require(ours or not o.parts, "--parts is for --parallel in the forms of ddp.py")
+    require(o.parallel or not o.parts, "--parts is for --parallel")
     if o.parallel:
         require(dist.is_initialized(), "--parallel needs processes: torchrun --nproc_per_node=2 train.py ...")
         for name in ("compile", "kernels", "noise_scale", "z_loss", "dropout", "teacher", "counts"):

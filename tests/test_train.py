@@ -1901,6 +1901,5 @@ def test_what_does_not_go_with_parallel(name, monkeypatch):
         train.refuse(o, [])
 
 
-@pytest.mark.parametrize("parallel", ["", "torch_fsdp"])
-def test_parts_are_of_split_models(parallel, launch):
-    refused(launch("--max_iters=2", "--parts", f"--parallel={parallel}"), "--parts is for --parallel")
+def test_parts_are_of_split_models(launch):
+    refused(launch("--max_iters=2", "--parts"), "--parts is for --parallel")
