@@ -25,6 +25,7 @@ import importlib.util
 import inspect
 import json
 import math
+import operator
 import os
 import re
 import runpy
@@ -503,18 +504,34 @@ def advantages(samples: list[dict], o: Options):
 
 # ---- rollouts: prompts -> samples with the log-probabilities that the engine saw
 
+OPERATIONS = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+}
+
+
+def evaluated(node: ast.expr) -> Fraction:
+    """The exact value of a tree of + - * / over numbers. Raises ValueError, ZeroDivisionError, KeyError for another."""
+    if isinstance(node, ast.BinOp):
+        return OPERATIONS[type(node.op)](evaluated(node.left), evaluated(node.right))
+    require(isinstance(node, ast.Constant) and type(node.value) in (int, float), "not a number")
+    return Fraction(str(node.value))
+
+
 def calculator(text: str) -> str:
-    """The value of up to 100 characters of + - * / over numbers as text; "?" where it has none.
+    """The value of an expression of up to 100 characters as text; "?" where it has none.
 
     >>> calculator("12*(3+4)"), calculator("1/8"), calculator("2**9")
     ('84', '0.125', '?')
     """
-    with contextlib.suppress(Exception):  # of many kinds, as it may hold any text
-        # digits and signs alone, which name nothing; fractions, for they do not round
-        require(re.fullmatch(r"(?!.*(\*\*|//))[-+*/. ()\d]{1,100}", text), "no expression")
-        value = eval(re.sub(r"[\d.]+", r"Fraction('\g<0>')", text))
-        return str(value) if value.denominator == 1 else f"{float(value):.15g}"
-    return "?"
+    try:
+        require(len(text) <= 100, "too long")
+        value = evaluated(ast.parse(text.strip(), mode="eval").body)
+    except (ValueError, ArithmeticError, SyntaxError, KeyError):
+        return "?"
+    return str(value) if value.denominator == 1 else f"{float(value):.15g}"
 
 
 # what ends a call, the call's form, what fills it in; a tool's words are part of the text, but no token to learn
