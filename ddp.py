@@ -11,6 +11,7 @@ For real runs torch's own engine does the same with more care: `train.py --paral
 References: Rajbhandari et al. 2020 (ZeRO); Narayanan et al. 2021 (Megatron-LM); Liu et al. 2023 (ring attention).
 """
 import argparse
+import atexit
 import contextlib
 import dataclasses
 import datetime
@@ -1544,11 +1545,10 @@ def process(rank: int, o: Options, words: list[str], file: str) -> None:
         world_size=o.ranks,
     )
     dist.init_process_group("gloo", timeout=Group.timeout, **own if file else {})
+    atexit.register(dist.destroy_process_group)  # a thread of gloo that frees a tensor while Python ends aborts it
     sys.stdout = open(os.devnull, "w") if dist.get_rank() else sys.stdout
     agree(**vars(o))
     fine = bench_collectives() is None if o.bench_collectives else harness(o, words)
-    dist.barrier()
-    dist.destroy_process_group()
     sys.exit(not fine)
 
 

@@ -13,6 +13,7 @@ the block the last block_size tokens count.
 References: Keskar et al. 2019 (CTRL: repetition penalty); Holtzman et al. 2020 (top-p); Nguyen et al. 2024 (min-p).
 """
 import argparse
+import atexit
 import codecs
 import collections
 import contextlib
@@ -1611,6 +1612,7 @@ def main() -> None:
         require(o.eval, "torchrun starts several processes, which is for --eval alone")
         torch.cuda.is_available() and torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("gloo")
+        atexit.register(dist.destroy_process_group)  # a thread of gloo that frees a tensor while Python ends aborts it
         sys.stdout = open(os.devnull, "w") if dist.get_rank() else sys.stdout  # one of them prints
     model, tokenizer = load(o.ckpt, o.device)
     require(o.dtype in DTYPES, f"--dtype={o.dtype}: choose from {', '.join(DTYPES)}")
@@ -1631,11 +1633,7 @@ def main() -> None:
     if o.profile:
         return print(*profile_steps(engine, requests[0]), sep="\n")
     if o.eval:
-        print(*Exam(engine, tokenizer, o).run(), sep="\n")
-        if dist.is_initialized():
-            dist.barrier()  # else a thread of gloo may free its last tensor while Python ends, which aborts the process
-            dist.destroy_process_group()
-        return
+        return print(*Exam(engine, tokenizer, o).run(), sep="\n")
     sys.stdout.reconfigure(errors="replace")  # for a terminal that is not UTF-8
     if o.chat:
         return chat(engine, tokenizer, o)

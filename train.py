@@ -11,6 +11,7 @@ log's seconds: of training alone, without tokenising and evaluations.
 References: Loshchilov and Hutter 2019 (AdamW); Jordan et al. 2024 (Muon); Hu et al. 2024 (WSD schedule).
 """
 import argparse
+import atexit
 import contextlib
 import ctypes
 import dataclasses
@@ -398,6 +399,7 @@ def join_ranks(o: Options):
     both = "cpu:gloo,cuda:nccl"  # evaluations are summed on the CPU, in double precision
     backend = both if pick_device(o.device).type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+    atexit.register(dist.destroy_process_group)  # a thread of gloo that frees a tensor while Python ends aborts it
 
 
 def agree(**own) -> None:
@@ -1258,9 +1260,6 @@ def main():
     elif tokenizer.vocab:
         show_sample(ckpt, 200 if o.sample_tokens < 0 else 0)
         print(f"next: python sample.py --ckpt={ckpt} --prompt='{'The' if o.data else 'def'}'")
-    if dist.is_initialized():
-        dist.barrier()  # else a thread of gloo may free its last tensor while Python ends, which aborts the process
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 """Fixtures that all test files share. Tests write only below tmp_path."""
+import atexit
 import contextlib
 import functools
 import importlib
@@ -85,6 +86,20 @@ def run_main(monkeypatch, capsys):
         code, err = (1, f"{err}{code}\n") if isinstance(code, str) else (code, err)
         return SimpleNamespace(returncode=code, stdout=out, stderr=err)
     return run
+
+
+@pytest.fixture
+def world_of_one(monkeypatch):
+    """A function that sets torchrun's variables for one process, this one; the group that then begins ends with the test."""
+    import torch.distributed as dist
+
+    def begin():
+        for name, value in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, MASTER_ADDR="127.0.0.1", MASTER_PORT=0).items():
+            monkeypatch.setenv(name, str(value))
+    yield begin
+    atexit.unregister(dist.destroy_process_group)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def tiny_documents(count=60):

@@ -345,7 +345,7 @@ SMALL = ["--n_layer=2", "--n_head=4", "--n_embd=32", "--block_size=32", "--ngram
          "--eval_interval=2", "--dtype=float64", "--device=cpu"]
 
 
-def test_torch_fsdp_evaluates_beside_a_checkpoint_that_is_written(tokens, tmp_path, run_main, monkeypatch):
+def test_torch_fsdp_evaluates_beside_a_checkpoint_that_is_written(tokens, tmp_path, run_main, monkeypatch, world_of_one):
     """One process under torchrun's variables; the thread that writes must not ask FSDP2 for its parameters (as state_dict does)."""
     done = run_main("train.py", *SMALL, f"--data={tokens}", f"--output={tmp_path / 'alone'}", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -355,8 +355,7 @@ def test_torch_fsdp_evaluates_beside_a_checkpoint_that_is_written(tokens, tmp_pa
         assert threading.current_thread() is threading.main_thread()
         return ask(gpt, *rest, **more)
     monkeypatch.setattr(GPT, "state_dict", state_dict)
-    for name, value in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port()).items():
-        monkeypatch.setenv(name, str(value))
+    world_of_one()
     done = run_main("train.py", *SMALL, f"--data={tokens}", f"--output={tmp_path / 'fsdp'}", "--parallel=torch_fsdp", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     one, two = (torch.load(tmp_path / name / "ckpt.pt", weights_only=True)["weights"] for name in ("alone", "fsdp"))

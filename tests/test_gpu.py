@@ -259,12 +259,11 @@ def test_a_checkpoint_opens_on_the_other_device(go, tmp_path):
 
 
 @pytest.mark.parametrize("form", ["", "ddp", "zero1", "fsdp", "torch_ddp"])
-def test_in_a_process_group(form, go, monkeypatch):
+def test_in_a_process_group(form, go, world_of_one):
     """A world of one process, over NCCL: every sum goes through it, that of the CPU's evaluation over gloo."""
     words = ["--ngram=3", "--ngram_rows=97"] * (not form.startswith("torch"))
     alone = go("alone", *words)
-    for name, value in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, MASTER_ADDR="127.0.0.1", MASTER_PORT=0).items():
-        monkeypatch.setenv(name, str(value))
+    world_of_one()
     one = go("one", *words, *[f"--parallel={form}"] * bool(form))
     assert one.losses == pytest.approx(alone.losses, abs=1e-4)
     assert one.records[-1]["val_loss"] == pytest.approx(alone.records[-1]["val_loss"], abs=1e-4)
