@@ -378,6 +378,16 @@ class State:
         numbers = [[of[row] for row in rows] for of in (self.lengths, self.start, self.room)]
         return State(layers, *numbers)
 
+    def put(self, row: int, other: "State", of: int) -> None:
+        """Make a row a copy of row `of` of another state, whose last call was of as many tokens."""
+        for kept, new in zip(self.layers, other.layers):
+            for old, x in zip(kept, new):
+                old[row] = x[of]
+        for name in ("lengths", "start", "room"):
+            numbers = [*getattr(self, name)]  # a list of its own
+            numbers[row] = getattr(other, name)[of]
+            setattr(self, name, numbers)
+
     @property
     def nbytes(self) -> int:
         return sum(x.nbytes for kept in self.layers for x in kept)

@@ -381,9 +381,14 @@ class Engine:
     def clear(self) -> None:
         """Forget all requests, and what memory they hold."""
         self.past = Past(self.model, self.capacity)
-        self.state = None  # its rows are those of `active`
-        self.active = []
+        self.state = None
+        self.rows = []  # whose each row of the state is; where the request is done, the row waits for another
         self.waiting = collections.deque()
+
+    @property
+    def active(self) -> list[Request]:
+        """The requests that are going on."""
+        return [request for request in self.rows if not request.done]
 
     def submit(self, request: Request) -> None:
         """Queue a request. Raises ValueError for an empty prompt, unknown ids, more tokens than the state has room."""
@@ -411,21 +416,24 @@ class Engine:
     @sdpa_kernel(UNPLANNED)
     def step(self) -> list[Request]:
         """Go on with every request that is not done and has a slot; returns these requests, [] when there are none."""
-        rows = [row for row, request in enumerate(self.active) if request.held and not request.done]
-        self.waiting.extendleft(request for request in self.active if not request.held)  # its block was full
-        going, joining = [self.active[row] for row in rows], []
-        while self.waiting and len(rows) + len(joining) < self.slots:
+        for row, request in enumerate(self.rows):
+            if not request.held and not request.done:  # its block was full
+                self.waiting.appendleft(request)
+                self.rows[row] = Request([], 0)
+        going, joining = self.active, []
+        while self.waiting and len(going) + len(joining) < self.slots:
             together = [*going, *joining, self.waiting[0]]
             if not together[-1].done and self.size(together) > self.cache:
                 break
             request = self.waiting.popleft()
             joining += [] if request.done else [request]
-        if len(rows) < len(self.active):
-            self.active = going
-            self.state = self.state.fork(rows) if rows else None
-        self.timed("decode", self.active, 0 if joining else GUESSES)  # join() wants calls of one length behind it
+        empty = len(self.rows) - len(going) - len(joining)
+        if not going or empty > (len(self.rows) / 4 if self.cache == math.inf else 0):  # else a copy costs more
+            kept = [row for row, request in enumerate(self.rows) if not request.done]
+            self.rows, self.state = going[:], self.state.fork(kept) if kept else None
+        self.timed("decode", going, 0 if joining else GUESSES)  # states that are joined want calls of one length
         self.timed("prefill", joining)
-        return self.active
+        return going + joining
 
     def timed(self, phase: str, group: list, *how):
         """Call a method of this name, and count what it says to have done, and its seconds."""
@@ -437,16 +445,23 @@ class Engine:
     def prefill(self, group: list[Request]) -> int:
         """Take in whole contexts, equal ones once, and add a first token; returns how many tokens were computed."""
         before, room = self.past.computed, self.room(self.active + group)
-        states = [resized(self.state, room)] if self.active else []
+        states = [resized(self.state, room)] if self.rows else []
+        empty = [row for row, request in enumerate(self.rows) if request.done]
         for contexts, common in side_by_side({tuple(request.context) for request in group}):
             state, hidden = self.take_in(contexts, common, room)
             joining = [request for request in group if tuple(request.context) in contexts]
             rows = [contexts.index(tuple(request.context)) for request in joining]
-            states.append(state if rows == [*range(len(contexts))] else state.fork(rows))
             logits = self.logits(hidden[rows])
             self.extend(joining, logits[:, 0])
-            self.active = self.active + joining
-        self.state = join(states)
+            places, empty = empty[:len(rows)], empty[len(rows):]
+            for place, row, request in zip(places, rows, joining):
+                states[0].put(place, state, row)
+                self.rows[place] = request
+            rest = rows[len(places):]
+            if rest:
+                states.append(state if rest == [*range(len(contexts))] else state.fork(rest))
+                self.rows += joining[len(places):]
+        self.state = join(states) if states[1:] else states[0]
         return self.past.computed - before
 
     def take_in(self, contexts: list[tuple], common: int, room: int) -> tuple[State, Tensor]:
@@ -477,26 +492,28 @@ class Engine:
 
     def decode(self, group: list[Request], ahead: int) -> int:
         """Take in the last token of each context and up to `ahead` guesses; returns how many tokens that gave."""
-        before = self.state.lengths
+        going = [row for row, request in enumerate(self.rows) if not request.done]
+        before = [0 if request.done else n for request, n in zip(self.rows, self.state.lengths)]
+        self.state.lengths = before
         ahead = min(ahead, self.state.room[0] - 1 - max(before))
-        left = [request.max_new_tokens - len(request.output) - 1 for request in group]
-        guesses = []
-        for request, n in zip(group, left):
-            count = min(ahead, n, request.hope)
-            guesses.append(self.draft(request, count) if count else [])
-        rows = [request.context[-1:] + guess for request, guess in zip(group, guesses)]
-        logits = self.logits(run_on(self.model, rows, self.state))  # (B, T, V)
-        right, going = [0] * len(group), [*range(len(group))]
+        guesses = [[] for _ in self.rows]
+        for row, request in zip(going, group):
+            left = request.max_new_tokens - len(request.output) - 1
+            count = min(ahead, left, request.hope)
+            guesses[row] = self.draft(request, count) if count else []
+        tokens = [request.context[-1:] + guess for request, guess in zip(self.rows, guesses)]
+        logits = self.logits(run_on(self.model, tokens, self.state))  # (B, T, V)
+        right = [0] * len(tokens)
         for t in range(logits.shape[1]):
-            self.extend([group[row] for row in going], logits[going, t])
-            going = [row for row in going if guesses[row][t:t + 1] == group[row].output[-1:]
-                     and group[row].held and not group[row].done]
+            self.extend([self.rows[row] for row in going], logits[going, t])
+            going = [row for row in going if guesses[row][t:t + 1] == self.rows[row].output[-1:]
+                     and self.rows[row].held and not self.rows[row].done]
             for row in going:
                 right[row] += 1
             if not going:
                 break
         if any(guesses):
-            for request, guess, n in zip(group, guesses, right):
+            for request, guess, n in zip(self.rows, guesses, right):
                 request.hope = min(n + 1, GUESSES) if guess else request.hope
                 self.guessed[0] += len(guess)
                 self.guessed[1] += n

@@ -422,7 +422,34 @@ def test_the_state_is_used():
     assert recorder.shapes == [(2, 2), (2, 1)] + [(2, 1), (1, 1), (1, 1)], "when a row leaves, the others keep their state"
     recorder = Recorder(make_model(block_size=4))
     decode(recorder, [Request([4, 2, 9], 8, GREEDY), Request([1, 2], 3, GREEDY)])
-    assert recorder.shapes[:6] == [(2, 2), (2, 1)] + [(2, 1), (1, 1), (1, 2), (1, 1)], "only the row whose block is full"
+    assert recorder.shapes[:6] == [(2, 2), (2, 1)] + [(2, 1), (2, 1), (1, 2), (1, 1)], "only the row whose block is full"
+
+
+@pytest.mark.parametrize("mixer", [*model.MIXERS, ",".join(model.MIXERS)])
+def test_a_row_that_is_left_is_taken_by_the_next(mixer, monkeypatch):
+    """While requests wait, the state is never copied: who comes takes the row of who goes, and says what it says alone."""
+    gpt = make_model(1, mixer=mixer, n_layer=len(mixer.split(",")), block_size=32)
+    rng = random.Random(5)
+    shapes = [([rng.randrange(40) for _ in range(rng.randint(1, 9))], rng.randint(1, 20)) for _ in range(14)]
+    alone = [decode(gpt, [Request(prompt, count, GREEDY)])[0] for prompt, count in shapes]
+    copies = []
+    fork, join = model.State.fork, sample.join
+    monkeypatch.setattr(model.State, "fork", lambda state, rows: copies.append(rows) or fork(state, rows))
+    monkeypatch.setattr(sample, "join", lambda states: copies.append(len(states)) or join(states))
+    right = lambda request, count: alone[shapes.index((request.prompt, request.max_new_tokens))][len(request.output):][:count]
+    for how in {}, dict(draft=right):
+        requests, rows = [Request(prompt, count, GREEDY) for prompt, count in shapes], []
+        engine = Engine(gpt, requests, slots=4, **how)
+        engine.step()
+        copies.clear()
+        while engine.waiting:
+            engine.step()
+            rows.append(len(engine.rows))
+        assert [row for row in copies if row != [0]] == [] and set(rows) == {4}, "a prompt that comes alone is a row of its own"
+        while going := engine.step():
+            assert len(engine.rows) <= 4 * len(going) / 3, "a quarter of the rows may be empty"
+        assert engine.rows == [] and engine.state is None
+        assert [request.output for request in requests] == alone
 
 
 def test_engine_counts_and_times():
