@@ -342,6 +342,7 @@ class State:
     lengths: list[int]  # tokens taken in so far, one number a row
     start: list[int]  # what truncate may go back to: a recurrence sets it to the lengths before the last call
     room: list[int]  # tokens that a row can hold
+    recurrent: bool = False  # whether a layer keeps the last call, which is to be of equal length in joined states
 
     def append(self, layer: int, at: Tensor, *new: Tensor) -> list | tuple:
         """Take in (B, T, ...) of the T tokens at `at`; return all that is filled, (B, S, ...) each."""
@@ -363,7 +364,7 @@ class State:
         """Keep `new` instead of what was kept: of the calls before this one nothing can be taken back."""
         if self.room[0]:
             self.layers[layer] = list(new)
-            self.start = self.lengths
+            self.start, self.recurrent = self.lengths, True
 
     def truncate(self, lengths: list[int]) -> None:
         """Forget what lies beyond `lengths`, one a row (rejected drafts, the padding of a ragged prompt)."""

@@ -467,13 +467,14 @@ class Engine:
     def take_in(self, contexts: list[tuple], common: int, room: int) -> tuple[State, Tensor]:
         """A state of contexts that begin with `common` equal tokens, and the model's output (B, 1, C) at the last ones.
 
-        The last tokens are a call of their own, as those of decoding are, for recurrences keep the last call.
+        Where a recurrence keeps the last call, the last tokens are one of their own, as those of decoding are.
         """
         rows, past = len(contexts), self.past
         if rows == 1:
             ids = [*contexts[0]]
-            past.take_in(ids[:-1] or ids)
             hidden = past.take_in(ids)
+            if past.state.recurrent:
+                hidden = past.take_in(ids)  # the last token again
             return resized(past.state, room).fork([0]), hidden
         common = min(common, *(len(context) - 1 for context in contexts))
         state, shared = self.model.new_state(rows, room), [*contexts[0][:common]]
@@ -482,13 +483,13 @@ class Engine:
                 past.take_in(shared[:-1])
             past.take_in(shared, 0)
             state = resized(past.state, room).fork([0] * rows)
-        before = state.lengths
-        tails = [[*context[n:-1]] for n, context in zip(before, contexts)]
-        if any(tails):
-            run_on(self.model, tails, state)
-            state.truncate([n + len(tail) for n, tail in zip(before, tails)])
-        past.computed += sum(map(len, tails)) + rows
-        return state, run_on(self.model, [[context[-1]] for context in contexts], state)
+        tails = [[*context[n:]] for n, context in zip(state.lengths, contexts)]
+        hidden = run_on(self.model, tails, state)[range(rows), [len(tail) - 1 for tail in tails]]
+        past.computed += sum(map(len, tails))
+        state.truncate([len(context) - state.recurrent for context in contexts])
+        if state.recurrent:
+            hidden = run_on(self.model, [[context[-1]] for context in contexts], state)[:, 0]
+        return state, hidden[:, None]
 
     def decode(self, group: list[Request], ahead: int) -> int:
         """Take in the last token of each context and up to `ahead` guesses; returns how many tokens that gave."""

@@ -171,13 +171,13 @@ def test_a_stop_string_inside_the_guesses_ends_the_text_there():
 
 
 def test_long_prompts_go_in_chunks():
-    gpt = make_model(1, block_size=2048, n_layer=1, mixer="attention,gdn")
+    gpt = make_model(1, block_size=2048, n_layer=2, mixer="attention,gdn")
     prompt = [i * i % 40 for i in range(1300)]
     shapes, hidden = [], gpt.hidden
     gpt.hidden = lambda tokens, state: shapes.append(tokens.shape[1]) or hidden(tokens, state)
     [output] = decode(gpt, [Request(prompt, 3, GREEDY)])
-    assert shapes == [512, 512, 275, 1, 1, 1]
-    whole = make_model(1, block_size=2048, n_layer=1, mixer="attention,gdn")
+    assert shapes == [512, 512, 276, 1, 1, 1]
+    whole = make_model(1, block_size=2048, n_layer=2, mixer="attention,gdn")
     with torch.no_grad():
         assert output[0] == int(whole(torch.tensor([prompt]))[0, -1].argmax())
 

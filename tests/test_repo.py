@@ -26,13 +26,13 @@ SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
 CEILING = {
     "bpe.py": 748,
     "data.py": 1706,
-    "model.py": 1146,
+    "model.py": 1147,
     "train.py": 948,
     "kernels.py": 1591,
     "ddp.py": 1165,
     "scaling.py": 957,
     "align.py": 1289,
-    "sample.py": 1253,
+    "sample.py": 1254,
 }
 # Who may import whom: at the top of the file, and on demand inside a function.
 OURS = {"bpe.py": ("", ""), "data.py": ("bpe", ""), "model.py": ("", "kernels"), "train.py": ("model", "bpe data ddp kernels"),

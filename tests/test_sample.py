@@ -378,7 +378,7 @@ def test_a_common_prompt_is_computed_once_and_the_head_sees_last_positions_only(
     recorder = Recorder(gpt)
     requests = [Request([4, 2, 9], 6, PLAIN, seed) for seed in range(5)] + [Request([4], 6, PLAIN, 9)]
     outputs = decode(recorder, requests)
-    assert recorder.shapes == [(2, 2), (2, 1)] + [(6, 1)] * 5, "both prompts together, the last tokens in a call of their own"
+    assert recorder.shapes == [(2, 3)] + [(6, 1)] * 5, "both prompts together"
     assert recorder.rows == [(6, 1)] * 6 and set(recorder.capacities) == {(2, 9)}
     # samples from one forked state are those of a prompt computed for each
     assert outputs == [decode(gpt, [Request(r.prompt, 6, PLAIN, r.seed)])[0] for r in requests]
@@ -416,13 +416,16 @@ def test_prompts_side_by_side_are_those_of_one_alone(mixer):
 def test_the_state_is_used():
     recorder = Recorder(make_model())
     decode(recorder, [Request([4, 2, 9], 3, GREEDY)])
-    assert recorder.shapes == [(1, 2), (1, 1), (1, 1), (1, 1)]
+    assert recorder.shapes == [(1, 3), (1, 1), (1, 1)]
+    recorder = Recorder(make_model(mixer="linear"))
+    decode(recorder, [Request([4, 2, 9], 3, GREEDY)])
+    assert recorder.shapes == [(1, 3), (1, 1), (1, 1), (1, 1)], "the last token of a prompt is a call of its own, as those that follow"
     recorder = Recorder(make_model())
     decode(recorder, [Request([4, 2, 9], 2, GREEDY), Request([5], 4, GREEDY)])
-    assert recorder.shapes == [(2, 2), (2, 1)] + [(2, 1), (1, 1), (1, 1)], "when a row leaves, the others keep their state"
+    assert recorder.shapes == [(2, 3)] + [(2, 1), (1, 1), (1, 1)], "when a row leaves, the others keep their state"
     recorder = Recorder(make_model(block_size=4))
     decode(recorder, [Request([4, 2, 9], 8, GREEDY), Request([1, 2], 3, GREEDY)])
-    assert recorder.shapes[:6] == [(2, 2), (2, 1)] + [(2, 1), (2, 1), (1, 2), (1, 1)], "only the row whose block is full"
+    assert recorder.shapes[:4] == [(2, 3)] + [(2, 1), (2, 1), (1, 3)], "only the row whose block is full"
 
 
 @pytest.mark.parametrize("mixer", [*model.MIXERS, ",".join(model.MIXERS)])
@@ -878,8 +881,7 @@ def test_a_prompt_longer_than_the_block_is_said(ckpt, main):
 def test_bench(ckpt, main):
     recorder = Recorder(make_model(block_size=24))
     lines = list(sample.bench_model(recorder, 8))
-    start = [(1, 15), (1, 1)]
-    assert recorder.shapes[:18] == start + [(1, 1)] * 7 + start + [(4, 1)] * 7 and len(lines) == 5
+    assert recorder.shapes[:16] == [(1, 16)] + [(1, 1)] * 7 + [(1, 16)] + [(4, 1)] * 7 and len(lines) == 5
     assert "16 texts: prefill 16 tokens" in lines[3] and "decode 112 tokens" in lines[3]
     code, out, err = main(f"--ckpt={ckpt}", "--bench")
     assert code == 0 and out.count("tokens/s") == 8
