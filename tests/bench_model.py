@@ -4,6 +4,7 @@ Usage: python tests/bench_model.py --speed
        python tests/bench_model.py --variants=FOLDER --iters=300 --seeds=3   (the token files of a run of train.py;
             --part=1/2: half of the rows; --only=NAME,NAME: those that begin so)
        python tests/bench_model.py --speeds
+       python tests/bench_model.py --decode      (what is kept of a token, and a step of decoding behind 2,000 of them)
        python tests/bench_model.py --variants=FOLDER --question=depth   (or length, schedule)
 The two sides of a ratio take turns; what is printed is the median over the turns. Seconds are of one thread.
 """
@@ -174,6 +175,29 @@ def variants(data, rows, iters, seeds, part):
               f"{median(one['tokens_per_s'] for one in found):,.0f} | {cost['cache_per_token']:,} |", flush=True)
 
 
+@torch.inference_mode()
+def decode(texts=8, length=2000):
+    """Rows: bytes that are kept of a token, by the accounting and in the state, and tokens a second behind `length` tokens."""
+    kinds = {"a key for each of 8 heads": {}, "2 keys": dict(n_kv_head=2), "1 key": dict(n_kv_head=1),
+             "a latent vector of 128": dict(mixer="latent", latent=128)}
+    rows, steps = [], []
+    for kind, changes in kinds.items():
+        gpt = GPT(Config(n_layer=4, n_head=8, n_embd=512, block_size=2048, vocab_size=2048, **changes)).eval()
+        state = gpt.new_state(texts, length + 1)
+        for start in range(0, length, 200):
+            gpt.hidden(torch.randint(2048, (texts, 200)), state)
+
+        def step(gpt=gpt, state=state):
+            gpt.logits(gpt.hidden(torch.zeros(texts, 1, dtype=torch.long), state))
+            state.truncate([length] * texts)
+        steps.append(step)
+        cost = model.account(gpt.config, texts)
+        rows.append((kind, cost["parameters"], cost["cache_per_token"], state.nbytes / (texts * (length + 1))))
+    print("| attention | parameters | bytes a token, accounted | in the state | tokens/s |\n|---|---|---|---|---|")
+    for (kind, parameters, *sizes), took in zip(rows, in_turns(steps, 15)):
+        print(f"| {kind} | {parameters:,} | {' | '.join(f'{size:,.0f}' for size in sizes)} | {texts / took:,.0f} |")
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     options = dict(word.lstrip("-").partition("=")[::2] for word in sys.argv[1:])
@@ -184,5 +208,7 @@ if __name__ == "__main__":
                  options.get("part", "1/1"))
     elif "speeds" in options:
         speeds()
+    elif "decode" in options:
+        decode()
     else:
         speed()

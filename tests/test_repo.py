@@ -416,7 +416,8 @@ def test_a_script_copied_alone_runs(name, tmp_path, run_script, request):
     rows = [f"{N},{D},{2 + 60 / N**0.3 + 300 / D**0.4}" for N in (10**5, 10**6, 10**7) for D in (10**7, 10**8, 10**9)]
     (tmp_path / "chats.jsonl").write_text('{"prompt": "the", "response": "model"}\n' * 20)
     (tmp_path / "runs.csv").write_text("\n".join(["N,D,loss", *rows]))
-    done = run_script(name, *words, cwd=tmp_path, root=tmp_path)
+    # what torch.compile makes of the kernels' twins is a matter of test_kernels.py, and takes 15 s
+    done = run_script(name, *words, cwd=tmp_path, root=tmp_path, env={"TORCH_COMPILE_DISABLE": "1"})
     assert done.returncode == 0, done.stderr
     assert (tmp_path / left).is_file() or left in done.stdout, done.stdout
 
