@@ -1427,10 +1427,11 @@ def hf_views(gpt: GPT, kind: str) -> dict[str, Tensor]:
     return views
 
 
-def read_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+def read_safetensors(path: Path, place: Callable = lambda name: None) -> Iterator[tuple[str, Tensor]]:
     """Names and tensors, one by one; what does not fit into the file is a ValueError before any is read.
 
-    The format: 8 bytes with the length of a JSON header, the header, raw bytes.
+    Where `place` of a name is a tensor of that kind, it is read into. The format: 8 bytes with the length of a JSON
+    header, the header, raw bytes.
     """
     with open(path, "rb") as file:
         body = 8 + int.from_bytes(file.read(8), "little")
@@ -1444,6 +1445,9 @@ def read_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
             require(0 <= begin <= end == begin + size <= room, f"{path} is truncated, or mislabelled at {name}")
         for name, about in header.items():
             tensor = torch.empty(about["shape"], dtype=DTYPES[about["dtype"]])
+            like = place(name)
+            if like is not None and like.is_contiguous() and (like.shape, like.dtype) == (tensor.shape, tensor.dtype):
+                tensor = like
             file.seek(body + about["data_offsets"][0])
             file.readinto(tensor.flatten().view(torch.uint8).numpy())
             yield name, tensor
@@ -1475,7 +1479,7 @@ def import_hf(folder: str | os.PathLike) -> GPT:
         files = json.loads(index.read_text())["weight_map"].values() if index.exists() else ["model.safetensors"]
         constant = re.compile(r".*(\.attn\.(masked_)?bias|inv_freq)" + r"|lm_head\.weight" * gpt.config.tie_embeddings)
         for file in sorted({*files}):
-            for name, tensor in read_safetensors(folder / file):
+            for name, tensor in read_safetensors(folder / file, lambda name: views.get(name.removeprefix(stem))):
                 if not constant.fullmatch(name):
                     view = views.pop(name.removeprefix(stem), tensor[None])  # a shape that no tensor has
                     require(view.shape == tensor.shape, f"{file}: {name} {[*tensor.shape]} has no place here")

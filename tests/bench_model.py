@@ -5,6 +5,8 @@ Usage: python tests/bench_model.py --speed
             --part=1/2: half of the rows; --only=NAME,NAME: those that begin so)
        python tests/bench_model.py --speeds
        python tests/bench_model.py --decode      (what is kept of a token, and a step of decoding behind 2,000 of them)
+       python tests/bench_model.py --crossing    (from which length on a recurrence is cheaper than attention)
+       python tests/bench_model.py --import      (memory of the command that imports a file of 500 MB; Linux)
        python tests/bench_model.py --variants=FOLDER --question=depth   (or length, schedule)
 The two sides of a ratio take turns; what is printed is the median over the turns. Seconds are of one thread.
 """
@@ -198,6 +200,43 @@ def decode(texts=8, length=2000):
         print(f"| {kind} | {parameters:,} | {' | '.join(f'{size:,.0f}' for size in sizes)} | {texts / took:,.0f} |")
 
 
+def crossing(lengths=(64, 128, 256, 512, 1024, 2048, 4096)):
+    """Rows: FLOPs of a layer's mixer a token by the accounting, and microseconds of its forward and backward pass a token."""
+    print("| tokens | attention, FLOPs a token | Gated DeltaNet | attention, µs a token | Gated DeltaNet |\n|---|---|---|---|---|")
+    for length in lengths:
+        gpts = [GPT(Config(n_layer=1, n_head=4, n_embd=128, block_size=length, vocab_size=256, mixer=mixer)) for mixer in ("attention", "gdn")]
+        flops = [model.account(gpt.config, 1)["flops"]["mixer"] / length for gpt in gpts]
+        x = torch.randn(max(1, 2048 // length), length, 128, requires_grad=True)
+        runs = []
+        for gpt in gpts:
+            calls = []
+            gpt.blocks[0].mixer.register_forward_pre_hook(lambda _, inputs, calls=calls: calls.append(inputs[1:]))
+            with torch.no_grad():
+                gpt(torch.zeros(x.shape[:2], dtype=torch.long))
+            runs.append(lambda mixer=gpt.blocks[0].mixer, call=calls[0]: mixer(x, *call).sum().backward())
+        times = [took / x.shape[:2].numel() * 1e6 for took in in_turns(runs, 9)]
+        print(f"| {length:,} | {' | '.join(f'{n:,.0f}' for n in flops)} | {' | '.join(f'{t:.2f}' for t in times)} |", flush=True)
+
+
+def imported():
+    """Peak memory of `python model.py --import_hf` on a file of GPT-2's shape, over that of `python model.py --help`."""
+    def peak(*words):
+        code = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+        end = "import atexit; atexit.register(lambda: print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0], file=sys.stderr))"
+        done = subprocess.run([sys.executable, "-c", f"import sys; {end}; {code}", ROOT / "model.py", *words], text=True, capture_output=True)
+        assert done.returncode == 0, done.stderr
+        return int(done.stderr.split()[-1]) / 1024
+    with tempfile.TemporaryDirectory() as folder:
+        words = "--norm=layernorm --position=learned --ffn=gelu --qk_norm=False --bias=True --n_layer=12 --n_head=12 --n_embd=768"
+        fields = {field.name: type(field.default) for field in dataclasses.fields(Config)}
+        named = [word.lstrip("-").split("=") for word in words.split()]
+        changes = {name: value == "True" if fields[name] is bool else fields[name](value) for name, value in named}
+        model.export_hf(GPT(Config(vocab_size=50257, block_size=1024, **changes)), folder)
+        size = (Path(folder) / "model.safetensors").stat().st_size / 2**20
+        base, most = peak("--help"), peak(f"--import_hf={folder}", f"--output={folder}/ckpt.pt")
+    print(f"a file of {size:.0f} MiB: {most:.0f} MiB at most, of which Python and torch {base:.0f}; {(most - base) / size:.2f} of the file")
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     options = dict(word.lstrip("-").partition("=")[::2] for word in sys.argv[1:])
@@ -210,5 +249,9 @@ if __name__ == "__main__":
         speeds()
     elif "decode" in options:
         decode()
+    elif "crossing" in options:
+        crossing()
+    elif "import" in options:
+        imported()
     else:
         speed()
