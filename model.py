@@ -1446,7 +1446,8 @@ def read_safetensors(path: Path, place: Callable = lambda name: None) -> Iterato
         for name, about in header.items():
             tensor = torch.empty(about["shape"], dtype=DTYPES[about["dtype"]])
             like = place(name)
-            if like is not None and like.is_contiguous() and (like.shape, like.dtype) == (tensor.shape, tensor.dtype):
+            fits = like is not None and like.is_contiguous()
+            if fits and (like.shape, like.dtype) == (tensor.shape, tensor.dtype):
                 tensor = like
             file.seek(body + about["data_offsets"][0])
             file.readinto(tensor.flatten().view(torch.uint8).numpy())
