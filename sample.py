@@ -420,7 +420,8 @@ class Engine:
             if not request.held and not request.done:  # its block was full
                 self.waiting.appendleft(request)
                 self.rows[row] = Request([], 0)
-        going, joining = self.active, []
+        rows = [row for row, request in enumerate(self.rows) if not request.done]  # asked once: a thread may end one
+        going, joining = [self.rows[row] for row in rows], []
         while self.waiting and len(going) + len(joining) < self.slots:
             together = [*going, *joining, self.waiting[0]]
             if not together[-1].done and self.size(together) > self.cache:
@@ -429,9 +430,9 @@ class Engine:
             joining += [] if request.done else [request]
         empty = len(self.rows) - len(going) - len(joining)
         if not going or empty > (len(self.rows) / 4 if self.cache == math.inf else 0):  # else a copy costs more
-            kept = [row for row, request in enumerate(self.rows) if not request.done]
-            self.rows, self.state = going[:], self.state.fork(kept) if kept else None
-        self.timed("decode", going, 0 if joining else GUESSES)  # states that are joined want calls of one length
+            self.rows, self.state = going[:], self.state.fork(rows) if rows else None
+            rows = [*range(len(going))]
+        self.timed("decode", rows, 0 if joining else GUESSES)  # states that are joined want calls of one length
         self.timed("prefill", joining)
         return going + joining
 
@@ -491,20 +492,22 @@ class Engine:
             hidden = run_on(self.model, [[context[-1]] for context in contexts], state)[:, 0]
         return state, hidden[:, None]
 
-    def decode(self, group: list[Request], ahead: int) -> int:
-        """Take in the last token of each context and up to `ahead` guesses; returns how many tokens that gave."""
-        going = [row for row, request in enumerate(self.rows) if not request.done]
-        before = [0 if request.done else n for request, n in zip(self.rows, self.state.lengths)]
+    def decode(self, going: list[int], ahead: int) -> int:
+        """Take in the last token of these rows and up to `ahead` guesses each; returns how many tokens that gave."""
+        before = [0] * len(self.rows)  # a row that waits for another starts anew each time
+        for row in going:
+            before[row] = self.state.lengths[row]
         self.state.lengths = before
         ahead = min(ahead, self.state.room[0] - 1 - max(before))
         guesses = [[] for _ in self.rows]
-        for row, request in zip(going, group):
+        for row in going:
+            request = self.rows[row]
             left = request.max_new_tokens - len(request.output) - 1
             count = min(ahead, left, request.hope)
             guesses[row] = self.draft(request, count) if count else []
         tokens = [request.context[-1:] + guess for request, guess in zip(self.rows, guesses)]
         logits = self.logits(run_on(self.model, tokens, self.state))  # (B, T, V)
-        right = [0] * len(tokens)
+        right, asked = [0] * len(tokens), len(going)
         for t in range(logits.shape[1]):
             self.extend([self.rows[row] for row in going], logits[going, t])
             going = [row for row in going if guesses[row][t:t + 1] == self.rows[row].output[-1:]
@@ -519,7 +522,7 @@ class Engine:
                 self.guessed[0] += len(guess)
                 self.guessed[1] += n
             self.state.truncate([length + 1 + n for length, n in zip(before, right)])
-        return len(group) + sum(right)
+        return asked + sum(right)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (B, T, C) -> (B, T, V)"""

@@ -32,7 +32,7 @@ CEILING = {
     "ddp.py": 1165,
     "scaling.py": 957,
     "align.py": 1289,
-    "sample.py": 1254,
+    "sample.py": 1257,
 }
 # Who may import whom: at the top of the file, and on demand inside a function.
 OURS = {"bpe.py": ("", ""), "data.py": ("bpe", ""), "model.py": ("", "kernels"), "train.py": ("model", "bpe data ddp kernels"),

@@ -455,6 +455,32 @@ def test_a_row_that_is_left_is_taken_by_the_next(mixer, monkeypatch):
         assert [request.output for request in requests] == alone
 
 
+@pytest.mark.parametrize("moment", ["before the step's decoding", "while the model computes"])
+@pytest.mark.parametrize("ended", [[0], [1, 2], [0, 1, 2]])
+def test_another_thread_ends_requests_in_the_middle_of_a_step(moment, ended, monkeypatch):
+    gpt = make_model(1, mixer="attention,gdn", n_layer=2)
+    shapes = [([7, i, 3], 6 + i) for i in range(6)]
+    alone = [decode(gpt, [Request(prompt, count, GREEDY)])[0] for prompt, count in shapes]
+    requests = [Request(prompt, count, GREEDY) for prompt, count in shapes]
+    engine = Engine(gpt, requests, slots=3)
+    engine.step()
+    owner, name = (engine, "timed") if moment.startswith("before") else (gpt, "hidden")
+    usual = getattr(owner, name)
+
+    def late(*words):
+        for i in ended:
+            requests[i].done = requests[i].done or "cancel"
+        return usual(*words)
+    monkeypatch.setattr(owner, name, late)
+    engine.step()
+    monkeypatch.setattr(owner, name, usual)
+    while engine.step():
+        pass
+    for i, request in enumerate(requests):
+        assert request.output == (alone[i][:len(request.output)] if i in ended else alone[i])
+        assert i not in ended or request.done == "cancel"
+
+
 def test_engine_counts_and_times():
     requests = [Request([1, 2, 3], 7, GREEDY), Request([1, 2, 3], 7, GREEDY), Request([9, 9], 4, GREEDY)]
     engine = Engine(make_model(), requests)
