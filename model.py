@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import importlib.util
 import inspect
 import json
 import math
@@ -140,6 +141,7 @@ class Options(Config):
     accelerator: str = "h100"  # what it would train on: a100, h100, b200, rtx4090
     mfu: float = 0.4  # share of the accelerator's peak that training reaches
     coord_check: bool = False  # print how far the logits move at several widths, for --init=zero and mup
+    plot: str = ""  # FILE.png of --coord_check
     import_hf: str = ""  # folder of a HuggingFace model; it is written to --output
     export_hf: str = ""  # folder that the model of --ckpt is written to
     ckpt: str = "out/ckpt.pt"  # checkpoint to export
@@ -1236,11 +1238,12 @@ def report(config: Config, batch: int, optimizer: str = "muon", blocks: tuple = 
     return "\n".join(textwrap.fill(row, 80, subsequent_indent=" " * 14) for row in rows)
 
 
-def coord_check(widths: tuple = (64, 128, 256, 512), steps: int = 5, learning_rate: float = 0.02) -> str:
+def coord_check(widths: tuple = (64, 128, 256, 512), steps: int = 5, rate: float = 0.02, plot: str = "") -> str:
     """How far the logits move in a few steps of AdamW, by width; right is a slope of 0 (Yang et al. 2022).
 
     A table of root mean squares, with the slope of log(size) over log(width), for --init=zero and --init=mup.
     """
+    found = {}
     lines = [f"{'moved by':14}" + "".join(f"{f'width {width}':>12}" for width in widths) + "       slope"]
     for init in ("zero", "mup"):
         sizes = []
@@ -1251,7 +1254,7 @@ def coord_check(widths: tuple = (64, 128, 256, 512), steps: int = 5, learning_ra
             gpt = GPT(options(Config, words.split()))
             tokens = torch.randint(64, (8, 33))
             rates, weights = gpt.rates(), gpt.named_parameters()
-            groups = [dict(params=[weight], lr=learning_rate * rates[name]) for name, weight in weights]
+            groups = [dict(params=[weight], lr=rate * rates[name]) for name, weight in weights]
             adam = torch.optim.AdamW(groups, weight_decay=0.0)
             before = gpt(tokens[:, :-1]).detach()
             for _ in range(steps):
@@ -1266,6 +1269,19 @@ def coord_check(widths: tuple = (64, 128, 256, 512), steps: int = 5, learning_ra
         x = x - x.mean()
         slope = x @ y / (x @ x)
         lines.append(f"--init={init:7}" + "".join(f"{size:12.3f}" for size in sizes) + f"{slope:12.2f}")
+        found[f"--init={init}, slope {slope:.2f}"] = sizes
+    if plot:
+        from matplotlib import pyplot
+        figure, axes = pyplot.subplots(figsize=(6, 4))
+        for label, sizes in found.items():
+            axes.loglog(widths, sizes, "o-", label=label, base=2)
+        axes.set_xlabel("width")
+        axes.set_ylabel(f"logits moved by, after {steps} steps")
+        axes.set_xticks(widths, widths)
+        axes.legend()
+        axes.grid(alpha=0.3)
+        figure.savefig(plot, dpi=150)
+        lines.append(f"{plot} written")
     return "\n".join(lines)
 
 
@@ -1567,8 +1583,10 @@ def main() -> None:
     preset = options(Options, words).preset
     require(preset in PRESETS, f"--preset={preset}: choose from {', '.join(filter(None, PRESETS))}")
     o = options(Options, PRESETS[preset].split() + words)
+    require(o.coord_check or not o.plot, "--plot draws what --coord_check finds: give both")
     if o.coord_check:
-        return print(coord_check())
+        require(not o.plot or importlib.util.find_spec("matplotlib"), "--plot needs matplotlib: pip install matplotlib")
+        return print(coord_check(plot=o.plot))
     if o.import_hf:
         save_checkpoint(o.output, import_hf(o.import_hf))
         return print(f"{o.import_hf} -> {o.output}; next: python sample.py --ckpt={o.output}, if it has a tokenizer")

@@ -1220,6 +1220,26 @@ def test_coordinate_check(single):
     assert slopes["--init=zero"] > 0.6 and abs(slopes["--init=mup"]) < 0.2, slopes
 
 
+def test_coordinate_check_is_drawn(single, tmp_path, monkeypatch):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    figures, subplots = [], pyplot.subplots
+    monkeypatch.setattr(pyplot, "subplots", lambda **how: figures.append(subplots(**how)) or figures[-1])
+    _, *rows, last = model.coord_check((32, 64), 1, plot=tmp_path / "coords.png").splitlines()
+    assert last == f"{tmp_path / 'coords.png'} written" and (tmp_path / "coords.png").read_bytes()[1:4] == b"PNG"
+    for row, line in zip(rows, figures[0][1].lines, strict=True):
+        assert line.get_label().startswith(row.split()[0]) and [*line.get_xdata()] == [32, 64]
+        assert [f"{y:.3f}" for y in line.get_ydata()] == row.split()[1:-1]
+
+
+def test_pictures_that_cannot_be_drawn(run_main, tmp_path, monkeypatch):
+    done = run_main("model.py", "--plot=x.png", cwd=tmp_path)
+    assert done.returncode == 1 and done.stderr.endswith("--plot draws what --coord_check finds: give both\n")
+    monkeypatch.setattr(model.importlib.util, "find_spec", lambda name: None)
+    done = run_main("model.py", "--coord_check", "--plot=x.png", cwd=tmp_path)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "--plot needs matplotlib: pip install matplotlib" in done.stderr
+
+
 def test_scaled_residual():
     gpt, x = make(residual="scaled", n_layer=1), tokens()
     plain = make(n_layer=1)

@@ -26,7 +26,7 @@ SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
 CEILING = {
     "bpe.py": 748,
     "data.py": 1706,
-    "model.py": 1151,
+    "model.py": 1169,
     "train.py": 948,
     "kernels.py": 1591,
     "ddp.py": 1165,
