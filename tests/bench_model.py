@@ -227,11 +227,7 @@ def imported():
         assert done.returncode == 0, done.stderr
         return int(done.stderr.split()[-1]) / 1024
     with tempfile.TemporaryDirectory() as folder:
-        words = "--norm=layernorm --position=learned --ffn=gelu --qk_norm=False --bias=True --n_layer=12 --n_head=12 --n_embd=768"
-        fields = {field.name: type(field.default) for field in dataclasses.fields(Config)}
-        named = [word.lstrip("-").split("=") for word in words.split()]
-        changes = {name: value == "True" if fields[name] is bool else fields[name](value) for name, value in named}
-        model.export_hf(GPT(Config(vocab_size=50257, block_size=1024, **changes)), folder)
+        model.export_hf(GPT(model.options(Config, model.PRESETS["gpt2"].split())), folder)
         size = (Path(folder) / "model.safetensors").stat().st_size / 2**20
         base, most = peak("--help"), peak(f"--import_hf={folder}", f"--output={folder}/ckpt.pt")
     print(f"a file of {size:.0f} MiB: {most:.0f} MiB at most, of which Python and torch {base:.0f}; {(most - base) / size:.2f} of the file")
