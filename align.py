@@ -509,6 +509,7 @@ OPERATIONS = {
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
     ast.Div: operator.truediv,
+    ast.USub: operator.neg,
 }
 
 
@@ -516,6 +517,8 @@ def evaluated(node: ast.expr) -> Fraction:
     """The exact value of a tree of + - * / over numbers. Raises ValueError, ZeroDivisionError, KeyError for another."""
     if isinstance(node, ast.BinOp):
         return OPERATIONS[type(node.op)](evaluated(node.left), evaluated(node.right))
+    if isinstance(node, ast.UnaryOp):
+        return OPERATIONS[type(node.op)](evaluated(node.operand))
     require(isinstance(node, ast.Constant) and type(node.value) in (int, float), "not a number")
     return Fraction(str(node.value))
 
@@ -529,9 +532,9 @@ def calculator(text: str) -> str:
     try:
         require(len(text) <= 100, "too long")
         value = evaluated(ast.parse(text.strip(), mode="eval").body)
-    except (ValueError, ArithmeticError, SyntaxError, KeyError):
+        return str(value) if value.denominator == 1 else f"{float(value):.15g}"
+    except (ValueError, ArithmeticError, SyntaxError, KeyError):  # of the last line, too: it may have too many digits
         return "?"
-    return str(value) if value.denominator == 1 else f"{float(value):.15g}"
 
 
 # what ends a call, the call's form, what fills it in; a tool's words are part of the text, but no token to learn

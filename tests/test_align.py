@@ -514,6 +514,8 @@ def test_a_calculator_does_not_round():
         assert align.calculator(f"{a}*{b}-{c}") == str(a * b - c)
         assert align.calculator(f"({a}/{b})*{b}") == str(a)
     assert align.calculator("0.1+0.2") == "0.3" and align.calculator("7//2") == "?"
+    assert align.calculator("-3*(-4)-1") == "11" and align.calculator("~3") == "?"
+    assert align.calculator("*".join(["1e308"] * 16)) == "?" and align.calculator("1e308*10+0.5") == "?", "too many digits"
 
 
 # ----------------------------------------------------------------------------------------------------------------- the runs
