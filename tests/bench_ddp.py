@@ -2,6 +2,7 @@
 
 Usage: OMP_NUM_THREADS=1 python tests/bench_ddp.py overlap [--ranks=2] [--share=0.5] [--steps=5] [--real]
        OMP_NUM_THREADS=1 python tests/bench_ddp.py ring [--ranks=4] [--tokens=16384]
+       OMP_NUM_THREADS=1 python tests/bench_ddp.py memory [--ranks=2] (on Linux)
 
 overlap  steps of each form by turns, medians of the slower rank. The link is throttled by Group.delay, so that all gradients
          take `share` of a step without communication. Hidden is 1 - (step - step without) / (the same form, after the
@@ -10,9 +11,14 @@ overlap  steps of each form by turns, medians of the slower rank. The link is th
          a model of 8 layers is computed.
 ring     bytes saved for the backward pass (by hooks, each storage once) in one process and at each rank; the pairs of queries
          and keys that each rank multiplies; how far the loss is from that of one process.
+memory   peak of what a process has in memory over three steps of AdamW, beyond what it had before the model was made: our forms
+         and torch's, each in processes of its own; of 25 million parameters, of which four times is what none can do without
+         (weights, gradients, two moments).
 """
 import argparse
+import math
 import os
+import re
 import statistics
 import sys
 import tempfile
@@ -27,6 +33,13 @@ import ddp
 import train
 from model import GPT, Config
 
+MEMORY = {  # what trains, its stage and more
+    "ddp, 25 MiB buckets": (ddp.Sharder, 0),
+    "ddp, one message": (ddp.Sharder, 0, math.inf, False),
+    "torch_ddp": (ddp.TorchSharder, 0),
+    "fsdp": (ddp.Sharder, 3),
+    "torch_fsdp": (ddp.TorchSharder, 3),
+}
 FORMS = {  # stage, gradients that travel together as a share of all
     "one message a parameter": (0, 0.0),
     "in buckets": (0, 1 / 8),
@@ -156,27 +169,62 @@ def ring(args):
     print(f"most pairs over fewest: {max(row[2] for row in rows) / min(row[2] for row in rows):.4f}")
 
 
+def peak_bytes(form):
+    """Bytes of this process at their peak while it trains in a form, less those before; bytes of the parameters; the last loss"""
+    def status(name):
+        return int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+    n, rank = dist.get_world_size(), dist.get_rank()
+    config = Config(vocab_size=256, block_size=64, n_layer=8, n_head=8, n_embd=512, init="gpt2")
+    windows = torch.randint(256, (2, 1, 64), generator=torch.Generator().manual_seed(rank))
+    kind, stage, *more = MEMORY[form]
+    group = ddp.Mesh(f"dp{n}", n).group("dp")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = status("VmRSS")
+    torch.manual_seed(0)
+    objective = train.Objective(GPT(config))
+    size = sum(p.nbytes for p in objective.parameters())
+    sharder = kind(objective, group, stage, *more)
+    run = getattr(sharder, "run", objective)
+    optimizer = torch.optim.AdamW(sharder.pieces.values(), foreach=False)
+    for _ in range(3):
+        loss = run(*windows)[0]
+        loss.backward()
+        sharder.sync()
+        optimizer.step()
+        sharder.spread()
+    return status("VmHWM") - before, size, loss.item()
+
+
+def memory(args):
+    rows = [None] * dist.get_world_size()
+    dist.all_gather_object(rows, peak_bytes(args.form))
+    peak, size, loss = max(row[0] for row in rows), rows[0][1], sum(row[2] for row in rows)
+    print(f"{args.form:32} {peak / 2**20:8.0f} MiB, {peak / size:5.2f} times the parameters; loss after three steps {loss:.4f}", flush=True)
+
+
 def process(rank, args, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=args.ranks)
     sys.stdout = open(os.devnull, "w") if rank else sys.stdout
-    dict(overlap=overlap, ring=ring)[args.what](args)
+    dict(overlap=overlap, ring=ring, memory=memory)[args.what](args)
     dist.barrier()
     dist.destroy_process_group()
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("overlap", "ring"))
+    parser.add_argument("what", choices=("overlap", "ring", "memory"))
     parser.add_argument("--ranks", type=int, default=0)
     parser.add_argument("--share", type=float, default=0.5)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--real", action="store_true")
     parser.add_argument("--tokens", type=int, default=16384)
     args = parser.parse_args()
-    args.ranks = args.ranks or dict(overlap=2, ring=4)[args.what]
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(process, (args, folder), args.ranks)
+    args.ranks = args.ranks or dict(overlap=2, ring=4, memory=2)[args.what]
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # what is freed goes back to the system, so that it is not counted
+    for args.form in MEMORY if args.what == "memory" else [""]:
+        with tempfile.TemporaryDirectory() as folder:
+            torch.multiprocessing.spawn(process, (args, folder), args.ranks)
 
 
 if __name__ == "__main__":
