@@ -345,6 +345,15 @@ class State:
     start: list[int]  # what truncate may go back to: a recurrence sets it to the lengths before the last call
     room: list[int]  # tokens that a row can hold
     recurrent: bool = False  # whether a layer keeps the last call, which is to be of equal length in joined states
+    exact = True  # whether append gives what is filled alone
+
+    def places(self, T: int, device: torch.device) -> Tensor:
+        """Where the next T tokens stand (1, T), ragged (B, T)"""
+        first = self.lengths[:1]
+        if min(self.lengths) < max(self.lengths):  # ragged
+            first = self.lengths
+        first = torch.tensor(first, device=device)[:, None]
+        return first + torch.arange(T, device=device)
 
     def append(self, layer: int, at: Tensor, *new: Tensor) -> list | tuple:
         """Take in (B, T, ...) of the T tokens at `at`; return all that is filled, (B, S, ...) each."""
@@ -379,7 +388,7 @@ class State:
         """A new state whose row i is a copy of row rows[i] (one prompt, several samples)."""
         layers = [[x[rows] for x in kept] for kept in self.layers]
         numbers = [[of[row] for row in rows] for of in (self.lengths, self.start, self.room)]
-        return State(layers, *numbers)
+        return State(layers, *numbers, self.recurrent)
 
     def put(self, row: int, other: "State", of: int) -> None:
         """Make a row a copy of row `of` of another state, whose last call was of as many tokens."""
@@ -621,7 +630,8 @@ class Attention(nn.Module):
         q, *new = self.project(x, call)
         kept = call.state.append(layer, call.at, *new)  # (B, S, H_kv, hd)
         mask, at, S = None, call.at, kept[0].shape[1]
-        if len(at) > 1 or at.shape[1] not in (1, S) or not self.plain:  # else causal says it
+        alike = len(at) == 1 and at.shape[1] in (1, S) and call.state.exact
+        if not (alike and self.plain):  # else causal says it
             far = at[:, None, :, None] - torch.arange(S, device=at.device)  # how far back key s lies
             mask = (far >= 0) & (far <= call.place[:, None, :, None])  # (1 or B, 1, T, S): in the same document
             mask = mask & self.sees(far, self.window) if self.sees else mask
@@ -1062,11 +1072,7 @@ class GPT(nn.Module):
     def look(self, tokens: Tensor, state: State) -> tuple[Tensor, Tensor, Tensor]:
         """All tokens so far (B, S) of a model that looks back on them, and the `at` and `place` of the new ones."""
         T, device = tokens.shape[1], tokens.device
-        first = state.lengths[:1]
-        if min(state.lengths) < max(state.lengths):  # ragged
-            first = state.lengths
-        first = torch.tensor(first, device=device)[:, None]
-        at = first + torch.arange(T, device=device)  # (1, T), ragged (B, T)
+        at = state.places(T, device)  # (1, T), ragged (B, T)
         if not (self.config.end_token or self.config.ngram > 1 or self.config.counts):
             return tokens, at, at
         seen, = state.append(-1, at, tokens)

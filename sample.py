@@ -54,6 +54,7 @@ END = "<|endoftext|>"
 CHUNK = 512  # tokens of prompts that are computed together
 SPARE = 16  # tokens that are rather computed again than in a call of their own
 DTYPES = ("float32", "bfloat16", "float16")
+SEEN = 256  # places of a state that a recorded step sees, or a multiple of it
 GUESSES = 4  # tokens that a draft may guess ahead
 
 
@@ -109,6 +110,7 @@ class Options(Sampling):
     output: str = "eval.json"  # every question, answer and score of --eval; what it holds already is not done again
     swap: bool = False  # eval: the control, each question stands before the answers of another one
     compare: str = ""  # eval: another --output; prints how far this model is above that one, item by item
+    graphs: bool = False  # record steps of decoding as CUDA graphs (on a GPU; not where a layer is a recurrence)
     bench: bool = False  # print the speed of decoding by the number of samples, then stop
     profile: bool = False  # print where the time of a step of decoding goes, then stop
 
@@ -310,7 +312,7 @@ def join(states: list[State]) -> State:
         for parts in kept:
             parts.clear()
     numbers = [sum((getattr(state, name) for state in states), []) for name in ("lengths", "start", "room")]
-    return State(layers, *numbers)
+    return State(layers, *numbers, states[0].recurrent)
 
 
 def resized(state: State, room: int) -> State:
@@ -325,7 +327,7 @@ def resized(state: State, room: int) -> State:
         if all(x.shape[1] == old for x in kept):
             kept = [F.pad(x, (0, 0) * (x.ndim - 2) + (0, room - old)) for x in kept]
         layers.append(kept)
-    return State(layers, state.lengths, state.start, [room] * len(state.room))
+    return State(layers, state.lengths, state.start, [room] * len(state.room), state.recurrent)
 
 
 @torch.inference_mode()
@@ -339,6 +341,70 @@ def row_bytes(model: GPT) -> tuple[int, int]:
         sizes.append(state.nbytes)
     each = sizes[1] - sizes[0]
     return sizes[0] - 8 * each, each
+
+
+class Fixed(State):
+    """A state whose work can be recorded: what a call reads and writes stays where it is.
+
+    Each row sees its first `seen` places, those behind its end too, which a mask hides.
+    """
+
+    exact = False
+
+    def __init__(self, state: State, seen: int):
+        super().__init__(state.layers, state.lengths, state.start, state.room)
+        rows, device = len(state.lengths), state.layers[0][0].device
+        self.rows = torch.arange(rows, device=device)[:, None]
+        self.at = torch.zeros_like(self.rows)
+        self.seen = seen
+
+    def places(self, T, device):
+        return self.at
+
+    def append(self, layer, at, *new):
+        kept = self.layers[layer]
+        for old, x in zip(kept, new):
+            old[self.rows, at] = x.type_as(old)
+        return [old[:, :self.seen] for old in kept]
+
+
+class Recorded:
+    """A step of one token a row as a CUDA graph: its hundreds of launches take the time of one.
+
+    It is recorded for one state and as many places as it sees then; with another it is made anew. Without a GPU the
+    same work is done at each call.
+    """
+
+    def __init__(self, engine: "Engine", seen: int):
+        self.engine, self.state = engine, engine.state
+        self.fixed = Fixed(self.state, seen)
+        self.tokens = torch.zeros_like(self.fixed.at)
+        self.replay = None
+
+    def work(self) -> None:
+        self.fixed.lengths = self.state.lengths
+        hidden = self.engine.model.hidden(self.tokens, self.fixed)
+        self.out = self.engine.logits(hidden)
+
+    def record(self) -> None:
+        """Do this step, and record its work. Raises RuntimeError where that waits for the CPU."""
+        self.work()  # for what libraries set up once; replay writes to the same places
+        self.replay = self.work
+        if self.tokens.is_cuda:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self.work()
+            self.replay = graph.replay
+
+    def __call__(self, rows: list) -> Tensor:
+        """The logits (B, 1, V) behind the next token of each row, until the next call writes there."""
+        self.tokens.copy_(torch.tensor(rows))
+        self.fixed.at.copy_(torch.tensor(self.state.lengths)[:, None])
+        if not self.replay:
+            self.record()
+        self.replay()
+        self.state.lengths = [length + 1 for length in self.state.lengths]
+        return self.out
 
 
 # attention without cuDNN's: with it a step took 56 ms on an H200, for it plans anew for each length, without it 6
@@ -359,8 +425,9 @@ class Engine:
     """
 
     def __init__(self, model: GPT, requests: Sequence[Request] = (), vocab_size: int = 0, slots: int = 256,
-                 draft: Callable = lambda request, count: [], cache: float = math.inf):
+                 draft: Callable = lambda request, count: [], cache: float = math.inf, graphs: bool = False):
         self.model = model
+        self.graphs = graphs
         self.slots = slots
         self.draft = draft
         self.cache = cache
@@ -381,7 +448,7 @@ class Engine:
     def clear(self) -> None:
         """Forget all requests, and what memory they hold."""
         self.past = Past(self.model, self.capacity)
-        self.state = None
+        self.state = self.recorded = None
         self.rows = []  # whose each row of the state is; where the request is done, the row waits for another
         self.waiting = collections.deque()
 
@@ -506,7 +573,7 @@ class Engine:
             count = min(ahead, left, request.hope)
             guesses[row] = self.draft(request, count) if count else []
         tokens = [request.context[-1:] + guess for request, guess in zip(self.rows, guesses)]
-        logits = self.logits(run_on(self.model, tokens, self.state))  # (B, T, V)
+        logits = self.run(tokens)  # (B, T, V)
         right, asked = [0] * len(tokens), len(going)
         for t in range(logits.shape[1]):
             self.extend([self.rows[row] for row in going], logits[going, t])
@@ -523,6 +590,21 @@ class Engine:
                 self.guessed[1] += n
             self.state.truncate([length + 1 + n for length, n in zip(before, right)])
         return asked + sum(right)
+
+    def run(self, tokens: list) -> Tensor:
+        """The logits (B, T, V) behind the next tokens of each row; with `graphs` one token each is a recorded step."""
+        state = self.state
+        if self.graphs and not state.recurrent and max(map(len, tokens)) == 1:
+            seen = min(state.room[0], max(state.lengths) // SEEN * SEEN + SEEN)
+            try:
+                last = self.recorded
+                if not last or last.state is not state or last.fixed.seen != seen:
+                    self.recorded = Recorded(self, seen)
+                return self.recorded(tokens)
+            except RuntimeError as error:
+                print(f"--graphs: {str(error).splitlines()[0]}; going on without", file=sys.stderr)
+                self.graphs = False
+        return self.logits(run_on(self.model, tokens, state))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (B, T, C) -> (B, T, V)"""
@@ -1154,7 +1236,7 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(self, model: GPT, tokenizer: Tokenizer | None, o: "Options"):
         self.o, self.name = o, Path(o.ckpt).resolve().parent.name
         self.tokenizer = tokenizer or MUTE
-        self.engine = Engine(model, (), self.tokenizer.vocab_size, cache=o.cache_gb * 1e9 or math.inf)
+        self.engine = Engine(model, (), self.tokenizer.vocab_size, cache=o.cache_gb * 1e9 or math.inf, graphs=o.graphs)
         if o.draft:
             self.engine.draft = load_draft(o.draft, self.engine)
         self.key = os.environ.get("API_KEY", "")
@@ -1530,7 +1612,7 @@ def copy_bandwidth(device: torch.device, clock: Callable = time.perf_counter) ->
     return 2 * source.nbytes / min(seconds)
 
 
-def bench_model(model: GPT, new_tokens: int = 64) -> Iterator[str]:
+def bench_model(model: GPT, new_tokens: int = 64, graphs: bool = False) -> Iterator[str]:
     """Greedy decoding of 1 to 64 texts together, each as long as the block: a line of speeds each.
 
     The share of bandwidth is that of the bytes which decoding must read, weights and state, at that of a copy.
@@ -1539,7 +1621,8 @@ def bench_model(model: GPT, new_tokens: int = 64) -> Iterator[str]:
     yield f"a step reads {weights / 1e6:,.1f} MB of weights; a copy moves {bandwidth / 1e9:.1f} GB/s"
     prompt = [0] * max(1, model.config.block_size - new_tokens)
     for batch in (1, 4, 16, 64):
-        engine = Engine(model, [Request(prompt, new_tokens, Sampling(0)) for _ in range(batch)])
+        requests = [Request(prompt, new_tokens, Sampling(0)) for _ in range(batch)]
+        engine = Engine(model, requests, graphs=graphs)
         started = time.perf_counter()
         engine.step()
         first = time.perf_counter() - started
@@ -1643,12 +1726,12 @@ def main() -> None:
     elif not o.draft and model.head.weight.is_cpu:  # a draft's guesses make several vectors of one
         by_columns(model)
     if o.bench:
-        return print(*bench_model(model), sep="\n")
+        return print(*bench_model(model, graphs=o.graphs), sep="\n")
     if o.serve:
         return serve(model, tokenizer, o)
     prompt = o.prompt or "\n"
     requests = ask(tokenizer, prompt, **wishes(o))
-    engine = Engine(model, (), tokenizer.vocab_size, cache=o.cache_gb * 1e9 or math.inf)
+    engine = Engine(model, (), tokenizer.vocab_size, cache=o.cache_gb * 1e9 or math.inf, graphs=o.graphs)
     if o.draft:
         engine.draft = load_draft(o.draft, engine)
     if o.profile:

@@ -222,7 +222,8 @@ def main():
     args = parser.parse_args()
     args.ranks = args.ranks or dict(overlap=2, ring=4, memory=2)[args.what]
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # what is freed goes back to the system, so that it is not counted
-    for args.form in MEMORY if args.what == "memory" else [""]:
+    for form in MEMORY if args.what == "memory" else [""]:
+        args.form = form
         with tempfile.TemporaryDirectory() as folder:
             torch.multiprocessing.spawn(process, (args, folder), args.ranks)
 

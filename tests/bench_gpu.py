@@ -20,6 +20,7 @@ import statistics
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -207,20 +208,21 @@ def peer(o, gpt, prompts):
     return results
 
 
-def engine(o, gpt, prompts):
+def engine(o, gpt, prompts, graphs=False):
     """The same of sample.Engine, and what it says of its two phases."""
     results = []
     for few in (prompts[:1], prompts):
         for n in (8, o.text):
             requests = [sample.Request(prompt, n, sample.Sampling(0)) for prompt in few]
-            ours = sample.Engine(gpt, requests)
+            ours = sample.Engine(gpt, requests, graphs=graphs)
             took = seconds(o, lambda: list(iter(ours.step, [])))
         tokens, spent = ours.spent["decode"]
         each = spent / (tokens / len(few))  # seconds of a step
-        state = sum(x.numel() for x in ours.past.state.layers[0]) * 2 * o.shape["n_layer"] * len(few)
+        fixed, place = sample.row_bytes(gpt)
+        state = len(few) * (fixed + 2 * o.text * place)
         print(f"         {len(few)} at a time: {ours.report()}; {1e3 * each:.2f} ms a step, "
               f"weights at {sample.weight_bytes(gpt) / each / 1e9:,.0f} GB/s, with all of the state {(sample.weight_bytes(gpt) + state) / each / 1e9:,.0f}", flush=True)
-        results.append(("sample.Engine", [request.output for request in requests], took))
+        results.append((f"sample.Engine{', graphs' * graphs}", [request.output for request in requests], took))
     return results
 
 
@@ -230,14 +232,16 @@ def decoding(o):
     gpt = GPT(Config(**o.shape, init="gpt2")).to(o.device, torch.bfloat16).eval()
     prompts = np.random.default_rng(0).integers(o.shape["vocab_size"], size=(o.many, o.text)).tolist()
     rows, tokens = [], {}
-    for name, run in (("decoding by sample.Engine", engine), ("decoding by transformers", peer)):
+    for name, run in (("decoding by sample.Engine", engine), ("the same with CUDA graphs", partial(engine, graphs=True)),
+                      ("decoding by transformers", peer)):
         with part(o, name, 10) as go:
             for who, found, took in run(o, gpt, prompts) if go else ():
                 rows.append((who, len(found), f"{len(found) * o.text / took:,.0f}", f"{took:.2f}"))
                 tokens.setdefault(who, []).extend(found)
-    if len(tokens) == 2:
-        same = [sum(a == b for a, b in zip(*pair)) / o.text for pair in zip(*tokens.values())]
-        print(f"         greedy tokens that both write at the same place: {statistics.mean(same):.0%} (bfloat16: a near tie ends it)")
+    first = tokens.get("sample.Engine", [])
+    for who in [*tokens][1:]:
+        same = [sum(a == b for a, b in zip(*pair)) / o.text for pair in zip(first, tokens[who])]
+        print(f"         greedy tokens that sample.Engine and {who} write at the same place: {statistics.mean(same):.0%} (bfloat16: a near tie ends it)")
     with part(o, "bandwidth", 1):
         print(f"         a copy moves {sample.copy_bandwidth(torch.device(o.device)) / 1e9:,.0f} GB/s, a step reads "
               f"{sample.weight_bytes(gpt) / 1e6:,.0f} MB of weights", flush=True)

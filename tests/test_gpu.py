@@ -288,10 +288,10 @@ def prompts(n=6):
     return [draw.integers(V, size=size).tolist() for size in draw.integers(1, 12, size=n)]
 
 
-def decoded(gpt, sampling, draft=None):
+def decoded(gpt, sampling, **how):
     """Tokens of requests of which three wait for a slot, and whose texts outgrow the block."""
     requests = [sample.Request(prompt, 10, sampling, seed) for seed, prompt in enumerate(prompts())]
-    engine = sample.Engine(gpt, requests, slots=3, **dict(draft=draft) if draft else {})
+    engine = sample.Engine(gpt, requests, slots=3, **how)
     while engine.step():
         pass
     return [request.output for request in requests], [request.logprobs for request in requests]
@@ -311,7 +311,23 @@ def test_the_engine_writes_the_tokens_of_the_cpu(changes):
         (tokens, logprobs), (found, theirs) = (decoded(gpt, sampling) for gpt in (here, there))
         assert found == tokens and all(len(row) == 10 for row in found)
         assert sum(theirs, []) == pytest.approx(sum(logprobs, []), abs=1e-3)
-    assert decoded(there, sample.Sampling(0), sample.look_up)[0] == decoded(here, sample.Sampling(0))[0]
+    assert decoded(there, sample.Sampling(0), draft=sample.look_up)[0] == decoded(here, sample.Sampling(0))[0]
+
+
+@pytest.mark.parametrize("changes", [{}, dict(mixer="window", window=5), dict(mixer="latent", ngram=3, ngram_rows=97), dict(n_kv_head=1),
+                                     dict(position="learned", end_token=3)], ids=str)
+def test_recorded_steps(changes, monkeypatch, capsys):
+    """CUDA graphs write what steps of Python write, in batches whose rows come and go, and none of these models has to do without."""
+    gpt = GPT(Config(**SHAPE, **changes)).to(DEVICE).eval()
+    with torch.no_grad():
+        for weight in gpt.parameters():
+            weight.add_(torch.randn_like(weight) * 0.3)
+    made = []
+    record = sample.Recorded.record
+    monkeypatch.setattr(sample.Recorded, "record", lambda self: made.append(1) or record(self))
+    (tokens, logprobs), (found, theirs) = (decoded(gpt, sample.Sampling(0), graphs=graphs) for graphs in (False, True))
+    assert found == tokens and sum(theirs, []) == pytest.approx(sum(logprobs, []), abs=1e-3)
+    assert made and "going on without" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])

@@ -26,13 +26,13 @@ SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
 CEILING = {
     "bpe.py": 748,
     "data.py": 1706,
-    "model.py": 1169,
+    "model.py": 1173,
     "train.py": 948,
     "kernels.py": 1591,
     "ddp.py": 1165,
     "scaling.py": 957,
     "align.py": 1292,
-    "sample.py": 1257,
+    "sample.py": 1315,
 }
 # Who may import whom: at the top of the file, and on demand inside a function.
 OURS = {"bpe.py": ("", ""), "data.py": ("bpe", ""), "model.py": ("", "kernels"), "train.py": ("model", "bpe data ddp kernels"),

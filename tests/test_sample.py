@@ -21,6 +21,7 @@ import pytest
 import torch
 from conftest import ROOT
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import bpe
 import data
@@ -453,6 +454,40 @@ def test_a_row_that_is_left_is_taken_by_the_next(mixer, monkeypatch):
             assert len(engine.rows) <= 4 * len(going) / 3, "a quarter of the rows may be empty"
         assert engine.rows == [] and engine.state is None
         assert [request.output for request in requests] == alone
+
+
+@pytest.mark.parametrize("changes", [{}, dict(mixer="latent", ngram=3, ngram_rows=97), dict(mixer="strided", end_token=7, n_kv_head=1),
+                                     dict(mixer="valued", position="learned"), dict(mixer="attention", position="none", softcap=3.0)], ids=str)
+def test_recorded_steps(changes, monkeypatch):
+    """A trace of one step, whose numbers and shapes are constants as in a CUDA graph, says what a step of Python says."""
+    gpt = make_model(1, block_size=32, **changes)
+    rng = random.Random(5)
+    shapes = [([rng.randrange(40) for _ in range(rng.randint(1, 9))], rng.randint(1, 23)) for _ in range(6)]
+    alone = [decode(gpt, [Request(prompt, count, GREEDY)])[0] for prompt, count in shapes]
+    made, replays = [], []
+
+    def record(self):
+        self.work()
+        trace = make_fx(lambda: self.work() or self.out)()
+        made.append(self.fixed.seen)
+        self.replay = lambda: replays.append(1) or setattr(self, "out", trace())
+    monkeypatch.setattr(sample.Recorded, "record", record)
+    monkeypatch.setattr(sample, "SEEN", 16)
+    assert decode(gpt, [Request(prompt, count, GREEDY) for prompt, count in shapes], slots=3, graphs=True) == alone
+    assert 2 < len(made) < len(replays) / 2 and min(made) == 16 < max(made)
+    # what cannot be recorded is done as ever
+    monkeypatch.setattr(sample.Recorded, "record", lambda self: torch.zeros(2) + torch.zeros(3))
+    assert decode(gpt, [Request(prompt, count, GREEDY) for prompt, count in shapes], graphs=True) == alone
+    # a trace that holds on to the first step's place must be wrong
+    monkeypatch.setattr(sample.Recorded, "record", record)
+    monkeypatch.setattr(sample.Fixed, "places", lambda self, T, device: self.at.clone().copy_(torch.tensor(self.lengths)[:, None]))
+    assert decode(gpt, [Request(*shapes[0], GREEDY)], graphs=True) != alone[:1]
+
+
+def test_recurrences_are_not_recorded(monkeypatch):
+    monkeypatch.setattr(sample, "Recorded", None)
+    gpt = make_model(1, mixer="attention,gdn")
+    assert decode(gpt, [Request([7, 3], 9, GREEDY)], graphs=True) == decode(gpt, [Request([7, 3], 9, GREEDY)])
 
 
 @pytest.mark.parametrize("moment", ["before the step's decoding", "while the model computes"])
