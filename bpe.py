@@ -31,7 +31,7 @@ import time
 import unicodedata
 from array import array
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -272,7 +272,7 @@ def work_on(job: object) -> object:
     return GIVEN[0](job, *GIVEN[1:])
 
 
-def parallel(work: Callable, jobs: Iterable, workers: int, *given) -> Iterator:
+def parallel(work: Callable, jobs: Iterable, workers: int, *given) -> Generator:
     """work(job, *given) for each job, in order, on `workers` processes, which keep what `given` learns.
 
     Few jobs are taken ahead. Raises what the work raises, and ChildProcessError if a process is killed.
@@ -314,7 +314,7 @@ def well_formed(text: str, form: str = "") -> str:
     if text.isascii():
         return text
     text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-    return unicodedata.normalize(form, text) if form else text
+    return unicodedata.normalize(form, text) if form else text  # type: ignore[arg-type]
 
 
 @functools.lru_cache
@@ -364,7 +364,7 @@ def piece_ends(text: str, pattern: str) -> np.ndarray:
     >>> piece_ends("Hello wörld's  end", PATTERNS["gpt2"]).tolist()
     [5, 12, 14, 15, 19]
     """
-    coding, unit = ("ascii", np.uint8) if text.isascii() else ("utf-32-le", np.uint32)
+    coding, unit = ("ascii", "u1") if text.isascii() else ("utf-32-le", "u4")
     codes = np.frombuffer(text.encode(coding), unit)
     if pattern == PATTERNS["gpt2"] and len(text) >= SHORT:
         kind = kinds().take(codes, mode="clip")
@@ -512,7 +512,7 @@ def every_other(places: np.ndarray, size: int) -> np.ndarray:
 # outside: when no cheaper one is left, the limit rises and all pairs are looked up anew, about ten times in all.
 # Of equally cheap pairs those that share no token with another one are merged in one step, the greatest names first. A
 # pair with a new token costs as much only if a pair of the same cost shares a token with the one that made it.
-def merge_row(pieces: list[bytes], byte_ids: list, length: np.ndarray,
+def merge_row(pieces: list[bytes], byte_ids: Sequence[int], length: np.ndarray,
               price: Callable, name: Callable, make: Callable) -> np.ndarray:
     """Merge pairs of neighbours in all pieces, the cheapest first: BPE in training and in encoding. Returns `first`.
 
@@ -642,7 +642,7 @@ def train(
     counts = Counter() if counts is None else counts
     texts = chunks((text + END for text in documents), pattern, BLOCK, END)
     given = pattern, names, max_chunk_bytes, Pieces()
-    for part in parallel(count_pieces, texts, workers or os.cpu_count(), *given):
+    for part in parallel(count_pieces, texts, workers or os.cpu_count() or 1, *given):
         counts.update(part)
     left_out = [piece for piece, number in counts.items() if not piece or number < min_count]
     if left_out:
@@ -772,7 +772,7 @@ class Tokenizer:
     def encode_batch(self, texts: Iterable[str], workers: int = 0) -> list[np.ndarray]:
         """Ids of each text, as of `encode_ordinary`; much text on several processes (0: one for each core)."""
         groups = list(in_groups(texts))
-        workers = min(workers or os.cpu_count(), len(groups))
+        workers = min(workers or os.cpu_count() or 1, len(groups))
         return list(itertools.chain.from_iterable(parallel(self.encode_group, groups, workers)))
 
     def encode_group(self, texts: list[str]) -> list[np.ndarray]:
@@ -785,7 +785,7 @@ class Tokenizer:
         """Ids of a text file, some at a time; memory holds a few blocks of text, and not the file."""
         texts = (text for text, _ in read_parts([Path(path)], "", {}))
         blocks = chunks(texts, self.pattern, BLOCK)
-        yield from parallel(self.encode_ordinary, blocks, workers or os.cpu_count())
+        yield from parallel(self.encode_ordinary, blocks, workers or os.cpu_count() or 1)
 
     def encode_iterable(self, parts: Iterable[str]) -> Iterator[int]:
         """Ids of a text that comes in parts: lazily, and those of the whole text, wherever it was cut.
@@ -862,7 +862,7 @@ class Tokenizer:
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes of tokens; ValueError names an id that is not in the vocabulary."""
-        ids = ids if hasattr(ids, "__len__") else list(ids)
+        ids = ids if isinstance(ids, Sized) else list(ids)
         if len(ids) < MANY and all(0 <= i < self.vocab_size for i in ids):
             return b"".join([self.vocab[i] for i in ids])
         ids = np.asarray(ids)
@@ -961,11 +961,11 @@ def from_ranks(lines: bytes) -> Tokenizer:
             parts[i:i + 2] = [parts[i] + parts[i + 1]]
         return tuple(parts)
 
-    merges = [halves(token) for token in sorted(ranks, key=ranks.get) if len(token) > 1]
+    merges = [halves(token) for token in sorted(ranks, key=ranks.__getitem__) if len(token) > 1]
     free = min({*range(size + 1)}.difference(ranks.values()))
     ranks[END.encode()] = free
     pattern = "gpt2" if size < 60_000 else "gpt4" if size < 150_000 else "o200k"
-    return Tokenizer("bpe", PATTERNS[pattern], sorted(ranks, key=ranks.get), merges, {END: free})
+    return Tokenizer("bpe", PATTERNS[pattern], sorted(ranks, key=ranks.__getitem__), merges, {END: free})
 
 
 def load(path: str | Path) -> Tokenizer:

@@ -58,7 +58,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, lru_cache, partial, partialmethod
 from pathlib import Path
 from types import ModuleType
-from typing import BinaryIO
+from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -344,7 +344,7 @@ def read_warc(path: str | Path, counts: Counter | None = None, most: int = 1 << 
                 counts["broken"] += 1
                 del held[:at if at > 0 else len(held)]
                 continue
-            headers = dict(FIELD.findall(head[1].decode("utf-8", "replace")))
+            headers = dict(FIELD.findall(head.group(1).decode("utf-8", "replace")))
             payload = bytes(held[head.end():end])
             del held[:end]
             if headers.get("Content-Type", "").startswith("application/http"):
@@ -470,9 +470,9 @@ def decode(raw: bytes, header: str = "") -> str:
 class Element:
     """An element of a page; sums are over all that lies in it."""
     name: str
-    parent: "Element"  # of the outermost one: None
+    parent: "Element | None"  # of the outermost one: None
     noise: bool = False  # whether it holds no main content
-    block: "Element" = None  # the nearest list item, cell, heading, ...: itself or what it is in
+    block: "Element | None" = None  # the nearest list item, cell, heading, ...: itself or what it is in
     prose: float = 0.0  # characters outside of links
     score: float = 0.0  # the same of main content, less characters in links, weighted by nearness
     main: bool = False  # whether it lies in the main content
@@ -1040,7 +1040,7 @@ def filters(o: Options) -> dict[str, Callable]:
               "quality": partial(rated, o.quality, o.min_quality, 1.0),
               "harmful": partial(rated, o.harmful, 0.0, o.max_harmful),
               "perplexity": partial(surprise, o.ngrams, o.max_bits)}
-    return rules | models
+    return {**rules, **models}
 
 
 FILTERS = filters(Options())
@@ -1152,7 +1152,7 @@ def encode(batch: list[tuple], tokenizer: bpe.Tokenizer) -> list[tuple[np.ndarra
     return list(zip(map(np.concatenate, ids), size))
 
 
-def batches(items: Iterable, size: Callable[[object], int], least: int) -> Iterator[list]:
+def batches(items: Iterable, size: Callable[[Any], int], least: int) -> Iterator[list]:
     """Items in lists of which each, but the last, has a size of at least `least`; the last may be empty."""
     batch, held = [], 0
     for item in items:
@@ -1193,7 +1193,7 @@ def shuffle(source: BinaryIO, file: BinaryIO, coder: bpe.Tokenizer, seed: int) -
     """Copy a token file with its documents in an order drawn by a seed. Memory holds 16 bytes a document."""
     source.seek(0)
     file.write(source.read(HEADER))
-    ends = [[HEADER]]
+    ends: Any = [[HEADER]]
     while (ids := np.fromfile(source, coder.dtype, PIECE)).size:
         places = np.flatnonzero(ids == coder.special_tokens[bpe.END])
         ends.append(source.tell() - ids.nbytes + (places + 1) * ids.itemsize)
@@ -1433,7 +1433,7 @@ def evaluation_keys(eval_data: str) -> tuple[dict[int, np.ndarray], list[tuple[s
     still shorter ones would be found everywhere (Brown et al. 2020, appendix C).
     """
     items = []
-    tables = {n: [np.zeros((2, 0), np.uint64)] for n in LEAKED}
+    tables: dict[int, Any] = {n: [np.zeros((2, 0), np.uint64)] for n in LEAKED}
     for path in bpe.find_files(eval_data):
         with bpe.blaming(f"--eval_data: {path} is damaged"):
             items += [(name, letters_of(text)) for name, text in read_evaluation(path)]
@@ -1501,7 +1501,7 @@ def loss_of_shares(o: Options, sizes: list[int], shares: list[float]) -> float:
     log = Path(o.output, hashlib.sha256(f"{sizes} {words}".encode()).hexdigest()[:16] + ".jsonl")
     if not log.exists():
         with tempfile.TemporaryDirectory(dir=o.output) as run:
-            command = [sys.executable, Path(__file__).with_name("train.py"), *words, f"--output={run}"]
+            command: list = [sys.executable, Path(__file__).with_name("train.py"), *words, f"--output={run}"]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 raise ValueError(done.stderr.strip())
@@ -1967,7 +1967,7 @@ def table(steps: str, counts: dict[str, dict]) -> list[str]:
     """What each step got, kept and dropped, and why, in lines of up to 80 characters."""
     lines = ["step              documents          kept   share     MB kept   seconds"]
     for name in ["read", *steps.split(",")]:
-        row = Counter(counts.get(name, {}))
+        row: dict = Counter(counts.get(name, {}))
         if row["in"]:
             lines.append(f"{name:14}{row['in']:13,}{row['kept']:14,}{row['kept'] / row['in']:8.1%}"
                          f"{row['bytes_kept'] / 1e6:12,.1f}{row['seconds']:10,.1f}")
@@ -1995,8 +1995,8 @@ def write_report(o: Options, manifest: dict) -> None:
     for side in ("train", "val"):
         row = Counter(manifest.get(side, {}))
         add("p", f"{side}.npy: {row['documents']:,} documents, {row['tokens']:,} tokens")
-    with contextlib.suppress(FileNotFoundError), open(Path(o.output) / "removed.jsonl") as file:
-        for row in map(json.loads, file):
+    with contextlib.suppress(FileNotFoundError), open(Path(o.output) / "removed.jsonl") as removed:
+        for row in map(json.loads, removed):
             texts = examples.setdefault(f"{row['step']}: {row['reason']}", [])
             texts += [f"{row['origin']}\n\n{row['text']}".strip()] * (len(texts) < FIRST)
     for step, row in steps.items():
@@ -2212,7 +2212,7 @@ def encode_all(corpus: Corpus, o: Options, coder: bpe.Tokenizer | None, create: 
 
 
 def prepare(input: str, tokenizer: str, output: str, vocab_size: int, pattern: str = "gpt2", separator: str = "",
-            **more: object) -> dict:
+            **more: Any) -> dict:
     """Make train.npy, val.npy, tokenizer.json and manifest.json in the folder `output`; the manifest is returned.
 
     The arguments are the fields of Options. Files of an earlier run with the same input, options and code are reused.
