@@ -261,7 +261,7 @@ def begin_process(*given) -> None:
     threading.Thread(target=end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
 
 
-def end_with(parent: object) -> None:
+def end_with(parent: multiprocessing.process.BaseProcess) -> None:
     """Wait for the end of the parent, then end this process."""
     parent.join()
     os._exit(1)

@@ -324,7 +324,8 @@ def read_warc(path: str | Path, counts: Counter | None = None, most: int = 1 << 
     Of an HTTP message the header is headers["http"], and the payload is the body as it was before it was sent. Damaged
     records, and those longer than `most` bytes, are skipped and counted in counts["broken"].
     """
-    held, counts = bytearray(), Counter() if counts is None else counts
+    held = bytearray()
+    counts = Counter() if counts is None else counts
     for block in read_blocks(path):
         counts["broken"] += block is None
         held = held[:0] if block is None else held
@@ -415,7 +416,7 @@ ALPHABETS = """cp1252 äöüÄÖß cp1252 éèêàâçùûîïôœ cp1252 áéí
 
 def guess_charset(raw: bytes) -> str:
     """The character set in which the letters beyond ASCII are those of a language, most of all: else cp1252."""
-    best = (0.1, "cp1252")
+    best = 0.1, "cp1252"
     for name, letters in zip(ALPHABETS[::2], ALPHABETS[1::2]):
         with contextlib.suppress(UnicodeDecodeError):
             text = codecs.getincrementaldecoder(name)().decode(raw[:HEAD])  # may end within a character
@@ -795,7 +796,7 @@ def save_arrays(path: str | Path, model: object) -> None:
 
 
 @lru_cache
-def load_arrays(path: str, kind: type) -> object:
+def load_arrays(path: str, kind: type) -> Any:
     """Read what save_arrays wrote of a dataclass `kind`. Raises ValueError for another file, OSError for none."""
     with bpe.blaming(f"{path} holds no model of the kind {kind.__name__}"), open(path, "rb") as file:
         try:
@@ -1035,12 +1036,11 @@ def filters(o: Options) -> dict[str, Callable]:
 
     Files of models are read when a first text comes, so that a filter can be sent to any process.
     """
-    rules = {group: partial(obey, group) for group, *_ in RULES}
-    models = {"language": partial(speaks, o.language),
-              "quality": partial(rated, o.quality, o.min_quality, 1.0),
-              "harmful": partial(rated, o.harmful, 0.0, o.max_harmful),
-              "perplexity": partial(surprise, o.ngrams, o.max_bits)}
-    return {**rules, **models}
+    rules: dict = {group: partial(obey, group) for group, *_ in RULES}
+    return rules | {"language": partial(speaks, o.language),
+                    "quality": partial(rated, o.quality, o.min_quality, 1.0),
+                    "harmful": partial(rated, o.harmful, 0.0, o.max_harmful),
+                    "perplexity": partial(surprise, o.ngrams, o.max_bits)}
 
 
 FILTERS = filters(Options())
@@ -1433,7 +1433,7 @@ def evaluation_keys(eval_data: str) -> tuple[dict[int, np.ndarray], list[tuple[s
     still shorter ones would be found everywhere (Brown et al. 2020, appendix C).
     """
     items = []
-    tables: dict[int, Any] = {n: [np.zeros((2, 0), np.uint64)] for n in LEAKED}
+    tables: dict = {n: [np.zeros((2, 0), np.uint64)] for n in LEAKED}
     for path in bpe.find_files(eval_data):
         with bpe.blaming(f"--eval_data: {path} is damaged"):
             items += [(name, letters_of(text)) for name, text in read_evaluation(path)]
