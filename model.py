@@ -24,7 +24,7 @@ import textwrap
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -387,7 +387,7 @@ class State:
     def fork(self, rows: list[int]) -> "State":
         """A new state whose row i is a copy of row rows[i] (one prompt, several samples)."""
         layers = [[x[rows] for x in kept] for kept in self.layers]
-        numbers = [[of[row] for row in rows] for of in (self.lengths, self.start, self.room)]
+        numbers: list = [[of[row] for row in rows] for of in (self.lengths, self.start, self.room)]
         return State(layers, *numbers, self.recurrent)
 
     def put(self, row: int, other: "State", of: int) -> None:
@@ -449,7 +449,7 @@ class Counts(nn.Module):
 
     @property
     def at_work(self) -> bool:
-        counted = self.order and len(self.sizes)
+        counted = self.order and self.sizes.numel()
         return bool(counted) and not self.training
 
     def fill(self, arrays: dict[str, Tensor]) -> None:
@@ -833,7 +833,7 @@ def grouped(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
     return torch.stack([rows.mT @ part for part, rows in zip(parts, y.tensor_split(cuts))])
 
 
-def grouped_backward(ctx: object, grad: Tensor) -> tuple:
+def grouped_backward(ctx: Any, grad: Tensor) -> tuple:
     """The gradients of rows and matrices, and none of ends."""
     x, weight, ends = ctx.saved_tensors
     grad = grad.contiguous()
@@ -1003,7 +1003,7 @@ INITS = {
     "mup": lambda n, m, L: INITS["zero"](n, m, L),  # and GPT.rates (Yang et al. 2022)
 }
 INITIAL = ("matrix", "output", "router", "embedding", "tied", "head")
-AXES = dict(norm=NORMS, placement=PLACEMENTS, residual=RESIDUALS, position=POSITIONS, mixer=MIXERS, ffn=FFNS)
+AXES: dict = dict(norm=NORMS, placement=PLACEMENTS, residual=RESIDUALS, position=POSITIONS, mixer=MIXERS, ffn=FFNS)
 AXES["init"] = INITS
 
 
@@ -1413,7 +1413,7 @@ def column(table: str, kind: str) -> dict[str, str]:
 
 def hf_config(theirs: dict) -> Config:
     """The Config that a config.json asks for. Raises ValueError, by name, for what is missing or not computed here."""
-    kind = theirs.get("model_type")
+    kind: Any = theirs.get("model_type")
     require(kind in HF_KINDS, f"config.json: model_type={kind}: choose from {', '.join(HF_KINDS)}")
     theirs = theirs | (theirs.get("rope_parameters") or {})
     if kind == "qwen3_moe":  # transformers 5 renames the first
@@ -1472,7 +1472,7 @@ def read_safetensors(path: Path, place: Callable = lambda name: None) -> Iterato
             if fits and (like.shape, like.dtype) == (tensor.shape, tensor.dtype):
                 tensor = like
             file.seek(body + about["data_offsets"][0])
-            file.readinto(tensor.flatten().view(torch.uint8).numpy())
+            file.readinto(tensor.flatten().view(torch.uint8).numpy().data)
             yield name, tensor
 
 
@@ -1486,7 +1486,7 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
     with replacing(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
-            file.write(tensor.float().cpu().contiguous().numpy())
+            file.write(tensor.float().cpu().contiguous().numpy().data)
 
 
 def import_hf(folder: str | os.PathLike) -> GPT:

@@ -31,7 +31,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -131,7 +131,7 @@ def open_source(folder: Path, side: str) -> Source:
     return Source(tokens, mask)
 
 
-def batch_starts(seed: int, step: int, batch: int, sizes: list, T: int, mix: list = ()) -> tuple:
+def batch_starts(seed: int, step: int, batch: int, sizes: list, T: int, mix: list | tuple = ()) -> tuple:
     """Which source, and where in it, the `batch` windows of T + 1 tokens of a step start: two arrays (batch,).
 
     Sources of `sizes` tokens are drawn with the probabilities `mix` (none: by size), places in them all alike.
@@ -252,7 +252,7 @@ class Objective(nn.Module):
 # ---- optimizers: (weight, list of state tensors, learning rate, step t from 1, options) change a weight in place
 
 @torch.no_grad()
-def adamw(weight: Tensor, state: list, rate: float, t: int, o: Options) -> None:
+def adamw(weight: Tensor, state: list, rate: float, t: int, o: Options | SimpleNamespace) -> None:
     """Move by the mean gradient over the root of the mean squared gradient (Kingma and Ba 2015).
 
     m = b1 m + (1 - b1) g,  v = b2 v + (1 - b2) g^2,  w = w - rate M / (sqrt(V) + 1e-8),
@@ -378,7 +378,7 @@ SCHEDULES = {
 }
 
 
-def rate(step: int, o: Options) -> float:
+def rate(step: int, o: Any) -> float:
     """The learning rate of a step."""
     warm = min(1.0, (step + 1) / (o.warmup_iters + 1))
     return o.learning_rate * warm * SCHEDULES[o.schedule](step, o)
@@ -393,7 +393,8 @@ def ranks() -> tuple[int, int]:
 
 def join_ranks(o: Options):
     """Meet torchrun's other processes; after a restart under new keys, as the old ones hold addresses of the lost."""
-    torch.cuda.is_available() and torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     store, rank, world = next(rendezvous("env://"))
     store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     both = "cpu:gloo,cuda:nccl"  # evaluations are summed on the CPU, in double precision
@@ -517,7 +518,7 @@ def recipe(o: Options, n_tokens: int, vocab_size: int, peak: float) -> Options:
 
 def refuse(o: Options, sources: list[Source]):
     """Raise ValueError where an option cannot be followed."""
-    tables = dict(optimizer=OPTIMIZERS, schedule=SCHEDULES, dtype=DTYPES)
+    tables: dict = dict(optimizer=OPTIMIZERS, schedule=SCHEDULES, dtype=DTYPES)
     for name, table in tables.items():
         require(getattr(o, name) in table, f"--{name}={getattr(o, name)}: choose from {', '.join(table)}")
     least = dict(batch_size=ranks()[1], max_iters=1, eval_interval=1, eval_tokens=2)
@@ -633,7 +634,7 @@ def count_ngrams(gpt: GPT, sources: list[Source]) -> None:
     Raises ValueError where the text is too short for them, or too large for the memory.
     """
     n_tokens, order = sum(len(source.tokens) for source in sources), gpt.config.counts
-    if not order or len(gpt.counts.sizes):
+    if not order or gpt.counts.sizes.numel():
         return
     import data
     need = 25 * order * n_tokens  # bytes, as measured
@@ -646,7 +647,7 @@ def count_ngrams(gpt: GPT, sources: list[Source]) -> None:
     print(f"{found.sizes.sum():,} n-grams counted in {time.perf_counter() - began:.0f} s")
 
 
-def open_teacher(o: Options, config: Config, tokenizer: object, device: torch.device) -> tuple:
+def open_teacher(o: Options, config: Config, tokenizer: Any, device: torch.device) -> tuple:
     """What Objective takes of --teacher; nothing where there is none. Raises OSError or ValueError."""
     if not o.teacher:
         return ()
@@ -1001,7 +1002,7 @@ def set_aside(folder: Path):
     print(f"the earlier run in {folder} moved to {previous} (--resume would have gone on with it)")
 
 
-def begin(o: Options, step: int, corpus: str):
+def begin(o: Options | SimpleNamespace, step: int, corpus: str):
     """Begin log.jsonl with a record about the run; a resumed run keeps the records before `step` and redoes the rest.
 
     A run from step 0 first moves an earlier run's checkpoints and log to OUTPUT/previous; token files stay. A branch
