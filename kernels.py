@@ -40,7 +40,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
@@ -157,7 +157,7 @@ def slope_kernel(da, db, dy, a, b, n, stride, f: tl.constexpr, BLOCK: tl.constex
         tl.store(db + far, dv, at < n)
 
 
-def launch(kernel: object, f: object, y: Tensor, a: Tensor, *pointers: Tensor | None) -> None:
+def launch(kernel: Any, f: Any, y: Tensor, a: Tensor, *pointers: Tensor | None) -> None:
     """Start map_kernel or slope_kernel for tensors of one shape.
 
     Contiguous tensors are one long row. Else the rows of a and its like (their last dimension) may
@@ -170,7 +170,7 @@ def launch(kernel: object, f: object, y: Tensor, a: Tensor, *pointers: Tensor | 
         kernel[grid](*pointers, n, stride, f, **MAP)
 
 
-def launch_map(f: object, y: Tensor, a: Tensor, b: Tensor | None = None) -> Tensor:
+def launch_map(f: Any, y: Tensor, a: Tensor, b: Tensor | None = None) -> Tensor:
     """y = f(a, b)"""
     launch(map_kernel, f, y, a, y, a, b)
     return y
@@ -246,16 +246,16 @@ def tile(n: int) -> dict:
     return dict(ROWS=rows, BLOCK=block, num_warps=min(max(rows * block // WARP, 4), 32))
 
 
-def launch_rows(kernel: object, most: int, *tensors: Tensor | None, rest: tuple = ()) -> Tensor:
+def launch_rows(kernel: Any, most: int, y: Tensor, *tensors: Tensor | None, rest: tuple = ()) -> Tensor:
     """Start a kernel for the rows (last dimensions) of the first tensor, in blocks of at most
     `most`; returns this one.
     """
-    y = tensors[0]
     if y.numel():
         n = y.shape[-1]
-        rows, sizes = y.numel() // n, tile(min(n, most))
+        rows = y.numel() // n
+        sizes = tile(min(n, most))
         grid = (triton.cdiv(rows, sizes["ROWS"]),)
-        kernel[grid](*tensors, rows, n, *rest, **sizes)
+        kernel[grid](y, *tensors, rows, n, *rest, **sizes)
     return y
 
 
@@ -822,7 +822,7 @@ def product(
     w: Tensor,
     bias: Tensor | None = None,
     scale: Tensor | None = None,
-    f: object = unchanged,
+    f: Any = unchanged,
 ) -> Tensor:
     """f(x w^T * scale + bias) of x (..., K), w (N, K) -> (..., N)"""
     M, (N, K) = math.prod(x.shape[:-1]), w.shape
@@ -1293,7 +1293,7 @@ def flash_dkdv_kernel(
 
 
 def flash_launch(
-    kernel: object, place: int, q: Tensor, k: Tensor, tensors: list, causal: bool
+    kernel: Any, place: int, q: Tensor, k: Tensor, tensors: list, causal: bool
 ) -> None:
     """A program for each tile and each head, of keys where `place` is 2, else of queries; place: of
     its tile in a row of FLASH.
@@ -1603,7 +1603,7 @@ def flash_inputs(sizes: tuple, *like) -> tuple:
     return (*(randn(B, n, T, width, like=like) for n in (H, groups, groups)), True, None)
 
 
-def fused_adamw(params: list, grads: list, first: list, second: list, *numbers: float) -> None:
+def fused_adamw(params: list, grads: list, first: list, second: list, *numbers: Any) -> None:
     """torch's fused AdamW, with the signature of adamw"""
     if params[0].dtype != first[0].dtype:  # torch's wants one type
         return adamw_twin(params, grads, first, second, *numbers)
@@ -1890,7 +1890,7 @@ def rivals(kernel: Kernel, device: torch.device) -> dict[str, Callable]:
     torch's own call where there is one. The first of them is what the others are compared with.
     """
     torch._dynamo.reset()
-    calls = {"kernel": kernel} if device.type == "cuda" else {}
+    calls: dict = {"kernel": kernel} if device.type == "cuda" else {}
     calls |= {"eager": kernel.twin, "compiled": torch.compile(kernel.twin, dynamic=False)}
     return calls | ({"library": kernel.library} if kernel.library else {})
 
@@ -1968,7 +1968,7 @@ def show_times(
 
 def layers(
     shape: str, dtype: torch.dtype, device: torch.device
-) -> dict[str, tuple[Callable, int, float]]:
+) -> dict[str, tuple[functools.partial, int, float]]:
     """The matrix products and attention of a Transformer of this shape, for prefill and for a step of decoding.
 
     Returns (call, bytes, FLOPs) by name. Prefill takes all tokens of all texts at once, decoding
@@ -1983,15 +1983,15 @@ def layers(
     found, width, like = {}, torch.finfo(dtype).bits // 8, (dtype, device)
     weights = dict(qkv=(3 * C, C), out=(C, C), up=(4 * C, C), down=(C, 4 * C))
     for phase, rows, queries in (("prefill", B * T, T), ("decode", B, 1)):
-        for name, (n, k) in weights.items():
-            x, w = randn(rows, k, like=like), randn(n, k, like=like)
-            moved = width * (rows * k + n * k + rows * n)
-            found[f"{phase} {name}"] = (functools.partial(F.linear, x, w), moved, 2.0 * rows * n * k)
+        for name, (n, m) in weights.items():
+            x, w = randn(rows, m, like=like), randn(n, m, like=like)
+            moved = width * (rows * m + n * m + rows * n)
+            found[f"{phase} {name}"] = functools.partial(F.linear, x, w), moved, 2.0 * rows * n * m
         q, k, v = (randn(B, H, length, C // H, like=like) for length in (queries, T, T))
         causal = queries > 1
         call = functools.partial(F.scaled_dot_product_attention, q, k, v, is_causal=causal)
         work = 4.0 * B * queries * T * C / (1 + causal)
-        found[f"{phase} attention"] = (call, width * 2 * B * (queries + T) * C, work)
+        found[f"{phase} attention"] = call, width * 2 * B * (queries + T) * C, work
     return found
 
 
@@ -2022,7 +2022,7 @@ def roofline(points: list[tuple], top: tuple, plot: str) -> None:
         axes.loglog([low, bend, high], [low * top[0], top[1], top[1]], color="black")
         for name, *point in points:
             axes.loglog(*point, "o")
-            axes.annotate(name, point, fontsize=7, xytext=(6, 6), textcoords="offset points")
+            axes.annotate(name, tuple(point), fontsize=7, xytext=(6, 6), textcoords="offset points")
         axes.set(
             xlabel="FLOP per byte",
             ylabel="FLOP a second",
@@ -2075,7 +2075,7 @@ def launches(kernel: Kernel, sizes: tuple, dtype: torch.dtype, card: int) -> lis
     return found
 
 
-def resources(made: object, card: int) -> tuple[int, int, int, float, str]:
+def resources(made: Any, card: int) -> tuple[int, int, int, float, str]:
     """What a compiled launch takes of a multiprocessor.
 
     Returns registers of a thread, bytes a thread spills to memory for want of them, bytes of shared
@@ -2089,8 +2089,8 @@ def resources(made: object, card: int) -> tuple[int, int, int, float, str]:
         text = subprocess.run(
             [tool, "--dump-resource-usage", file], capture_output=True, text=True, check=True
         ).stdout
-    found = (re.search(rf"{name}:(\d+)", text) for name in ("REG", "STACK", "LOCAL"))
-    registers, stack, local = (int(match[1]) for match in found)
+    found = (re.findall(rf"{name}:(\d+)", text)[0] for name in ("REG", "STACK", "LOCAL"))
+    registers, stack, local = map(int, found)
     threads, shared = 32 * made.metadata.num_warps, made.metadata.shared
     blocks = min(
         65536 // (max(registers, 16) * threads),
