@@ -31,6 +31,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -164,13 +165,14 @@ class Group:
             self.exchange(None, 0, own, root)
             return own
         for other in set(range(self.size)) - {root}:
-            self.exchange(rows[other], other)
-        return own.copy_(rows[root])
+            self.exchange(rows.select(0, other), other)
+        return own.copy_(rows.select(0, root))
 
     def gather(self, own: Tensor, root: int = 0) -> Tensor | None:
         """`own` of all ranks at the root, (n, ...)"""
         if self.rank != root:
-            return self.exchange(own, root)
+            self.exchange(own, root)
+            return None
         rows = torch.stack([own] * self.size)
         for other in set(range(self.size)) - {root}:
             self.exchange(None, 0, rows[other], other)
@@ -263,7 +265,7 @@ class Mesh:
             found = re.fullmatch(r"([a-z]+)([1-9]\d*)", word)
             require(found and found[1] in AXES,
                     f"--mesh={text}: write axes with their sizes, such as dp2,tp2, from {', '.join(AXES)}")
-            self.size[found[1]] = int(found[2])
+            self.size[found.group(1)] = int(found.group(2))
         shape = list(self.size.values())
         needed = math.prod(shape)
         require(needed == world, f"--mesh={text} is for {needed} ranks, there are {world}")
@@ -488,7 +490,7 @@ class Sharder:
         rows = unit.master.new_zeros(unit.full.shape)
         for name, view in unit.views(rows).items():
             if unit.named[name].grad is not None:
-                view.copy_(unit.named[name].grad)
+                view.copy_(unit.named[name].grad)  # type: ignore[arg-type]
                 unit.named[name].grad = None
         if self.stage == 3:
             unit.free()
@@ -564,7 +566,7 @@ class TorchSharder:
 
 # ---- parts of a model: what each axis of the mesh cuts
 
-def qkv_blocks(c: object) -> list[int]:
+def qkv_blocks(c: Any) -> list[int]:
     """Rows of queries, keys and values in their one matrix"""
     groups = c.n_kv_head or c.n_head
     return [heads * c.head_width for heads in (c.n_head, groups, groups)]
@@ -583,7 +585,7 @@ CUTS = {
 }
 
 
-def cuts_of(name: str, config: object, mesh: Mesh) -> list[tuple]:
+def cuts_of(name: str, config: Any, mesh: Mesh | SimpleNamespace) -> list[tuple]:
     """How a parameter is cut: (axis, dimension, sizes), for each axis that has several ranks"""
     found = []
     for axis, rows in CUTS.items():
@@ -887,12 +889,12 @@ class Absent(nn.Module):
         return x if self.value is None else self.value
 
 
-def stage_of(gpt: nn.Module, group: Group) -> None:
+def stage_of(gpt: Any, group: Group) -> None:
     """Leave a model the layers of one stage; the names of its parameters stay.
 
     The first stage has the embedding, the last the final norm and the head; a matrix that is both, all stages have.
     """
-    mine = np.array_split(range(len(gpt.blocks)), group.size)[group.rank]
+    mine = np.array_split(np.arange(len(gpt.blocks)), group.size)[group.rank]
     for layer in {*range(len(gpt.blocks))} - {*mine.tolist()}:
         gpt.blocks[layer] = Absent()
     if group.rank < group.size - 1:
@@ -904,7 +906,7 @@ def stage_of(gpt: nn.Module, group: Group) -> None:
 
 # ---- the whole: a model on a mesh
 
-def check_split(config: object, mesh: Mesh, o: Options, batch: int) -> None:
+def check_split(config: Any, mesh: Mesh, o: Options, batch: int) -> None:
     """Raise ValueError, naming what to change, for a model that cannot be split so."""
     size, plain = mesh.size, type(config)()
     parts = (
@@ -941,7 +943,7 @@ class Split:
     A step is backward(), sync(), an optimizer's step on `pieces` (by their names in the whole model), spread().
     """
 
-    def __init__(self, objective: nn.Module, mesh: Mesh, o: Options, batch: int):
+    def __init__(self, objective: Any, mesh: Mesh, o: Options, batch: int):
         gpt, config = objective.gpt, objective.gpt.config
         check_split(config, mesh, o, batch)
         self.run, self.gpt, self.config = objective, gpt, config
@@ -975,7 +977,7 @@ class Split:
         make = partial(Sharder, self.gpt, bucket=o.bucket * 2**20, whole=whole)
         data, few = mesh.group("dp", "ep", "cp"), mesh.group("dp", "cp")  # ranks with other tokens, equal parameters
         if o.mesh in TORCH:
-            self.sharders = [TorchSharder(self.run, data, TORCH[o.mesh])]
+            self.sharders: list = [TorchSharder(self.run, data, TORCH[o.mesh])]
             self.run = self.sharders[0].run
         else:
             self.sharders = [
@@ -1023,7 +1025,7 @@ class Split:
                     self.gpt.embedding.value = x.requires_grad_(train)
                 y, count = self.run(tokens, targets) if last else (self.gpt.hidden(tokens), 0)
                 if last:
-                    totals += torch.stack((y.detach(), count))
+                    totals += torch.stack((y.detach(), count))  # type: ignore[arg-type]
                 sent += [] if last else self.pp.start(y.detach(), self.pp.rank + 1)
                 kept[i] = (x, y) if train else None
             else:
@@ -1107,7 +1109,7 @@ class Split:
     def whole(self, state: dict[str, list[Tensor]]) -> tuple[dict, dict]:
         """Weights and optimizer state of the whole model at rank 0; others have nothing"""
         rank, world = dist.get_rank(), dist.get_world_size()
-        parts = None if rank else [None] * world
+        parts: list | None = None if rank else [None] * world
         dist.gather_object(self.export(state), parts)
         weights, states = assemble(parts, self.config, world) if parts else ({}, {})
         return self.gpt.state_dict() | weights, states  # the former for its buffers
@@ -1146,7 +1148,7 @@ def split_model(objective: nn.Module, kind: str, optimizer: str, batch: int) -> 
     return engine(objective, o, batch)
 
 
-def assemble(parts: list[dict], config: object, world: int) -> tuple[dict, dict]:
+def assemble(parts: list[dict], config: Any, world: int) -> tuple[dict, dict]:
     """Weights and optimizer state of the whole model from all ranks' parts. Raises ValueError where one is missing."""
     ranks = {str(part["at"]) for part in parts}
     require(len(ranks) == world, f"{len(ranks)} parts are there, {world} were written")
@@ -1172,7 +1174,8 @@ def assemble(parts: list[dict], config: object, world: int) -> tuple[dict, dict]
 
 # ---- the harness: each form against one process with the same batches
 
-SHAPE = dict(vocab_size=64, block_size=32, n_layer=4, n_head=8, n_kv_head=4, n_embd=32, balance_loss=0.0, router_z=0.0)
+SHAPE: dict[str, Any] = dict(vocab_size=64, block_size=32, n_layer=4, n_head=8, n_kv_head=4, n_embd=32,
+                             balance_loss=0.0, router_z=0.0)
 BATCH = 8
 # Each form is what a user could write; n is the number of ranks, h half of it. The first four are data parallel with
 # other settings: how much travels at a time, and when.
@@ -1539,17 +1542,14 @@ def process(rank: int, o: Options, words: list[str], file: str) -> None:
     torch.set_default_dtype(getattr(torch, o.dtype))
     torch.set_num_threads(1)
     Group.timeout = datetime.timedelta(seconds=o.timeout)
-    own = dict(
-        init_method=f"file://{file}",
-        rank=rank,
-        world_size=o.ranks,
-    )
+    own: dict = dict(init_method=f"file://{file}", rank=rank, world_size=o.ranks)
     dist.init_process_group("gloo", timeout=Group.timeout, **own if file else {})
     atexit.register(dist.destroy_process_group)  # a thread of gloo that frees a tensor while Python ends aborts it
     sys.stdout = open(os.devnull, "w") if dist.get_rank() else sys.stdout
     agree(**vars(o))
-    fine = bench_collectives() is None if o.bench_collectives else harness(o, words)
-    sys.exit(not fine)
+    if o.bench_collectives:
+        bench_collectives()
+    sys.exit(not (o.bench_collectives or harness(o, words)))
 
 
 def main():
