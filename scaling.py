@@ -36,6 +36,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -137,7 +138,7 @@ class Runs:
     def __len__(self):
         return len(self.rows)
 
-    def keep(self, which: np.ndarray) -> "Runs":
+    def keep(self, which: np.ndarray | list) -> "Runs":
         """Some of them, by a mask or by places."""
         places = np.arange(len(self))[which]
         return Runs([self.rows[i] for i in places])
@@ -420,7 +421,7 @@ class Powers:
     axis = "N"  # what the value is
     doubts = ()  # what these runs cannot tell
 
-    def fit(self, c: list, values: list, k: float) -> None:
+    def fit(self, c: np.ndarray | list, values: list, k: float) -> None:
         """Fit log value (G, S) against log C (G,); k is FLOPs for each parameter and token."""
         self.k = k
         self.slope, self.height = np.polyfit(c, np.stack(values), 1)
@@ -495,8 +496,7 @@ class Envelope(Powers):
         begin = np.median([flops[0] for flops, _ in curves])
         end = max(flops[-1] for flops, _ in curves)
         c = np.linspace(begin, end, 200)
-        heights = [np.interp(c, *curve, left=math.inf, right=math.inf) for curve in curves]
-        heights = np.stack(heights)  # (R, 200)
+        heights = np.stack([np.interp(c, x, y, left=math.inf, right=math.inf) for x, y in curves])  # (R, 200)
         covered = np.isfinite(heights).any(0)
         c, heights = c[covered], heights[:, covered]
         # Runs are drawn anew with repetition here: a weight would not move the lowest of some curves.
@@ -506,7 +506,7 @@ class Envelope(Powers):
         best = np.stack([some[heights[some].argmin(0)] for some in chosen])  # (S, 200)
         reached = np.stack([np.isfinite(heights[some].min(0)) for some in chosen])
         best = np.where(reached, best, best[0])  # no run that was drawn is as long
-        self.fit(c, np.log(runs.N)[best].T, runs.flops_each())
+        self.fit(c, list(np.log(runs.N)[best].T), runs.flops_each())
 
 
 DELTA = 1e-3  # of huber, in the logarithm of the loss (Hoffmann et al. 2022)
@@ -705,8 +705,8 @@ class Ledger:
         start = round(steps * (1 - self.o.reuse))
         options = plan["options"] | dict(max_iters=start)
         name = key_of(options | dict(max_iters="any"))
-        before = [row["start"] for row in self.rows.values() if row.get("trunk") == name]
-        before = max(before, default=0)
+        starts = [row["start"] for row in self.rows.values() if row.get("trunk") == name]
+        before = max(starts, default=0)
         trunk = self.folder / "runs" / name
         words = ["--schedule=wsd", f"--decay_from={start}"]
         if start < before or self.launch(options, trunk, "--schedule=constant"):
@@ -726,7 +726,7 @@ class Ledger:
         command = shlex.split(self.o.launch.replace("{command}", shlex.join(command)))
         threads = (os.cpu_count() or 1) // self.workers
         environment = {"OMP_NUM_THREADS": str(max(1, threads)), **os.environ}
-        pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        pipes: dict = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         while True:  # standard error is read for the reason; the log has all else
             done = subprocess.run(command, env=environment, **pipes)
             if "another run is training" not in done.stderr:
@@ -778,7 +778,7 @@ class Table(Ledger):
         return dict(plan, paid=plan["C"])
 
 
-def alike(stored: object, asked: object) -> bool:
+def alike(stored: Any, asked: Any) -> bool:
     """Whether a table's value is the one asked for; numbers may be written in another way."""
     try:
         return math.isclose(float(stored), float(asked), rel_tol=1e-6)
@@ -889,7 +889,7 @@ def grid(text: str) -> list[dict]:
             name, part = head, value
         require(name, f"--sweep={text}: write name:values,name:values, such as learning_rate:1e-3..1e-1:5")
         try:
-            numbers = [int(x) if x == int(x) else x for x in spread(part)]
+            numbers: list = [int(x) if x == int(x) else x for x in spread(part)]
         except (ValueError, OverflowError):
             good = re.fullmatch(r"[A-Za-z][\w-]*", part)
             require(good, f"--sweep: {part!r} is neither a number, a range nor a word")
@@ -936,7 +936,7 @@ def mup(o: Options, ledger: Ledger) -> None:
         near, places = 4, []
         # Few steps of small batches, so that the rate matters; depth and head width are the same at all widths.
         for width in (32, 64, 128, 256):
-            fixed = dict(
+            fixed: dict = dict(
                 init=init, base_width=32, n_embd=width, n_layer=2, n_head=width // 32, ngram=0, block_size=64,
                 optimizer="adamw", weight_decay=0.0, batch_size=8, max_iters=150, warmup_iters=10, eval_tokens=2**15,
             )
@@ -1148,8 +1148,8 @@ def write_page(o: Options, said: list[str], sha256: str) -> None:
         "```\n" + "\n\n".join(said) + "\n```",
     ]
     if o.plot:
-        path = os.path.relpath(o.plot, o.output)
-        parts.append(f"![curves, runs of equal FLOPs, best sizes, least losses]({path})")
+        plot = os.path.relpath(o.plot, o.output)
+        parts.append(f"![curves, runs of equal FLOPs, best sizes, least losses]({plot})")
     path = Path(o.output) / "report.md"
     write(path, "\n\n".join(parts) + "\n")
     print(f"{path} holds this")
@@ -1192,7 +1192,7 @@ def draw_study(path: str, runs: Runs, fits: dict, target: float, measured: tuple
     budgets = main.budgets()
     curves, valleys, sizes, losses = [], [], [], []
     for at in budgets:
-        label = f"{main.C[at].mean():.2g} FLOPs"
+        label: Any = f"{main.C[at].mean():.2g} FLOPs"
         valleys.append((label, "o", main.N[at], main.loss[at]))
         points = []
         for i in at:
@@ -1287,7 +1287,7 @@ def main() -> None:
         return
     if measured:  # the picture of the study, with what came of its prediction
         o.fit = o.fit or str(Path(o.output) / "runs.jsonl")
-    ledger = None if o.fit else Table(o) if o.table else Ledger(o)
+    ledger: Any = None if o.fit else Table(o) if o.table else Ledger(o)
     if o.sweep or o.mup:
         require(ledger, "--fit runs nothing; leave it out")
         return sweep(o, ledger) if o.sweep else mup(o, ledger)
