@@ -193,6 +193,14 @@ def asked(row: dict) -> list[list[dict]]:
     return [messages + [dict(role="assistant", content="")]]
 
 
+def load(path: str | Path, device: str) -> tuple[GPT, bpe.Tokenizer]:
+    """Model and tokenizer of a checkpoint, as sample.load gives them. Raises ValueError where it has no tokenizer."""
+    gpt, tokenizer = sample.load(path, device)
+    if not tokenizer:
+        raise ValueError(f"{path} has no tokenizer: it takes and gives no text")
+    return gpt, tokenizer
+
+
 def tokenised(tokenizer: bpe.Tokenizer, messages: list[dict], o: Options) -> dict:
     """A conversation as `ids` and `mask`, and `prompt`, the ids before its last message."""
     ids, mask = sample.render(messages, o.template, tokenizer)
@@ -462,12 +470,8 @@ ADVANTAGES = {
 }
 
 
-def gae(
-    rewards: list[float],
-    values: list[float],
-    gamma: float,
-    lam: float,
-) -> list[float]:
+def gae(rewards: Sequence[float], values: Sequence[float], gamma: float,
+        lam: float) -> Sequence[float]:
     """Advantages A_t = d_t + gamma lam A_(t+1), d_t = r_t + gamma V_(t+1) - V_t (Schulman et al. 2016).
 
     With values of 0 and lam = 1 these are sums of the rewards to come.
@@ -558,7 +562,7 @@ def respond(
     """
     stops, form, tool = TOOLS[o.tool]
     end, sampling = sample.TEMPLATES[o.template][2], Sampling(temperature, 0)
-    samples = []
+    samples: list[dict] = []
     for ids in prompts:
         samples.append(dict(ids=ids[:], mask=[0] * len(ids), old=[], done="stop"))
     while going := [i for i, s in enumerate(samples) if s["done"] == "stop"]:
@@ -638,7 +642,8 @@ def same(a: str, b: str, tolerance: float = 0.0) -> bool:
     """Equal as numbers, or as texts. A unit may be left out but not be another one; 50% is 50, and 0.5 too."""
     if not (number(a) and number(b)):
         return tidy(a) == tidy(b)
-    (x, unit), (y, other) = sorted([number(a), number(b)], key=lambda pair: pair[1] != "%")  # percent comes first
+    # percent comes first
+    (x, unit), (y, other) = sorted(filter(None, [number(a), number(b)]), key=lambda pair: pair[1] != "%")
     scales = (1, 100) if unit == "%" != other else (1,)
     near = any(abs(x / scale - y) <= tolerance * abs(y) for scale in scales)
     return near and (unit == other or "" in (unit, other))
@@ -835,13 +840,13 @@ def sandbox(program: str, calls: Sequence[str], given: object = None, seconds: f
     """
     tool, root = shutil.which("unshare"), os.geteuid() == 0
     require(tool or unsafe, "the sandbox needs util-linux's `unshare`; --unsafe does without one")
-    command = [tool, "--fork", "--kill-child", "--pid", "--net", "--mount", "--ipc", "--uts"]
+    command: list = [tool, "--fork", "--kill-child", "--pid", "--net", "--mount", "--ipc", "--uts"]
     command += [] if root else ["--user", "--map-root-user"]  # root's is made inside, when it has become nobody
     command = [] if unsafe else command
     own = [] if unsafe else [f"{sys.base_prefix}/lib", "/lib", "/lib64", "/usr/lib", "/usr/lib64"]
     limits = LIMITS | dict(RLIMIT_CPU=int(seconds) + 1)
     request = json.dumps(dict(program=program, calls=calls, given=given, own=own, root=root, limits=limits))
-    source = "".join(map(inspect.getsource, (plain, confine, work))) + "work()"
+    source = inspect.getsource(plain) + inspect.getsource(confine) + inspect.getsource(work) + "work()"
     reader, writer = os.pipe()  # its 64 KB are the bound of what comes back: a program that writes more has to wait
     os.set_blocking(reader, False)
     with open(reader, "rb", 0) as answers:
@@ -901,7 +906,7 @@ def own_verifier(spec: str, seconds: float, unsafe: bool) -> Callable:
     return call
 
 
-VERIFIERS = {
+VERIFIERS: dict = {
     "exact": exact,
     "gsm8k": word_problem,
     "format": formatted,
@@ -923,7 +928,7 @@ def verify(name: str, responses: Sequence[str], rows: Sequence[dict], lenient: b
     if name == "code" or not ours:
         sandbox("", [], unsafe=unsafe)  # where none can be made, that is no response's failure
     # these come last: no row of the data can switch the sandbox off
-    settings = dict(lenient=lenient) if ours else {}
+    settings: dict = dict(lenient=lenient) if ours else {}
     settings |= dict(seconds=seconds, unsafe=unsafe) if name == "code" else {}
     known = inspect.signature(function).parameters
     reasons = []
@@ -954,7 +959,7 @@ class Judge:
     def __init__(self, o: Options):
         self.o = o
         require(o.judge, "--judge=URL of an endpoint, or a checkpoint, is needed")
-        self.local = None if "://" in o.judge else sample.load(o.judge, o.device)
+        self.local = None if "://" in o.judge else load(o.judge, o.device)
 
     def reply(self, text: str) -> str:
         """What the judge says to a text. Raises OSError when the endpoint fails four times."""
@@ -1069,7 +1074,7 @@ def read_items(o: Options, tokenizer: bpe.Tokenizer, block: int) -> list:
 def objective(o: Options) -> Callable:
     """The function that turns what the policy says into a loss."""
     table = {"nll": imitation_loss} | dict.fromkeys(PREFERENCES, preference_loss) | dict.fromkeys(POLICIES, policy_loss)
-    tables = dict(loss=table, advantage=ADVANTAGES, mean=MEANS, kl_kind=KL, tool=TOOLS)
+    tables: dict = dict(loss=table, advantage=ADVANTAGES, mean=MEANS, kl_kind=KL, tool=TOOLS)
     tables |= dict(ratio=("token", "sequence"), schedule=train.SCHEDULES, optimizer=train.OPTIMIZERS)
     for name, keys in tables.items():
         require(getattr(o, name) in keys, f"--{name}={getattr(o, name)}: choose from {', '.join(keys)}")
@@ -1354,10 +1359,9 @@ def align(words: list[str]) -> tuple[dict, dict]:
     o = options(Options, ALGORITHMS[o.algorithm].split() + words)
     o.verifier = o.verifier or "refuse" * (o.task == "refuse")
     check_numbers(o)
-    gpt, tokenizer = sample.load(o.ckpt, o.device)
+    gpt, tokenizer = load(o.ckpt, o.device)
     gpt.config.counts = 0
     gpt.counts = Counts(gpt.config)  # none, for those of the text know nothing of what is learned here
-    require(tokenizer, f"{o.ckpt} has no tokenizer: it takes and gives no text")
     items = read_items(o, tokenizer, gpt.config.block_size)
     require(len(items) > 1, f"--data={o.data} has one row; one is held out, so two are needed")
     n = max(1, min(o.eval_rows, len(items) // 10))
@@ -1408,7 +1412,7 @@ def conclude(trainer: Trainer, held: list, first: dict, final: dict):
 
 def examine(o: Options):
     """Print how a checkpoint answers the prompts of --data: by a verifier, or a judge against the rows' responses."""
-    gpt, tokenizer = sample.load(o.ckpt, o.device)
+    gpt, tokenizer = load(o.ckpt, o.device)
     verifier = {"ifeval": "ifeval", "winrate": "judge"}.get(o.eval, o.verifier)
     require(o.eval in ("verify", "ifeval", "winrate"), f"--eval={o.eval}: choose from verify, ifeval, winrate")
     o = dataclasses.replace(o, loss="plain", verifier=verifier)
@@ -1424,7 +1428,7 @@ def examine(o: Options):
 
 def label(o: Options):
     """Show two responses to each prompt of --label, and append which is better to OUTPUT/preferences.jsonl."""
-    gpt, tokenizer = sample.load(o.ckpt, o.device)
+    gpt, tokenizer = load(o.ckpt, o.device)
     path = Path(o.output) / "preferences.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     o = dataclasses.replace(o, loss="plain", data=o.label)
@@ -1548,8 +1552,8 @@ def material(o: Options, folder: Path):
 
 def prefer(o: Options, folder: Path):
     """Write pairs of a right and a wrong response of the SFT model to one prompt."""
-    gpt, tokenizer = sample.load(folder / "sft" / "ckpt.pt", o.device)
-    o = dataclasses.replace(o, data=folder / "prompts.jsonl")
+    gpt, tokenizer = load(folder / "sft" / "ckpt.pt", o.device)
+    o = dataclasses.replace(o, data=str(folder / "prompts.jsonl"))
     items = read_items(o, tokenizer, gpt.config.block_size)[:1200]
     every = [s for [s] in items for _ in range(o.group)]
     samples = respond(gpt, tokenizer, [s["prompt"] for s in every], o, f"pairs {o.seed}")
@@ -1569,7 +1573,7 @@ def prefer(o: Options, folder: Path):
 
 def standing(o: Options, folder: Path, name: str, start: str) -> dict:
     """A row of the table, from the checkpoints before and after."""
-    before, tokenizer = sample.load(folder / start / "ckpt.pt", o.device)
+    before, tokenizer = load(folder / start / "ckpt.pt", o.device)
     gpt, _ = sample.load(folder / name / "ckpt.pt", o.device)
     test, score = read_items(o, tokenizer, gpt.config.block_size), scorer(o, tokenizer)
     old, new = (grade(model, tokenizer, test, o, score) for model in (before, gpt))
@@ -1581,7 +1585,7 @@ def standing(o: Options, folder: Path, name: str, start: str) -> dict:
 
 def prompted(o: Options, folder: Path):
     """Print what prompts alone reach: the base model behind two solved examples, the SFT model by a vote of 8."""
-    gpt, tokenizer = sample.load(folder / "base" / "ckpt.pt", o.device)
+    gpt, tokenizer = load(folder / "base" / "ckpt.pt", o.device)
     test, score = read_items(o, tokenizer, gpt.config.block_size), scorer(o, tokenizer)
     shots = [json.loads(line) for line in open(folder / "demonstrations.jsonl")][:2]
     begin = END + "".join(f"{row['prompt']} {row['response']}\n" for row in shots)
