@@ -388,7 +388,7 @@ class State:
         """A new state whose row i is a copy of row rows[i] (one prompt, several samples)."""
         layers = [[x[rows] for x in kept] for kept in self.layers]
         numbers: list = [[of[row] for row in rows] for of in (self.lengths, self.start, self.room)]
-        return State(layers, *numbers, self.recurrent)
+        return State(layers, *numbers, recurrent=self.recurrent)
 
     def put(self, row: int, other: "State", of: int) -> None:
         """Make a row a copy of row `of` of another state, whose last call was of as many tokens."""

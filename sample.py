@@ -39,6 +39,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -257,10 +258,10 @@ class Past:
         self.model = model
         self.capacity = capacity
         self.tokens = []
-        self.state = None
+        self.state: Any = None
         self.computed = 0  # tokens that went through the model
 
-    def take_in(self, tokens: list[int], asked: int = 1) -> Tensor:
+    def take_in(self, tokens: list[int], asked: int = 1) -> Any:
         """The model's output (1, 1, C) at the last of some tokens, at most `capacity` of them, if it is `asked` for."""
         known = len(os.path.commonprefix([self.tokens, tokens[:len(tokens) - asked]]))
         try:
@@ -285,7 +286,7 @@ def run_on(model: GPT, rows: list, state: State) -> Tensor:
     return model.hidden(torch.tensor(padded, device=next(model.parameters()).device), state)
 
 
-def side_by_side(contexts: list[tuple]) -> Iterator[tuple[list[tuple], int]]:
+def side_by_side(contexts: Iterable[tuple]) -> Iterator[tuple[list[tuple], int]]:
     """Contexts that are computed together, of which a call sees CHUNK tokens at most, and how many all begin with.
 
     >>> list(side_by_side([(1, 2), (1, 3, 4), (*range(900),), (*range(899),)]))[1]
@@ -311,8 +312,8 @@ def join(states: list[State]) -> State:
         layers.append([torch.cat(parts) for parts in zip(*kept)])
         for parts in kept:
             parts.clear()
-    numbers = [sum((getattr(state, name) for state in states), []) for name in ("lengths", "start", "room")]
-    return State(layers, *numbers, states[0].recurrent)
+    numbers: list = [sum((getattr(state, name) for state in states), []) for name in ("lengths", "start", "room")]
+    return State(layers, *numbers, recurrent=states[0].recurrent)
 
 
 def resized(state: State, room: int) -> State:
@@ -448,7 +449,8 @@ class Engine:
     def clear(self) -> None:
         """Forget all requests, and what memory they hold."""
         self.past = Past(self.model, self.capacity)
-        self.state = self.recorded = None
+        self.state: Any = None
+        self.recorded: Recorded | None = None
         self.rows = []  # whose each row of the state is; where the request is done, the row waits for another
         self.waiting = collections.deque()
 
@@ -859,7 +861,7 @@ def complete(engine: Engine, tokenizer: Tokenizer, requests: list, shown: Reques
     return [request.said[0] for request in requests]
 
 
-def generate(model: GPT, tokenizer: Tokenizer | None, prompts: Sequence[str], **how) -> list[str]:
+def generate(model: GPT, tokenizer: Tokenizer, prompts: Sequence[str], **how) -> list[str]:
     """Continue all prompts in one batch; `how` are arguments of `ask` (n_samples, stop, seed, temperature, ...).
 
     Returns the new texts without their prompts, the samples of one prompt behind each other. A text depends on its own
@@ -891,7 +893,7 @@ def render(messages: list[dict], template: str, tokenizer: Tokenizer, reply: boo
     before, head, end, after = TEMPLATES[template]
     lacking = set(re.findall(r"<\|\w+\|>", before + head + end)) - tokenizer.special_tokens.keys()
     require(not lacking, f"--template={template} needs the special tokens {', '.join(sorted(lacking))}")
-    pieces = [(before, "all", 0)]
+    pieces: list = [(before, "all", 0)]
     for message in messages:
         role, content = message.get("role"), message.get("content")
         require(role in ROLES and isinstance(content, str), f"a message has a role of {ROLES} and a text as content")
@@ -1075,13 +1077,13 @@ class Exam:
             self.engine.submit(request)
         texts = complete(self.engine, self.tokenizer, requests)
         gold, *answers = map(final_number, [right, *texts])
-        scores = {"answer": texts}
+        scores: dict = {"answer": texts}
         n = len(answers)
         for k in {1, n}:
             scores[f"pass@{k}"] = [pass_at(k, answers.count(gold), n), 1]
         if n > 1:  # one answer of n: the most frequent (Wang et al. 2022), that of the text with the likeliest tokens
             counts = collections.Counter(filter(None, answers))
-            vote = max(counts, key=counts.get, default="")
+            vote = max(counts, key=counts.__getitem__, default="")
             mean = [sum(request.logprobs) / max(1, len(request.logprobs)) for request in requests]
             best = mean.index(max(mean))
             scores[f"maj@{n}"] = [int(vote == gold), 1]
@@ -1187,7 +1189,7 @@ class Exam:
 
 
 # items, grade; reader, files, files of solved examples ({}: the first name without its ending), what comes before them
-TASKS = {
+TASKS: dict = {
     "ppl": (Exam.windows, Exam.text),
     "passkey": (Exam.passkeys, Exam.found),
     "hellaswag": (Exam.items, Exam.choice, hellaswag, "*hellaswag*val*.jsonl", "*hellaswag*train*.jsonl", ""),
@@ -1222,7 +1224,7 @@ class Refusal(ValueError):
     """A reply that is an error: HTTP status, message, `param` or `code` of OpenAI's form."""
 
 
-def insist(holds: bool, status: int, message: str, **more) -> None:
+def insist(holds: object, status: int, message: str, **more) -> None:
     """Raise Refusal unless `holds`."""
     if not holds:
         raise Refusal(status, message, more)
@@ -1313,7 +1315,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.server.statuses[status] += 1
         self.send_response(status)
         headers = {"Content-Type": kind, "X-Content-Type-Options": "nosniff"}
-        headers |= {"Content-Length": len(data)} if data else {"Cache-Control": "no-store"}
+        headers |= {"Content-Length": str(len(data))} if data else {"Cache-Control": "no-store"}
         for header in headers.items():
             self.send_header(*header)
         self.end_headers()
@@ -1371,7 +1373,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def prompts(self, body: dict, chat: bool) -> list[list[int]]:
         """The prompts of a request as token ids."""
         server, name = self.server, "messages" if chat else "prompt"
-        given = body.get(name)
+        given: Any = body.get(name)
         insist(given, 400, f"{name} is missing, or empty", param=name)
         given = [given] if chat or isinstance(given, str) or type(given[0]) is int else given
         insist(len(given) * body.get("n", 1) <= QUEUE, 400, f"at most {QUEUE} texts can be asked for", param=name)
@@ -1393,7 +1395,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """The requests to the engine; what is left open is as the options of the command line say."""
         o, vocab_size = self.server.o, self.server.engine.vocab_size
         how = wishes(o) | {name: body[name] for name in vars(Sampling()) if name in body}
-        stops = body.get("stop", how["stop"])
+        stops: Any = body.get("stop", how["stop"])
         stops = [stops] if isinstance(stops, str) else stops
         good = len(stops) <= 64 and all(type(stop) is str and 0 < len(stop) <= 64 for stop in stops)
         insist(good, 400, "stop must be up to 64 texts of 1 to 64 characters", param="stop")
@@ -1714,10 +1716,12 @@ def main() -> None:
         return print(f"next: python train.py --init_from={o.output}, which goes on with what is left")
     if "LOCAL_RANK" in os.environ:  # torchrun
         require(o.eval, "torchrun starts several processes, which is for --eval alone")
-        torch.cuda.is_available() and torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("gloo")
         atexit.register(dist.destroy_process_group)  # a thread of gloo that frees a tensor while Python ends aborts it
         sys.stdout = open(os.devnull, "w") if dist.get_rank() else sys.stdout  # one of them prints
+    tokenizer: Any  # where it is None, `ask` refuses text
     model, tokenizer = load(o.ckpt, o.device)
     require(o.dtype in DTYPES, f"--dtype={o.dtype}: choose from {', '.join(DTYPES)}")
     model.to(getattr(torch, o.dtype))
