@@ -4,7 +4,7 @@ Usage: python tests/bench_data.py [--bytes=1e9]
        python tests/bench_data.py --pages=FOLDER
        python tests/bench_data.py --dedup=FOLDER
        python tests/bench_data.py --lines=1e9 --rate=1e-4
-       python tests/bench_data.py --pipeline=FOLDER
+       python tests/bench_data.py --pipeline=FOLDER [--datatrove=PYTHON]
 
 With --pages: F1 and seconds a page of `extract` and of trafilatura, if that is installed, in turns over the pages
 FOLDER/*.html.gz with FOLDER/ground-truth.json (the multiset of 4-grams of words, macro precision and recall); and the
@@ -15,7 +15,9 @@ similarity of each pair), by datasketch and by rensa (which give candidates), in
 FOLDER/debian_copyright_pairs.json. With --lines: peak memory of the step `lines` over so many bytes of generated text in
 which a fifth of the lines are repeated, and the share of the new lines that was taken for seen. With --pipeline: MB of
 HTML a second through a whole pipeline over the pages of FOLDER in a WARC file, each page several times with other words
-in it, with one worker and with two, and the peak memory at two sizes.
+in it, with one worker and with two, and the peak memory at two sizes; beside it datatrove, with extraction by trafilatura,
+a filter by length, masks of personal data and its four stages of MinHash, if a PYTHON has datatrove[processing,io], python-magic
+and faust-cchardet (it wants another trafilatura than --pages).
 
 The text is the Python standard library's, repeated until it has that many bytes: first as one document without a break,
 then as one document a file, <|endoftext|> between them. The tokenizer is a BPE of 8,192 tokens, trained once before.
@@ -45,6 +47,28 @@ import bpe  # noqa: E402
 import data  # noqa: E402
 
 END = "<|endoftext|>"
+DATATROVE = """
+import sys
+from datatrove.executor import LocalPipelineExecutor
+from datatrove.pipeline.dedup import MinhashDedupBuckets, MinhashDedupCluster, MinhashDedupFilter, MinhashDedupSignature
+from datatrove.pipeline.extractors import Trafilatura
+from datatrove.pipeline.filters import LambdaFilter
+from datatrove.pipeline.formatters import PIIFormatter
+from datatrove.pipeline.readers import JsonlReader, WarcReader
+from datatrove.pipeline.writers import JsonlWriter
+
+source, name, out = sys.argv[1:]
+stages = [
+    [WarcReader(source, glob_pattern=name), Trafilatura(), LambdaFilter(lambda document: len(document.text) > 200), PIIFormatter(),
+     JsonlWriter(f"{out}/texts")],
+    [JsonlReader(f"{out}/texts"), MinhashDedupSignature(f"{out}/signatures")],
+    [MinhashDedupBuckets(f"{out}/signatures", f"{out}/buckets")],
+    [MinhashDedupCluster(f"{out}/buckets", f"{out}/removed")],
+    [JsonlReader(f"{out}/texts"), MinhashDedupFilter(f"{out}/removed"), JsonlWriter(f"{out}/documents")],
+]
+for stage in stages:
+    LocalPipelineExecutor(stage, tasks=14 if type(stage[0]) is MinhashDedupBuckets else 1, workers=1).run()
+"""
 
 
 def family(pid: int) -> list[int]:
@@ -68,10 +92,10 @@ def memory(pid: int) -> int:
     return total
 
 
-def measured(words: list[str]) -> tuple[int, float]:
+def measured(words: list[str], python: str = sys.executable) -> tuple[int, float]:
     """Peak memory in bytes and seconds of a command."""
     began, peak = time.perf_counter(), 0
-    process = subprocess.Popen([sys.executable, *words], stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([python, *words], stdout=subprocess.DEVNULL)
     while process.poll() is None:
         peak = max(peak, memory(process.pid))
         time.sleep(0.1)
@@ -217,8 +241,8 @@ def deduplicate_lines(size: int, folder: Path, rate: float) -> None:
           f"{seconds:.0f} s, {written / 1e6 / seconds:.1f} MB/s; {fresh - kept:,} new lines taken for seen: {(fresh - kept) / fresh:.2e}")
 
 
-def run_pipeline(pages: Path, folder: Path) -> None:
-    """MB of HTML a second with one worker and with two, in turns, and peak memory at two sizes."""
+def run_pipeline(pages: Path, folder: Path, datatrove: str) -> None:
+    """MB of HTML a second with one worker and with two, and of datatrove, in turns, and peak memory at two sizes."""
     texts = [gzip.decompress(path.read_bytes()) for path in sorted(pages.glob("*.html.gz"))]
     names = [str(number) for number in range(1000)]
 
@@ -226,25 +250,29 @@ def run_pipeline(pages: Path, folder: Path) -> None:
         for number in range(times * len(texts)):  # letters in other places, so that copies differ
             page = texts[number % len(texts)].replace(b" the ", f" the {names[number // len(texts)]} ".encode())
             url = f"http://site{number % 97}.org/{number}"
-            yield {"WARC-Type": "response", "WARC-Target-URI": url}, page
+            yield {"WARC-Type": "response", "WARC-Target-URI": url, "WARC-Record-ID": f"<urn:{number}>", "WARC-Date": "2026-01-01T00:00:00Z",
+                   "WARC-Identified-Payload-Type": "text/html", "Content-Type": "text/html"}, page
 
     steps = "--steps=extract,length,pii,urls,exact,lines,dedup"
     times, sizes = {}, {}
     for times_over in (4, 16):
         data.write_warc(folder / f"{times_over}.warc.gz", records(times_over))
         sizes[times_over] = times_over * sum(map(len, texts))
+    ours = [str(ROOT / "data.py"), f"--input={folder}/4.warc.gz", f"--output={folder}/out", steps]
+    commands = {f"{workers} workers": ([*ours, f"--workers={workers}"], sys.executable) for workers in (1, 2)}
+    if datatrove:
+        commands["datatrove, 1 worker"] = ["-c", DATATROVE, str(folder), "4.warc.gz", f"{folder}/out"], datatrove
     for _ in range(3):
-        for workers in (1, 2):
-            words = [str(ROOT / "data.py"), f"--input={folder}/4.warc.gz", f"--output={folder}/out", steps, f"--workers={workers}"]
+        for name, command in commands.items():
             subprocess.run(["rm", "-rf", f"{folder}/out"], check=True)
             before = os.times()
-            _, seconds = measured(words)
+            _, seconds = measured(*command)
             after = os.times()
             used = after.children_user + after.children_system - before.children_user - before.children_system
-            times.setdefault(workers, []).append((seconds, used))
-    for workers, rows in times.items():
+            times.setdefault(name, []).append((seconds, used))
+    for name, rows in times.items():
         seconds, used = statistics.median(row[0] for row in rows), statistics.median(row[1] for row in rows)
-        print(f"{workers} workers, {sizes[4] / 1e6:.0f} MB of HTML: {seconds:.1f} s, {sizes[4] / 1e6 / seconds:.2f} MB/s; "
+        print(f"{name}, {sizes[4] / 1e6:.0f} MB of HTML: {seconds:.1f} s, {sizes[4] / 1e6 / seconds:.2f} MB/s; "
               f"processor time {used:.1f} s, {sizes[4] / 1e6 / used:.2f} MB/s a core")
     for times_over in sizes:
         words = [str(ROOT / "data.py"), f"--input={folder}/{times_over}.warc.gz", f"--output={folder}/{times_over}", steps, "--workers=2"]
@@ -257,6 +285,7 @@ def main():
     parser.add_argument("--bytes", type=float, default=1e9)
     for name in ("pages", "dedup", "pipeline"):
         parser.add_argument(f"--{name}", type=Path)
+    parser.add_argument("--datatrove", default="", help="a Python that has it")
     parser.add_argument("--lines", type=float, default=0)
     parser.add_argument("--rate", type=float, default=1e-4)
     words = parser.parse_args()
@@ -272,7 +301,7 @@ def main():
     if words.lines or words.pipeline:
         with tempfile.TemporaryDirectory() as folder:
             if words.pipeline:
-                return run_pipeline(words.pipeline, Path(folder))
+                return run_pipeline(words.pipeline, Path(folder), words.datatrove)
             return deduplicate_lines(int(words.lines), Path(folder), words.rate)
     with tempfile.TemporaryDirectory() as folder:
         tokenizer, text = Path(folder, "tokenizer.json"), Path(folder, "text.txt")
