@@ -2,12 +2,14 @@
 
 Usage: python tests/bench_align.py ALIGNED [--seeds=3]      (the folder that `python align.py` wrote)
        python tests/bench_align.py --lora=16                (of no folder: what adapters save, in GPT-2's shape)
-       python tests/bench_align.py --rollouts               (against transformers, a model of the demonstration's size)
+       python tests/bench_align.py --rollouts               (against transformers, in two settings)
 
 The second line takes one step of `--algorithm=sft` with all weights and one with adapters of this rank, in single precision, and adds
 up the bytes of the gradients that come to be and of what the optimizer keeps. The third writes the responses of a step of GRPO, 8 to
-each of 32 prompts, 20 tokens each: by align.respond, and by transformers' `generate` with the same weights on the same prompts, which
-keeps no log-probabilities; in turns, the median of 5. Of the first line each row is `python align.py --algorithm=sft` as in the demonstration, on the first rows of demonstrations.jsonl, another part of
+each prompt: by align.respond, which keeps their log-probabilities; by transformers' `generate` with the same weights on the same
+prompts and, for the log-probabilities, its forward pass over all; and by `generate` alone; in turns, the median of 5. The settings are
+32 prompts of 8 tokens and 20 new ones, the model of the demonstration; 8 prompts of 400 tokens, as with solved examples, and 60 new
+ones at most, 4 layers of width 256. Of the first line each row is `python align.py --algorithm=sft` as in the demonstration, on the first rows of demonstrations.jsonl, another part of
 them for each seed, for the same number of steps. Then the 300 held-out sums are graded: strict, and lenient about the form.
 """
 import argparse
@@ -22,6 +24,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+SETTINGS = {  # shape, prompts, their tokens, those of a response
+    "as the demonstration": ("--block_size=128 --n_layer=2 --n_embd=64", 32, 8, 20),
+    "prompts of 400 tokens, 4 layers of width 256": ("--block_size=512 --n_layer=4 --n_embd=256", 8, 400, 60),
+}
 HOW = "--template=bare --max_new_tokens=20 --verifier=gsm8k"
 
 
@@ -42,8 +48,8 @@ def kept_bytes(rank, preset="gpt2"):
     return sum(weights), sum(grads), sum(states)
 
 
-def rollouts(prompts=32, group=8, new=20):
-    """Seconds for the responses of one step: by align.respond, by transformers."""
+def rollouts(shape, prompts, length, new, group=8):
+    """Seconds for the responses of one step, 8 to each prompt: by align.respond, by transformers with and without log-probabilities."""
     import torch
     import transformers
 
@@ -52,20 +58,27 @@ def rollouts(prompts=32, group=8, new=20):
     import model
     torch.manual_seed(0)
     tokenizer = bpe.train("char", ["".join(map(chr, range(32, 127))) + "\n"], 100, workers=1)
-    shape = "--block_size=128 --n_layer=2 --n_head=2 --n_embd=64 --ffn=gelu --norm=layernorm --qk_norm=False --position=learned --bias=True"
+    shape += " --n_head=2 --ffn=gelu --norm=layernorm --qk_norm=False --position=learned --bias=True"
     gpt = model.GPT(align.options(model.Config, f"{shape} --vocab_size={tokenizer.vocab_size}".split())).eval()
     with tempfile.TemporaryDirectory() as folder:
         model.export_hf(gpt, folder)
         theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
-    ids = [tokenizer.encode(f"{100 + n}+{999 - n} ") for n in range(prompts) for _ in range(group)]
+    ids = [tokenizer.encode(f"{100 + n}+{999 - n} ".ljust(length, "x")) for n in range(prompts) for _ in range(group)]
     o = align.options(align.Options, f"--template=bare --max_new_tokens={new}".split())
     rows = torch.tensor(ids)
     assert torch.allclose(theirs(rows).logits, gpt(rows), atol=1e-4)
     how = dict(attention_mask=torch.ones_like(rows), do_sample=True, max_new_tokens=new, top_k=0, pad_token_id=0,
                eos_token_id=tokenizer.special_tokens["<|endoftext|>"])
-    spent = [], []
+
+    @torch.no_grad()
+    def judged():  # as a trainer has it that wants the log-probabilities of what was drawn
+        texts = theirs.generate(rows, **how)
+        logits = theirs(texts).logits[:, length - 1:-1]
+        return logits.log_softmax(-1).gather(2, texts[:, length:, None])
+    ways = (lambda: align.respond(gpt, tokenizer, ids, o, str(turn)), judged, lambda: theirs.generate(rows, **how))
+    spent = [], [], []
     for turn in range(6):  # the first is not like the others
-        for times, write in zip(spent, (lambda: align.respond(gpt, tokenizer, ids, o, str(turn)), lambda: theirs.generate(rows, **how))):
+        for times, write in zip(spent, ways):
             began = time.perf_counter()
             write()
             times += [time.perf_counter() - began] * (turn > 0)
@@ -80,8 +93,12 @@ def main():
     parser.add_argument("--rollouts", action="store_true")
     o = parser.parse_args()
     if o.rollouts:
-        own, theirs = rollouts()
-        return print(f"responses a second: align.py {256 / own:,.0f}, transformers {256 / theirs:,.0f}; {theirs / own:.2f} times")
+        for name, (shape, prompts, length, new) in SETTINGS.items():
+            own, judged, theirs = rollouts(shape, prompts, length, new)
+            each = [f"{8 * prompts / seconds:,.1f}" for seconds in (own, judged, theirs)]
+            print(f"{name}, responses a second: align.py {each[0]}, transformers {each[1]}, {judged / own:.2f} times; "
+                  f"without log-probabilities {each[2]}, {theirs / own:.2f} times", flush=True)
+        return
     if o.lora:
         print("| GPT-2's shape | weights | gradients | optimizer | of both, share of full |\n|---|---|---|---|---|")
         full = kept_bytes(0)

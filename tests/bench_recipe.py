@@ -58,7 +58,7 @@ STUDIES = {
     # the rate follows the root of the batch, and stays; each run is long enough for the loss of the others
     "knee": {f"batch {rows}": f"--batch_size={rows} --max_iters={steps} --learning_rate={0.005 * (rows / 8)**0.5:.3g} --noise_scale "
                               f"--schedule=constant --warmup_iters=20 --eval_interval={steps // 25} --eval_tokens=32768"
-             for rows, steps in ((2, 2000), (4, 1100), (8, 600), (16, 400), (32, 260), (64, 180))},
+             for rows, steps in ((2, 2000), (4, 1100), (8, 600), (16, 400), (32, 260), (64, 180), (128, 125), (256, 100))},
     "tokenizer": {name: f"--flops=1e12 --ngram=0 {words}" for name, words in (
         ("bytes", "--tokenizer=byte"), ("characters", "--tokenizer=char"),
         *((f"BPE {size:,}", f"--vocab_size={size}") for size in (512, 1024, 2048, 4096, 8192, 16384)))},
