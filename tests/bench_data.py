@@ -48,7 +48,8 @@ import data  # noqa: E402
 
 END = "<|endoftext|>"
 DATATROVE = """
-import sys
+import os, sys
+sys.stderr = open(os.devnull, "w")  # pages of statistics
 from datatrove.executor import LocalPipelineExecutor
 from datatrove.pipeline.dedup import MinhashDedupBuckets, MinhashDedupCluster, MinhashDedupFilter, MinhashDedupSignature
 from datatrove.pipeline.extractors import Trafilatura
@@ -67,7 +68,7 @@ stages = [
     [JsonlReader(f"{out}/texts"), MinhashDedupFilter(f"{out}/removed"), JsonlWriter(f"{out}/documents")],
 ]
 for stage in stages:
-    LocalPipelineExecutor(stage, tasks=14 if type(stage[0]) is MinhashDedupBuckets else 1, workers=1).run()
+    LocalPipelineExecutor(stage, tasks=14 if type(stage[0]) is MinhashDedupBuckets else 1, workers=1, logging_dir=f"{out}/logs/{stages.index(stage)}").run()
 """
 
 
@@ -258,22 +259,24 @@ def run_pipeline(pages: Path, folder: Path, datatrove: str) -> None:
     for times_over in (4, 16):
         data.write_warc(folder / f"{times_over}.warc.gz", records(times_over))
         sizes[times_over] = times_over * sum(map(len, texts))
-    ours = [str(ROOT / "data.py"), f"--input={folder}/4.warc.gz", f"--output={folder}/out", steps]
-    commands = {f"{workers} workers": ([*ours, f"--workers={workers}"], sys.executable) for workers in (1, 2)}
+    def ours(workers, times_over):
+        return [str(ROOT / "data.py"), f"--input={folder}/{times_over}.warc.gz", f"--output={folder}/out", steps, f"--workers={workers}"]
+    commands = {("1 worker", 16): ours(1, 16), ("2 workers", 16): ours(2, 16)}
     if datatrove:
-        commands["datatrove, 1 worker"] = ["-c", DATATROVE, str(folder), "4.warc.gz", f"{folder}/out"], datatrove
+        commands |= {("1 worker", 4): ours(1, 4), ("datatrove, 1 worker", 4): ["-c", DATATROVE, str(folder), "4.warc.gz", f"{folder}/out"]}
     for _ in range(3):
         for name, command in commands.items():
             subprocess.run(["rm", "-rf", f"{folder}/out"], check=True)
             before = os.times()
-            _, seconds = measured(*command)
+            _, seconds = measured(command, datatrove if command[0] == "-c" else sys.executable)
             after = os.times()
             used = after.children_user + after.children_system - before.children_user - before.children_system
             times.setdefault(name, []).append((seconds, used))
-    for name, rows in times.items():
+    for (name, times_over), rows in times.items():
         seconds, used = statistics.median(row[0] for row in rows), statistics.median(row[1] for row in rows)
-        print(f"{name}, {sizes[4] / 1e6:.0f} MB of HTML: {seconds:.1f} s, {sizes[4] / 1e6 / seconds:.2f} MB/s; "
-              f"processor time {used:.1f} s, {sizes[4] / 1e6 / used:.2f} MB/s a core")
+        size = sizes[times_over] / 1e6
+        print(f"{name}, {size:.0f} MB of HTML: {seconds:.1f} s, {size / seconds:.2f} MB/s; "
+              f"processor time {used:.1f} s, {size / used:.2f} MB/s a core")
     for times_over in sizes:
         words = [str(ROOT / "data.py"), f"--input={folder}/{times_over}.warc.gz", f"--output={folder}/{times_over}", steps, "--workers=2"]
         peak, _ = measured(words)

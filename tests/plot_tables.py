@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-NAMES = {"variant": "variants", "without, or exchanged": "ablations", "data": "curation"}  # by the head of the first column
+NAMES = {"variant": "variants", "changed": "ablations", "data": "curation"}  # by the head of the first column
 NUMBER = r"(\d+\.\d+)"
 
 

@@ -787,10 +787,7 @@ def test_tasks_can_be_verified(task):
     args = [{key: value for key, value in row.items() if key != "response"} for row in rows]
     scores, reasons = align.verify(verifier, [row["response"] for row in rows], args)
     assert not reasons
-    if task == "countdown":
-        assert sum(scores) == 200
-    else:  # demonstrations are not to be trusted, by design
-        assert 0.4 < sum(scores) / 200 < 0.85
+    assert 0.4 < sum(scores) / 200 < 0.85  # demonstrations are not to be trusted, by design
     wrong, _ = align.verify(verifier, ["####999999 i can" if task != "refuse" else "sure"] * 200, args)
     assert sum(wrong) < 130
 
