@@ -189,7 +189,7 @@ def test_custom_op_is_sound_and_compiles_whole(name):
         assert torch.equal(mine, other)
 
 
-@pytest.mark.parametrize("compiled", (False, True))
+@pytest.mark.parametrize("compiled", (False, pytest.param(True, marks=pytest.mark.slow)))  # each kernel is compiled by itself, too
 def test_a_model_trains_on_kernels_as_without(compiled, monkeypatch):
     import model
     import train
