@@ -40,7 +40,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Optional
+from typing import Any, List, Optional
 
 import torch
 from torch import Tensor
@@ -667,10 +667,10 @@ def addresses(rows: tuple, device: torch.device, block: int) -> tuple[Tensor, Te
 
 
 def adamw(
-    params: list[Tensor],
-    grads: list[Tensor],
-    first: list[Tensor],
-    second: list[Tensor],
+    params: List[Tensor],
+    grads: List[Tensor],
+    first: List[Tensor],
+    second: List[Tensor],
     rate: float,
     beta1: float,
     beta2: float,
@@ -716,10 +716,10 @@ def adamw(
 
 
 def adamw_twin(
-    params: list[Tensor],
-    grads: list[Tensor],
-    first: list[Tensor],
-    second: list[Tensor],
+    params: List[Tensor],
+    grads: List[Tensor],
+    first: List[Tensor],
+    second: List[Tensor],
     rate: float,
     beta1: float,
     beta2: float,
@@ -1683,7 +1683,7 @@ def runs(name: str, device: str = "") -> bool:
     Never on a CPU, for an interpreter is no fast path. Raises ValueError for a name that is not in the table.
     """
     require(f"{name}_twin" in globals(), f"no kernel {name!r}: there are {', '.join(KERNELS)}")
-    device = torch.device(device or torch.accelerator.current_accelerator() or "cpu")
+    device = torch.device(device) if device else pick_device("")
     if device.type == "cpu":
         return False
     try:
@@ -2164,7 +2164,8 @@ def check_all(names: list[str], device: torch.device) -> list[str]:
 def pick_device(name: str) -> torch.device:
     """The device of this name, or the best there is. Raises ValueError where it cannot be used."""
     try:
-        return torch.zeros(1, device=name or torch.accelerator.current_accelerator() or "cpu").device
+        best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+        return torch.zeros(1, device=name or best).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device={name} cannot be used: {str(error).splitlines()[0]}") from error
 

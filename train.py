@@ -561,7 +561,8 @@ def shares(mix: str, folders: list[Path]) -> list[float]:
 def pick_device(name: str) -> torch.device:
     """The device of this name, or the best there is. Raises ValueError where it cannot be used."""
     try:
-        return torch.zeros(1, device=name or torch.accelerator.current_accelerator() or "cpu").device
+        best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+        return torch.zeros(1, device=name or best).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device={name} cannot be used: {str(error).splitlines()[0]}") from error
 
