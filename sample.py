@@ -500,6 +500,7 @@ class Engine:
         empty = len(self.rows) - len(going) - len(joining)
         if not going or empty > (len(self.rows) / 4 if self.cache == math.inf else 0):  # else a copy costs more
             self.rows, self.state = going[:], self.state.fork(rows) if rows else None
+            self.recorded = None  # which holds on to the old state
             rows = [*range(len(going))]
         self.timed("decode", rows, 0 if joining else GUESSES)  # states that are joined want calls of one length
         self.timed("prefill", joining)
@@ -605,7 +606,7 @@ class Engine:
                 return self.recorded(tokens)
             except RuntimeError as error:
                 print(f"--graphs: {str(error).splitlines()[0]}; going on without", file=sys.stderr)
-                self.graphs = False
+                self.graphs, self.recorded = False, None
         return self.logits(run_on(self.model, tokens, state))
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -1723,6 +1724,7 @@ def main() -> None:
         sys.stdout = open(os.devnull, "w") if dist.get_rank() else sys.stdout  # one of them prints
     tokenizer: Any  # where it is None, `ask` refuses text
     model, tokenizer = load(o.ckpt, o.device)
+    require(not o.graphs or model.head.weight.is_cuda, "--graphs records CUDA graphs, which need a GPU of NVIDIA's")
     require(o.dtype in DTYPES, f"--dtype={o.dtype}: choose from {', '.join(DTYPES)}")
     model.to(getattr(torch, o.dtype))
     if o.quantize:

@@ -858,7 +858,8 @@ def test_a_vocabulary_below_the_models_is_no_mistake(ckpt, tmp_path, main, token
     (["--temperature=-1"], "--temperature=-1"), (["--top_p=0"], "--top_p=0"), (["--top_p=1.5"], "--top_p=1.5"),
     (["--top_k=-1"], "--top_k=-1"), (["--min_p=2"], "--min_p=2"), (["--repetition_penalty=0"], "--repetition_penalty=0"),
     (["--n_samples=0"], "--n_samples=0"), (["--max_new_tokens=-1"], "--max_new_tokens=-1"),
-    (["--device=tpu9"], "--device=tpu9"), (["--device=cuda:77"], "--device=cuda:77"), (["--dtype=int8"], "choose from float32, bfloat16, float16"), (["--device=meta"], "--device=meta")])
+    (["--device=tpu9"], "--device=tpu9"), (["--device=cuda:77"], "--device=cuda:77"), (["--dtype=int8"], "choose from float32, bfloat16, float16"), (["--device=meta"], "--device=meta"),
+    (["--device=cpu", "--graphs"], "--graphs records CUDA graphs")])
 def test_options_that_are_refused(ckpt, main, words, message):
     code, out, err = main(f"--ckpt={ckpt}", "--max_new_tokens=3", *words)
     assert (code, out, err.count("\n")) == (1, "", 1) and message in err, err
