@@ -897,7 +897,10 @@ def own_verifier(spec: str, seconds: float, unsafe: bool) -> Callable:
             f"--verifier={spec}: choose from {', '.join(VERIFIERS)}, or name file.py:function")
     if unsafe:
         return runpy.run_path(path)[name]
-    program = Path(path).read_text(encoding="utf-8")
+    try:
+        program = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--verifier: {path} is no text: {error}") from error
 
     def call(response: str, **row):
         values = sandbox(program, [f"{name}(given[0], **given[1])"], [response, row], seconds)

@@ -21,6 +21,7 @@ import os
 import re
 import sys
 import textwrap
+import zipfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -1326,9 +1327,12 @@ def load_checkpoint(path: str | os.PathLike) -> dict:
     """Read a checkpoint's dict onto the CPU. Nothing in it is executed. Raises OSError or ValueError."""
     with open(path, "rb") as file:
         try:
+            wrong = zipfile.ZipFile(file).testzip()  # torch reads without comparing the sums that it wrote
+            require(not wrong, f"its entry {wrong} has another sum")
+            file.seek(0)
             checkpoint = torch.load(file, "cpu", weights_only=True)
         except Exception as error:  # truncated archives and forbidden pickles fail in many ways
-            raise ValueError(f"{path} is not a checkpoint, or is truncated; nothing in it was executed") from error
+            raise ValueError(f"{path} is not a checkpoint, or is damaged; nothing in it was executed") from error
     version = checkpoint.get("version") if isinstance(checkpoint, dict) else None
     good = type(version) is int and version == CHECKPOINT_VERSION  # it may be anything, also a tensor
     require(good, f"{path} is not a checkpoint of format {CHECKPOINT_VERSION}")

@@ -501,9 +501,12 @@ def recipe(o: Options, n_tokens: int, vocab_size: int, peak: float) -> Options:
         weight_decay=0.1 * (base.n_embd / n_embd) ** 2,
     )
     if budgets and study.exists():
-        found = json.loads(study.read_text())
-        best = min(found, key=lambda row: abs(math.log(row["C"] / C)))["options"]
-        chosen |= {name: best[name] for name in chosen if name in best}
+        try:
+            found = json.loads(study.read_text())
+            best = min(found, key=lambda row: abs(math.log(row["C"] / C)))["options"]
+            chosen |= {name: type(value)(best[name]) for name, value in chosen.items() if name in best}
+        except Exception as error:  # as it may hold anything
+            raise ValueError(f"{study} is damaged; remove it, or run scaling.py again: {error!r:.100}") from error
         print(f"shape, batch and learning rate as {study} says")
     left = {name: value for name, value in chosen.items() if getattr(o, name) == getattr(Options, name)}
     new = dataclasses.replace(o, **left)

@@ -9,6 +9,7 @@ ablations   the default without each of its ingredients, after the same steps (o
 dial        budgets of 1, 2, 5, 10 minutes, and the same in FLOPs
 knee        steps to one loss by batch size, the critical batch that fits them, and the noise scale that train.py measures
 tokenizer   kinds of tokenizer and sizes of the vocabulary at equal FLOPs, each from the text (--data is not used)
+patches     bytes, patches of them (tests/patches.py) and BPE at equal FLOPs, likewise; all but "bytes" see as many places
 
 A run is `python train.py` in a process of its own; a row gives median, lowest and highest of the seeds' last records.
 Without --data the token files of the default corpus are made once, in a temporary folder. Runs are taken in turns over
@@ -62,7 +63,12 @@ STUDIES = {
     "tokenizer": {name: f"--flops=1e12 --ngram=0 {words}" for name, words in (
         ("bytes", "--tokenizer=byte"), ("characters", "--tokenizer=char"),
         *((f"BPE {size:,}", f"--vocab_size={size}") for size in (512, 1024, 2048, 4096, 8192, 16384)))},
+    "patches": {name: f"--flops=1e12 --ngram=0 {words}" for name, words in (
+        ("bytes", "--tokenizer=byte"), ("bytes, blocks of 512", "--tokenizer=byte --block_size=512"),
+        *((f"patches of {P} bytes", f"--patch={P} --tokenizer=byte --block_size={128 * P}") for P in (2, 4, 8)),
+        ("BPE 2,048", "--vocab_size=2048"))},
 }
+FROM_TEXT = ("tokenizer", "patches")
 
 
 def records(folder):
@@ -89,13 +95,14 @@ def main():
     rows = {label: words for label, words in STUDIES[o.study].items() if label.startswith(wanted)}
     found = {label: [] for label in rows}
     with tempfile.TemporaryDirectory() as folder:
-        data = "" if o.study == "tokenizer" else o.data or f"{folder}/data"
+        data = "" if o.study in FROM_TEXT else o.data or f"{folder}/data"
         if data and not o.data:
             subprocess.run([sys.executable, ROOT / "data.py", f"--output={data}", "--vocab_size=2048", "--pattern=code"], check=True)
         for seed in range(o.seeds):
             for label, words in rows.items():
                 run = Path(folder) / f"{label} {seed}"
-                command = [sys.executable, ROOT / "train.py", f"--data={data}", f"--output={run}", f"--seed={seed}", "--sample_tokens=0", *words.split(), *more]
+                script = "tests/patches.py" if "--patch=" in words else "train.py"
+                command = [sys.executable, ROOT / script, f"--data={data}", f"--output={run}", f"--seed={seed}", "--sample_tokens=0", *words.split(), *more]
                 done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": str(o.threads)})
                 if done.returncode:
                     print(f"{label}, seed {seed}: {done.stderr.strip()}", flush=True)

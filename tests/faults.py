@@ -293,6 +293,7 @@ RUNS = {
         Tiny("--resume --output=run --max_iters=8", "run/ckpt.pt run/log.jsonl"),
         Tiny(f"--init_from=run/ckpt.pt --data=docs.jsonl --output=child --max_iters=2 {SHAPE}", "run/ckpt.pt docs.jsonl"),
         Tiny(f"--data=tokens,masked --mix=0.5,0.5 --output=mixed --max_iters=2 {SHAPE}", "masked/train_mask.npy"),
+        Tiny(f"--data=tokens --output=budget --flops=1e8 {SHAPE}", "scaling/recipe.json"),
     ],
     "kernels": [Tiny("--only=add --seconds=0.01 --device=cpu"),
                 Tiny("--only=add --roofline --shape=1,8,16,2 --seconds=0.01 --device=cpu --plot=roof.png")],
@@ -391,6 +392,7 @@ def write_inputs(folder: Path) -> None:
                                    "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}}),
         "runs.csv": "N,D,loss\n" + "".join(f"{N},{D},{2 + 60 / N**0.3 + 300 / D**0.4}\n"
                                            for N in (10**5, 10**6, 10**7) for D in (10**7, 10**8, 10**9)),
+        "scaling/recipe.json": json.dumps([dict(C=C, options=dict(batch_size=8, learning_rate=0.01)) for C in (1e8, 1e9)]),
         "study/runs.jsonl": json.dumps(dict(key="a", N=10**4, C=1e9, paid=1e9, D=10**5, loss=3.0, options={})) + "\n",
         "runs.jsonl": "".join(json.dumps(dict(N=N, D=D, loss=2 + 60 / N**0.3 + 300 / D**0.4)) + "\n"
                               for N in (10**5, 10**6, 10**7) for D in (10**7, 10**8, 10**9)),
@@ -632,7 +634,8 @@ def spoil(script: str, number: int, seed: int, rng: random.Random, root: Path) -
             path.write_bytes(content)
             return source.name
 
-    return case._replace(what=f"{name}: {kind}", prepare=prepare, names="" if kind in ("empty", "folder") else name.split(".")[0])
+    names = name.split(".")[0] + "/judge" * ("--judge" in row.words)  # whom nobody answers, if the file can be read
+    return case._replace(what=f"{name}: {kind}", prepare=prepare, names="" if kind in ("empty", "folder") else names)
 
 
 def change(script: str, number: int, seed: int, rng: random.Random, root: Path) -> Case | None:

@@ -1548,8 +1548,13 @@ def test_truncated_checkpoint_is_refused(saved, tmp_path):
     sizes = sorted({0, 1, 2, 10, 100, len(content) - 1, *range(0, len(content), len(content) // 40)})
     for size in sizes:
         cut.write_bytes(content[:size])
-        with pytest.raises(ValueError, match="cut.pt is not a checkpoint, or is truncated"):
+        with pytest.raises(ValueError, match="cut.pt is not a checkpoint, or is damaged"):
             model.load_checkpoint(cut)
+    weight = model.load_checkpoint(saved)["weights"]["embedding.weight"].numpy().tobytes()
+    middle = content.index(weight) + len(weight) // 2
+    cut.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1:])  # a bit of a weight
+    with pytest.raises(ValueError, match="cut.pt is not a checkpoint, or is damaged"):
+        model.load_checkpoint(cut)
     cut.write_bytes(content)
     assert model.load_checkpoint(cut)["step"] == 1
 

@@ -1133,6 +1133,10 @@ def test_the_dial_reads_a_study(tmp_path, monkeypatch):
     o = train.recipe(train.Options(flops=1e12), 10**7, V, 1e10)
     assert (o.batch_size, o.learning_rate, o.ngram, o.n_embd) == (5, 0.003, 3, 256) and o.max_iters != 7
     assert o.max_iters * o.batch_size * train.run_flops(o, V) == pytest.approx(1e12, rel=0.05)
+    for damaged in ("", "[]", "{", '[{"C": 1e12}]', '[{"C": "x"}]', '[{"C": 1, "options": {"n_embd": "wide"}}]', "\udcff"):
+        (tmp_path / "scaling/recipe.json").write_text(damaged, errors="surrogateescape")
+        with pytest.raises(ValueError, match=r"scaling/recipe.json is damaged; remove it"):
+            train.recipe(train.Options(flops=1e12), 10**7, V, 1e10)
 
 
 def test_the_dial_goes_with_shared_heads():
