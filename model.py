@@ -1323,6 +1323,10 @@ def save_checkpoint(path: str | os.PathLike, model: GPT, **rest) -> None:
             raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
 
 
+# entries of a checkpoint that are dicts, and what their values are; `trained` is what align.py changed
+CHECKPOINT_FORM: dict = dict(config=object, weights=Tensor, train=object, progress=object, optimizer=list, trained=Tensor)
+
+
 def load_checkpoint(path: str | os.PathLike) -> dict:
     """Read a checkpoint's dict onto the CPU. Nothing in it is executed. Raises OSError or ValueError."""
     with open(path, "rb") as file:
@@ -1336,8 +1340,13 @@ def load_checkpoint(path: str | os.PathLike) -> dict:
     version = checkpoint.get("version") if isinstance(checkpoint, dict) else None
     good = type(version) is int and version == CHECKPOINT_VERSION  # it may be anything, also a tensor
     require(good, f"{path} is not a checkpoint of format {CHECKPOINT_VERSION}")
-    for name in "config weights train progress optimizer".split():
-        require(isinstance(checkpoint.get(name, {}), dict), f"{path} does not fit: its entry {name} is no dict")
+    for name, kind in CHECKPOINT_FORM.items():
+        entry = checkpoint.get(name, {} if name in ("train", "progress", "optimizer", "trained") else None)
+        fits = isinstance(entry, dict) and all(isinstance(value, kind) for value in entry.values())
+        require(fits, f"{path} does not fit: its entry {name} is missing, or of another kind")
+    step, states = checkpoint.get("progress", {}).get("step", 0), checkpoint.get("optimizer", {})
+    fits = type(step) is int and all(isinstance(tensor, Tensor) for state in states.values() for tensor in state)
+    require(fits, f"{path} does not fit: its step is no number, or a state of the optimizer no tensor")
     return checkpoint
 
 

@@ -1907,3 +1907,25 @@ def test_what_does_not_go_with_parallel(name, monkeypatch):
 
 def test_parts_are_of_split_models(launch):
     refused(launch("--max_iters=2", "--parts"), "--parts is for --parallel")
+
+
+@pytest.mark.parametrize("size", (1, 2, 3, 8))
+def test_patches_of_bytes(size, launch, corpus, tmp_path, monkeypatch):
+    """The model of tests/patches.py: each byte sees all before it and none after; train.py trains and measures it as its own."""
+    import patches
+    monkeypatch.setattr(patches.Patches, "size", size)
+    config = model.Config(vocab_size=257, n_layer=2, n_embd=32, n_head=2, block_size=32, init="gpt2")
+    torch.manual_seed(0)
+    gpt, tokens = patches.Patches(config), torch.randint(257, (2, 19))
+    before = gpt(tokens)
+    for t in range(19):
+        other = tokens.clone()
+        other[:, t] = (other[:, t] + 1) % 257
+        changed = (gpt(other) != before).any(2)
+        assert not changed[:, :t].any() and changed[:, t:].all()
+    for module in (model, train):
+        monkeypatch.setattr(module, "GPT", patches.Patches)
+    done = launch("--max_iters=2", "--eval_interval=1", "--tokenizer=byte", data=corpus)
+    assert done.code == 0, done.message
+    first, *_, last = read_log(tmp_path / "out")[1:]
+    assert last["val_loss"] < first["val_loss"] < math.log(257) and last["bpb"] > 0
