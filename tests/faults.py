@@ -255,6 +255,7 @@ class Tiny(NamedTuple):
     words: str
     reads: str = ""
     stdin: str = ""
+    lacks: str = ""  # what it fails for undisturbed, a word of its line: then it need not succeed
 
 
 RUNS = {
@@ -327,7 +328,7 @@ RUNS = {
         Tiny("--label=prompts.jsonl --ckpt=run/ckpt.pt --output=labels --max_new_tokens=4 --device=cpu",
              "prompts.jsonl labels/preferences.jsonl", "answers.txt"),
         Tiny("--eval=winrate --ckpt=run/ckpt.pt --data=chats.jsonl --output=new --judge=http://127.0.0.1:9/v1 --max_new_tokens=4 "
-             "--device=cpu", "chats.jsonl"),
+             "--device=cpu", "chats.jsonl", lacks="judge"),
     ],
 }
 # Runs that make files for others, in this order; then those of RUNS, so that each file that is written is there already.
@@ -634,7 +635,7 @@ def spoil(script: str, number: int, seed: int, rng: random.Random, root: Path) -
             path.write_bytes(content)
             return source.name
 
-    names = name.split(".")[0] + "/judge" * ("--judge" in row.words)  # whom nobody answers, if the file can be read
+    names = name.split(".")[0] + f"/{row.lacks}" * bool(row.lacks)
     return case._replace(what=f"{name}: {kind}", prepare=prepare, names="" if kind in ("empty", "folder") else names)
 
 
@@ -652,7 +653,7 @@ def stop(script: str, number: int, seed: int, rng: random.Random, root: Path) ->
     """Ctrl-C, SIGTERM or kill -9 at a random moment; then the same command again."""
     row = RUNS[script][number % len(RUNS[script])]
     what = rng.choice(["SIGINT", "SIGKILL", "SIGKILL", "SIGTERM"])
-    return Case(f"{what} at a random moment", row.words.split(), again=True,
+    return Case(f"{what} at a random moment", row.words.split(), again=not row.lacks,
                 job=dict(stdin=row.stdin, share=rng.random(), number=int(getattr(signal, what))))
 
 
@@ -673,7 +674,8 @@ def full(script: str, number: int, seed: int, rng: random.Random, root: Path) ->
 
 def twice(script: str, number: int, seed: int, rng: random.Random, root: Path) -> Case:
     """Two at once in one folder: each succeeds, or says that the other is there."""
-    row = RUNS[script][number % len(RUNS[script])]
+    rows = [row for row in RUNS[script] if not row.lacks]
+    row = rows[number % len(rows)]
     return Case("two at once", row.words.split(), copies=2, job=dict(stdin=row.stdin))
 
 
