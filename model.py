@@ -1323,8 +1323,15 @@ def save_checkpoint(path: str | os.PathLike, model: GPT, **rest) -> None:
             raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
 
 
-# entries of a checkpoint that are dicts, and what their values are; `trained` is what align.py changed
-CHECKPOINT_FORM: dict = dict(config=object, weights=Tensor, train=object, progress=object, optimizer=list, trained=Tensor)
+# entries of a checkpoint that are dicts, and what their values are; a model alone has the first two
+CHECKPOINT_FORM: dict = dict(
+    config=object,
+    weights=Tensor,
+    train=object,
+    progress=object,
+    optimizer=list,  # of tensors
+    trained=Tensor,  # what align.py changed
+)
 
 
 def load_checkpoint(path: str | os.PathLike) -> dict:
@@ -1341,11 +1348,12 @@ def load_checkpoint(path: str | os.PathLike) -> dict:
     good = type(version) is int and version == CHECKPOINT_VERSION  # it may be anything, also a tensor
     require(good, f"{path} is not a checkpoint of format {CHECKPOINT_VERSION}")
     for name, kind in CHECKPOINT_FORM.items():
-        entry = checkpoint.get(name, {} if name in ("train", "progress", "optimizer", "trained") else None)
+        entry = checkpoint.get(name, None if name in ("config", "weights") else {})
         fits = isinstance(entry, dict) and all(isinstance(value, kind) for value in entry.values())
         require(fits, f"{path} does not fit: its entry {name} is missing, or of another kind")
-    step, states = checkpoint.get("progress", {}).get("step", 0), checkpoint.get("optimizer", {})
-    fits = type(step) is int and all(isinstance(tensor, Tensor) for state in states.values() for tensor in state)
+    step = checkpoint.get("progress", {}).get("step", 0)
+    states = checkpoint.get("optimizer", {}).values()
+    fits = type(step) is int and all(isinstance(tensor, Tensor) for tensors in states for tensor in tensors)
     require(fits, f"{path} does not fit: its step is no number, or a state of the optimizer no tensor")
     return checkpoint
 
@@ -1590,7 +1598,8 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except (OSError, ValueError, MemoryError, RuntimeError) as error:
-        if sys.flags.dev_mode or isinstance(error, RuntimeError) and "memory" not in str(error):
+        scarce = any(word in str(error) for word in ("memory", "new thread"))
+        if sys.flags.dev_mode or isinstance(error, RuntimeError) and not scarce:
             raise
         if not getattr(error, "filename", "-"):  # stdout's disk is full, or its reader left, as in `| head`
             sys.stdout = sys.stderr  # for Python flushes it at the end

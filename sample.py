@@ -1698,7 +1698,8 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except (OSError, ValueError, MemoryError, RuntimeError) as error:
-        if sys.flags.dev_mode or isinstance(error, RuntimeError) and "memory" not in str(error):
+        scarce = any(word in str(error) for word in ("memory", "new thread"))
+        if sys.flags.dev_mode or isinstance(error, RuntimeError) and not scarce:
             raise
         if not getattr(error, "filename", "-"):  # stdout's disk is full, or its reader left, as in `| head`
             sys.stdout = sys.stderr  # for Python flushes it at the end

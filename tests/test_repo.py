@@ -24,15 +24,15 @@ from conftest import ROOT, tiny_documents
 
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
 CEILING = {
-    "bpe.py": 748,
-    "data.py": 1706,
-    "model.py": 1173,
-    "train.py": 949,
-    "kernels.py": 1592,
-    "ddp.py": 1165,
-    "scaling.py": 957,
-    "align.py": 1294,
-    "sample.py": 1321,
+    "bpe.py": 749,
+    "data.py": 1707,
+    "model.py": 1192,
+    "train.py": 953,
+    "kernels.py": 1593,
+    "ddp.py": 1166,
+    "scaling.py": 958,
+    "align.py": 1298,
+    "sample.py": 1322,
 }
 # Who may import whom: at the top of the file, and on demand inside a function.
 OURS = {"bpe.py": ("", ""), "data.py": ("bpe", ""), "model.py": ("", "kernels"), "train.py": ("model", "bpe data ddp kernels"),
