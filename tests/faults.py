@@ -600,7 +600,8 @@ def spoil(script: str, number: int, seed: int, rng: random.Random, root: Path) -
         return None
     row, name = rows[number % len(rows)]
     # As root a run gives up its rights to be held back by a file's mode; it must still reach what Python imports late.
-    reached = all(path.stat().st_mode & 1 for path in (Path(sys.prefix), *Path(sys.prefix).parents))
+    homes = [Path(prefix) for prefix in (sys.prefix, sys.base_prefix)]
+    reached = all(path.stat().st_mode & 1 for home in homes for path in (home, *home.parents))
     closed = "unreadable" if os.getuid() or reached else "missing"
     kinds = ["empty", "folder", "fifo", closed, "missing", "loop", "foreign"]
     turn, rest = divmod(number // len(rows), 3)
