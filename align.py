@@ -1,17 +1,17 @@
 """From a base model to one that does as it is told; with no options: on sums.
 
-Reads: a checkpoint with its tokenizer; jsonl files of demonstrations (`prompt` and
-       `response`, or `messages`), preferences (`history`, `response_a`,
-       `response_b`, `chosen`; or `prompt`, `chosen`, `rejected`), or prompts with
-       what their verifier asks for (`prompt`, `answer`).
-Writes: OUTPUT/ckpt.pt, log.jsonl; adapters.pt with --lora; preferences.jsonl with
-       --label; judged.jsonl where a judge is asked.
+Reads: a checkpoint with its tokenizer; jsonl files of demonstrations (`prompt`
+       and `response`, or `messages`), preferences (`history`, `response_a`,
+       `response_b`, `chosen`; or `prompt`, `chosen`, `rejected`), or prompts
+       with what their verifier asks for (`prompt`, `answer`).
+Writes: OUTPUT/ckpt.pt, log.jsonl; adapters.pt with --lora; preferences.jsonl
+       with --label; judged.jsonl where a judge is asked.
 Usage: python align.py
        python align.py --algorithm=sft --ckpt=out/ckpt.pt --data=chats.jsonl
        python align.py --algorithm=grpo --data=prompts.jsonl --verifier=exact
        python align.py --eval=winrate --data=prompts.jsonl --judge=URL
-References: Rafailov et al. 2023 (DPO); Schulman et al. 2017 (PPO); Shao et al. 2024
-(GRPO).
+References: Rafailov et al. 2023 (DPO); Schulman et al. 2017 (PPO);
+Shao et al. 2024 (GRPO).
 """
 import argparse
 import ast
@@ -1025,6 +1025,8 @@ def scorer(o: Options, tokenizer: bpe.Tokenizer) -> Callable:
             scores = [s["score"][-1].item() for s in samples]
             return scores, scores
     else:
+        verify(o.verifier, [], [], unsafe=o.unsafe)  # refuses what it does not know before anything is trained
+
         def score(samples, rows):
             texts = [s["text"] for s in samples]
             rows = [{key: value for key, value in row.items() if key != "response"} for row in rows]
@@ -1051,10 +1053,21 @@ def read_items(o: Options, tokenizer: bpe.Tokenizer, block: int) -> list:
     forms = {imitation_loss: demonstration, preference_loss: preference, policy_loss: asked}
     items, notes = [], Counter()
     form = forms[objective(o)]
-    def read(row):
-        require(o.verifier != "judge" or "response" in row, "there is no response for the judge to compare with")
-        return [tokenised(tokenizer, messages, o) | dict(row=row) for messages in form(row)]
-    for item in sample.read_rows(read, Path(o.data)):
+
+    def read(number, row):
+        where = f"{o.data}, row {number} ({', '.join(row):.80})"
+        try:
+            require(o.verifier != "judge" or "response" in row, "there is no response for the judge to compare with")
+            return [tokenised(tokenizer, messages, o) | dict(row=row) for messages in form(row)]
+        except KeyError as error:  # the row is sound, but written for another program
+            raise ValueError(f"{where} has no field {error.args[0]}") from None
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        except Exception as error:  # of any kind, as a row may hold anything
+            raise ValueError(f"{where} is damaged: {error!r:.200}") from error
+
+    for number, row in enumerate(sample.read_rows(dict, Path(o.data)), 1):
+        item = read(number, row)
         notes["cut to the model's block"] += any(len(s["ids"]) > block for s in item)
         for s in item:
             s["ids"], s["mask"] = s["ids"][:block], s["mask"][:block]
@@ -1069,7 +1082,7 @@ def read_items(o: Options, tokenizer: bpe.Tokenizer, block: int) -> list:
     items = [item for item in items if str([s["ids"] for s in item[::-1]]) not in pairs]
     notes["left out: each called better than the other"] = whole - len(items)
     for what in filter(notes.get, notes):
-        print(f"{o.data}: {notes[what]} rows {what}")
+        print(fold(f"{o.data}: {notes[what]} rows {what}"))
     require(items, f"--data={o.data} has no row that can be used")
     return items
 
@@ -1333,9 +1346,32 @@ def refuses(text: str) -> bool:
     return bool(re.search(r"(?i)\bi('m sorry| am sorry| am unable| can ?not| can't| won't| will not)\b", text))
 
 
+def fold(text: str) -> str:
+    """A text in lines of 80 columns, all but the first indented."""
+    return textwrap.fill(text, 80, subsequent_indent="    ", break_on_hyphens=False)
+
+
 def shown(record: dict) -> str:
-    """A record of the log in one line."""
-    return "  ".join(f"{key} {value:.4g}" for key, value in record.items())
+    """A record of the log in lines of 80 columns, as train.py shows one: its step first, its seconds last."""
+    rest = dict(record)
+    step, tokens, rate, seconds = (rest.pop(key, None) for key in ("step", "tokens", "lr", "seconds"))
+    parts = [f"{key} {value:.4g}" for key, value in rest.items()]
+    if step is not None:
+        parts[0] = f"step {step:5d}: {parts[0]}"
+        parts += [f"lr {rate:.4g}", f"{tokens:,} tokens", f"{seconds:.0f} s"]
+    return listed(parts)
+
+
+def listed(parts: list[str]) -> str:
+    """Parts with commas between them in lines of 80 columns; no part is broken."""
+    text = ", ".join(part.replace(" ", "\0") for part in parts)
+    return fold(text).replace("\0", " ")
+
+
+def continued(command: str) -> str:
+    """A command in lines of 80 columns that a shell reads as one."""
+    lines = textwrap.wrap(command, 78, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+    return " \\\n".join(lines)
 
 
 def check_numbers(o: Options) -> None:
@@ -1348,11 +1384,10 @@ def check_numbers(o: Options) -> None:
 
 def align(words: list[str]) -> tuple[dict, dict]:
     """One run as the command line asks for it; returns the first and the last record that it adds to its log."""
-    o, checkpoint = options(Options, words), {}
+    o, checkpoint, lock = options(Options, words), {}, None
     path = Path(o.output) / "ckpt.pt"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _lock = train.claim(path.parent)  # open as long as this function runs
     if o.resume and path.exists():
+        lock = train.claim(path.parent)  # open as long as this function runs
         checkpoint = load_checkpoint(path)
         require("trained" in checkpoint, f"{path} is of another run than one of align.py")
         stored = checkpoint["train"] | dict(output=o.output)  # the folder may have moved
@@ -1360,6 +1395,7 @@ def align(words: list[str]) -> tuple[dict, dict]:
     o = options(Options, words)
     require(o.algorithm in ALGORITHMS, f"--algorithm={o.algorithm}: choose from {', '.join(ALGORITHMS)}")
     o = options(Options, ALGORITHMS[o.algorithm].split() + words)
+    require(o.data, f"--algorithm={o.algorithm} needs --data=FILE.jsonl")
     o.verifier = o.verifier or "refuse" * (o.task == "refuse")
     check_numbers(o)
     gpt, tokenizer = load(o.ckpt, o.device)
@@ -1370,6 +1406,8 @@ def align(words: list[str]) -> tuple[dict, dict]:
     n = max(1, min(o.eval_rows, len(items) // 10))
     items, held = items[:-n], items[-n:]
     trainer = Trainer(o, gpt, tokenizer, checkpoint)
+    path.parent.mkdir(parents=True, exist_ok=True)  # not before, so that what is refused leaves nothing behind
+    lock = lock or train.claim(path.parent)
     if trainer.reference and o.loss in PREFERENCES:  # once for all steps
         annotate(trainer.reference, sum(items + held, []), trainer.micro, ref="logp")
     p, records = trainer.progress, []
@@ -1387,7 +1425,8 @@ def align(words: list[str]) -> tuple[dict, dict]:
             far, entropy = records[-1].get("kl", 0), records[-1].get("entropy", math.inf)
             out = far > o.max_kl > 0 or entropy < o.min_entropy
             if out:
-                print(f"stopped: the KL divergence, {far}, or the entropy, {entropy}, left --max_kl or --min_entropy")
+                print(fold(f"stopped: the KL divergence, {far:.4g}, or the entropy, {entropy:.4g}, "
+                           "left --max_kl or --min_entropy"))
             if last or out:
                 break
         try:
@@ -1404,9 +1443,10 @@ def conclude(trainer: Trainer, held: list, first: dict, final: dict):
     o, tokenizer = trainer.o, trainer.tokenizer
     shows = [item[0]["prompt"] for item in held[:3]]
     for ids, s in zip(shows, respond(trainer.policy.gpt, tokenizer, shows, o, "show")):
-        print(f"{tokenizer.decode(ids)!r} -> {s['text']!r}")
+        asked = re.sub(r"(?s)\A.+(?=.{60}\Z)", "...", tokenizer.decode(ids))  # the end of a long prompt says most
+        print(fold(f"{asked!r} -> {s['text']!r}"))
     changes = [f"{key} {first[key]:.4g} -> {final[key]:.4g}" for key in first if key.startswith("val_")]
-    print(", ".join(changes))
+    print(listed(changes))
     if o.loss != "reward":
         print(f"next: python sample.py --ckpt={o.output}/ckpt.pt --chat --template={o.template}")
 
@@ -1415,9 +1455,10 @@ def conclude(trainer: Trainer, held: list, first: dict, final: dict):
 
 def examine(o: Options):
     """Print how a checkpoint answers the prompts of --data: by a verifier, or a judge against the rows' responses."""
+    require(o.eval in ("verify", "ifeval", "winrate"), f"--eval={o.eval}: choose from verify, ifeval, winrate")
+    require(o.data, f"--eval={o.eval} needs --data=FILE.jsonl")
     gpt, tokenizer = load(o.ckpt, o.device)
     verifier = {"ifeval": "ifeval", "winrate": "judge"}.get(o.eval, o.verifier)
-    require(o.eval in ("verify", "ifeval", "winrate"), f"--eval={o.eval}: choose from verify, ifeval, winrate")
     o = dataclasses.replace(o, loss="plain", verifier=verifier)
     items = read_items(o, tokenizer, gpt.config.block_size)
     score = scorer(o, tokenizer)
@@ -1433,9 +1474,10 @@ def label(o: Options):
     """Show two responses to each prompt of --label, and append which is better to OUTPUT/preferences.jsonl."""
     gpt, tokenizer = load(o.ckpt, o.device)
     path = Path(o.output) / "preferences.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
     o = dataclasses.replace(o, loss="plain", data=o.label)
-    for number, [q] in enumerate(read_items(o, tokenizer, gpt.config.block_size)):
+    items = read_items(o, tokenizer, gpt.config.block_size)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for number, [q] in enumerate(items):
         a, b = respond(gpt, tokenizer, [q["prompt"]] * 2, o, f"label {o.seed} {number}")
         history = conversation(q["row"])
         print(f"\n{history[-1]['content']}\n--- a\n{a['text']}\n--- b\n{b['text']}\n---\na, b or tie?", flush=True)
@@ -1523,6 +1565,7 @@ DEMO = {  # what it is trained on, what it starts from, how
     "grpo": ("prompts", "sft", f"--algorithm=grpo {BATCH}"),
     "expert": ("prompts", "sft", f"--algorithm=expert {BATCH}"),
 }
+DEMO_OPTIONS = "task", "base_iters", "seeds", "plot", "output", "resume", "seed", "device"
 ROWS = 30000, 300, 4000  # of a task: in all, of them for the test, and for demonstrations; the others are prompts
 
 
@@ -1609,7 +1652,8 @@ def prompted(o: Options, folder: Path):
     tokens = 8 * votes["length"]
     print(f"prompts alone: SFT model, vote of 8: {votes['vote']:.1%}, {tokens:.0f} tokens; pass@8 {votes['any']:.1%}")
     if votes["any"] < 0.45:
-        print("pass@8 is below 45%: no reward makes likely what is never written; train longer before it is rewarded")
+        print(fold("pass@8 is below 45%: no reward makes likely what is never written; train longer before it is "
+                   "rewarded"))
 
 
 def draw_accuracy(path: str, folders: list[Path]):
@@ -1652,7 +1696,7 @@ def demonstrate(o: Options):
                 words += f" --verifier={verifier}"
             if o.base_iters and start != "sft":
                 words += f" --max_iters={o.base_iters}"
-            print(f"\npython align.py {words}", flush=True)
+            print(f"\n{continued(f'python align.py {words}')}", flush=True)
             _, last = align(words.split())
             if name != "base":
                 cost = dict(tokens=last["tokens"], seconds=last["seconds"])
@@ -1661,8 +1705,8 @@ def demonstrate(o: Options):
                 prompted(own, folder)
     if o.plot:
         draw_accuracy(o.plot, folders)
-    print("\nheld-out prompts answered right: strict after, lenient after, strict before; KL from the start in nats a "
-          "response; tokens; seconds")
+    print("\nheld-out prompts answered right: strict after, lenient after, strict before;\n"
+          "KL from the start in nats a response; tokens; seconds")
     for name, rows in table.items():
         mean = {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
         each = [f"{row['strict']:.3f}" for row in rows] if len(rows) > 1 else []
@@ -1688,7 +1732,8 @@ def options(kind: type, words: list[str]):
         read.__name__ = field.type.__name__  # argparse names it where the text is not of this type
         parser.add_argument(f"--{field.name}", type=read, default=field.default, nargs="?",
                             const=field.type is bool or "", help=argparse.SUPPRESS)
-        head = f"\n  --{field.name}={field.default} ".ljust(31)
+        shown = f"{field.default:g}" if field.type is float else field.default
+        head = f"\n  --{field.name}={shown} ".ljust(31)
         parser.epilog += head + ("\n" + " " * 30).join(textwrap.wrap(notes[field.name], 49))
     for flag, word in zip(["", *words], words):
         name = word.lstrip("-").partition("=")[0]
@@ -1709,7 +1754,7 @@ def run(main: Callable[[], None]) -> None:
         sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(130)
-    except (OSError, ValueError, MemoryError, RuntimeError) as error:
+    except (OSError, ValueError, MemoryError, RuntimeError, ModuleNotFoundError) as error:
         scarce = any(word in str(error) for word in ("memory", "new thread"))
         if sys.flags.dev_mode or isinstance(error, RuntimeError) and not scarce:
             raise
@@ -1729,6 +1774,11 @@ def main():
     elif o.algorithm or o.resume and (Path(o.output) / "ckpt.pt").exists():
         align(sys.argv[1:])
     else:
+        for word in sys.argv[1:]:  # its runs have options of their own: another would change nothing, unseen
+            name = word[2:].partition("=")[0]
+            known = ", ".join(DEMO_OPTIONS)
+            require(name in DEMO_OPTIONS, f"--{name} is none of the demonstration's options ({known}); "
+                                          "it goes with --algorithm and --data")
         demonstrate(o)
 
 

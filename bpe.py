@@ -1,12 +1,16 @@
-"""Text <-> tokens: characters, bytes, words and byte pair encoding (BPE), trained and run in Python and numpy.
+"""Text <-> tokens: characters, bytes, words and byte pair encoding (BPE).
 
-Reads: text files, .jsonl files (field "text"), gzipped ones (.gz), folders; the standard library's text by default.
-       Tokenizers: its own, tokenizer.json of Hugging Face, .tiktoken files, folders with vocab.json and merges.txt.
+Reads: text files, .jsonl files (field "text"), gzipped ones (.gz), folders; the
+       standard library's text by default. Tokenizers: its own, tokenizer.json
+       of Hugging Face, .tiktoken files, folders with vocab.json and merges.txt.
 Writes: tokenizer.json, which holds all that encoding and decoding need.
-Usage: python bpe.py --input=shakespeare.txt --vocab_size=1024 --output=tokenizer.json
+Usage: python bpe.py --input=shakespeare.txt --vocab_size=1024
        python bpe.py --tokenizer=tokenizer.json --show="Hello, world!"
-       python bpe.py --input=shakespeare.txt --compare=char,word,1024,8192,tokenizer.json
-References: Sennrich et al. 2016 (BPE for words), Radford et al. 2019 (GPT-2: bytes, and the pattern that splits first).
+       python bpe.py --input=shakespeare.txt --compare=char,1024,tokenizer.json
+
+It is trained and run in Python and numpy.
+References: Sennrich et al. 2016 (BPE for words), Radford et al. 2019 (GPT-2:
+bytes, and the pattern that splits first).
 """
 import argparse
 import base64
@@ -112,7 +116,8 @@ def options(kind: type, words: list[str]):
         read.__name__ = field.type.__name__  # argparse names it where the text is not of this type
         parser.add_argument(f"--{field.name}", type=read, default=field.default, nargs="?",
                             const=field.type is bool or "", help=argparse.SUPPRESS)
-        head = f"\n  --{field.name}={field.default} ".ljust(31)
+        shown = f"{field.default:g}" if field.type is float else field.default
+        head = f"\n  --{field.name}={shown} ".ljust(31)
         parser.epilog += head + ("\n" + " " * 30).join(textwrap.wrap(notes[field.name], 49))
     for flag, word in zip(["", *words], words):
         name = word.lstrip("-").partition("=")[0]
@@ -133,7 +138,7 @@ def run(main: Callable[[], None]) -> None:
         sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(130)
-    except (OSError, ValueError, MemoryError, RuntimeError) as error:
+    except (OSError, ValueError, MemoryError, RuntimeError, ModuleNotFoundError) as error:
         scarce = any(word in str(error) for word in ("memory", "new thread"))
         if sys.flags.dev_mode or isinstance(error, RuntimeError) and not scarce:
             raise
@@ -998,13 +1003,19 @@ def visible(token: bytes) -> str:
 
 
 def show(tokenizer: Tokenizer, text: str) -> None:
-    """Print each token of a text, coloured in turn, with its id, and a bar behind the last one of each piece."""
+    """Print each token of a text, with its id, and a bar behind the last one of each piece.
+
+    On a terminal the tokens are coloured in turn; a file or a pipe gets no codes of colours.
+    """
     ends = piece_ends(well_formed(text, tokenizer.form), tokenizer.pattern).tolist()
-    at = 0
+    at, coloured = 0, sys.stdout.isatty()
     for number, i in enumerate(tokenizer.encode(text, "all")):
         token = tokenizer.vocab[i]
         at += len(token)
-        print(f"{i:7} \x1b[3{1 + number % 6}m{visible(token)}\x1b[0m{' |' * (at in ends)}")
+        shown = visible(token)
+        if coloured:
+            shown = f"\x1b[3{1 + number % 6}m{shown}\x1b[0m"
+        print(f"{i:7} {shown}{' |' * (at in ends)}")
 
 
 def compare(o: Options) -> None:
@@ -1013,8 +1024,9 @@ def compare(o: Options) -> None:
     text = "".join(part for part, _ in parts)
     size = len(text.encode())
     words = len(regex.findall(r"\w+", text))
-    print(f"{size:,} bytes, {words:,} words; embedding: its parameters at width 768; unk: bytes that it hides\n"
-          "tokenizer         tokens embedding byte/token token/word unused   unk seconds longest")
+    print(f"{size:,} bytes, {words:,} words; unk: bytes that it hides\n"
+          "embed: parameters of the embedding at width 768; s: of encoding\n"
+          "tokenizer       tokens   embed byte/token token/word unused   unk     s longest")
     for name in o.compare.split(","):
         kind = "bpe" if name.isdigit() else name
         wanted = int(name) if name.isdigit() else o.vocab_size
@@ -1028,10 +1040,10 @@ def compare(o: Options) -> None:
         known = ids if tokenizer.unknown is None else ids[ids != tokenizer.unknown]
         hidden = size - tokenizer.length[known].sum()
         longest = sorted(tokenizer.index, key=len)[-1]
-        print(f"{name[-16:]:16}{tokenizer.vocab_size:8,}{tokenizer.vocab_size * 768 / 1e6:9.1f}M"
+        print(f"{name[-14:]:14}{tokenizer.vocab_size:8,}{tokenizer.vocab_size * 768 / 1e6:7.1f}M"
               f"{size / len(ids):11.3f}{len(ids) / max(1, words):11.3f}"
               f"{1 - len(np.unique(ids)) / tokenizer.vocab_size:7.1%}"
-              f"{hidden / size:6.1%}{seconds:8.2f} {visible(longest)[:14]}")
+              f"{hidden / size:6.1%}{seconds:6.2f} {visible(longest)[:8]}")
 
 
 def train_on_files(o: Options) -> Tokenizer:
@@ -1059,7 +1071,7 @@ def train_on_files(o: Options) -> Tokenizer:
     size = sum(len(piece) * number for piece, number in counts.items())
     known = zip(tokenizer.ids_of(list(counts)), counts.values())
     tokens = sum(len(ids) * number for ids, number in known) // tokenizer.dtype.itemsize
-    print(f"{o.output}: {size} bytes in {tokens} tokens: {size / tokens:.3f} bytes per token")
+    print(f"{o.output}: {size:,} bytes in {tokens:,} tokens: {size / tokens:.3f} bytes per token")
     return tokenizer
 
 

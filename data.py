@@ -1,20 +1,25 @@
-"""Web pages and text become tokens: the main content is extracted, documents are held out and encoded.
+"""Web pages and text become tokens: extracted, held out by document, encoded.
 
-Reads:  --input: text files, folders, .jsonl files (field "text" or "messages"), with other --steps also .html and WARC
-        files; without it the text of Python's standard library
-Writes: --output, a folder: train.npy and val.npy (1-D, uint16 or uint32; every document ends with <|endoftext|>),
-        tokenizer.json, manifest.json; with other steps documents.jsonl, removed.jsonl, contamination.json; with --mix
-        mix.json and the logs of its runs
+Reads:  --input: text files, .jsonl files (field "text" or "messages"), these
+        packed (.gz), folders; without it the text of Python's standard library.
+        With --steps=extract,... also .html, .pdf, .warc, .warc.wet, packed too
+        (.gz, .bz2, .xz, .zst); other steps take pages with their markup.
+Writes: --output, a folder: train.npy and val.npy (1-D, uint16 or uint32; every
+        document ends with <|endoftext|>), tokenizer.json, manifest.json; with
+        other steps documents.jsonl, removed.jsonl, contamination.json; with
+        --mix mix.json and the logs of its runs
 Usage:  python data.py --input=stories.txt --separator="<|endoftext|>"
-        python data.py --input=crawl.warc.gz --steps=extract,length,pii,dedup,tokenise --report=report.html --look=3
+        python data.py --input=crawl.warc.gz --steps=extract,length,tokenise
         python data.py --input=sharegpt.jsonl --steps=chat,exact --output=chats
-        python data.py --mix=a,b,c --eval_data=target --train="--n_layer=1 --max_iters=100" --output=mix
-        python data.py --train_language=languages.json  (also --train_classifier, --train_ngrams)
+        python data.py --mix=a,b,c --eval_data=target --output=mix
+        python data.py --train_language=languages.json
+        (also --train_classifier, --train_ngrams)
 
-The input may be larger than memory: each pass (extract, split, train the tokenizer,
-encode) streams it. A second run with the same input and options reuses the
-files. Documents are held out by a hash of their content, so that equal ones
-are never on both sides; of fewer than 20 documents the last tenth of the text.
+The input may be larger than memory: each pass (extract, split, train the
+tokenizer, encode) streams it. A second run with the same input and options
+reuses the files. Documents are held out by a hash of their content, so that
+equal ones are never on both sides; of fewer than 20 documents the last tenth
+of the text.
 """
 import argparse
 import array
@@ -130,7 +135,8 @@ def options(kind: type, words: list[str]):
         read.__name__ = field.type.__name__  # argparse names it where the text is not of this type
         parser.add_argument(f"--{field.name}", type=read, default=field.default, nargs="?",
                             const=field.type is bool or "", help=argparse.SUPPRESS)
-        head = f"\n  --{field.name}={field.default} ".ljust(31)
+        shown = f"{field.default:g}" if field.type is float else field.default
+        head = f"\n  --{field.name}={shown} ".ljust(31)
         parser.epilog += head + ("\n" + " " * 30).join(textwrap.wrap(notes[field.name], 49))
     for flag, word in zip(["", *words], words):
         name = word.lstrip("-").partition("=")[0]
@@ -151,7 +157,7 @@ def run(main: Callable[[], None]) -> None:
         sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(130)
-    except (OSError, ValueError, MemoryError, RuntimeError) as error:
+    except (OSError, ValueError, MemoryError, RuntimeError, ModuleNotFoundError) as error:
         scarce = any(word in str(error) for word in ("memory", "new thread"))
         if sys.flags.dev_mode or isinstance(error, RuntimeError) and not scarce:
             raise
@@ -231,10 +237,11 @@ class Corpus:
                 sizes.append(size)
                 digest, size = salt.copy(), 0
         if not hashes:
-            raise ValueError(f"the input holds no document ({self.counts['bad_lines']} lines are not JSON with a text)")
+            bad, names = self.counts["bad_lines"], ", ".join(map(str, self.files[:3]))
+            raise ValueError(f"the input ({names}) holds no document; {bad} lines are not JSON with a text")
         shares, sizes = np.array(hashes) / 2**32, np.array(sizes)
         if len(sizes) < FEW:
-            print(f"{len(sizes)} documents are fewer than {FEW}: the last tenth of the text is for validation")
+            print(f"fewer than {FEW} documents ({len(sizes)}): the last tenth of the text is for validation")
             starts = np.cumsum(sizes) - sizes
             self.training = np.clip(sizes.sum() * 9 // 10 - starts, 0, sizes)
         else:
@@ -1000,13 +1007,28 @@ def train_ngrams(units: np.ndarray, vocab_size: int, order: int) -> NgramModel:
     return NgramModel(vocab_size, sizes, *map(np.concatenate, zip(*rows)))
 
 
+def read_tokens(path: Path, vocab_size: int) -> np.ndarray:
+    """The array of a token file. Raises OSError, or ValueError where it holds something else."""
+    try:
+        tokens = np.load(path, allow_pickle=False)
+        whole = tokens.ndim == 1 and tokens.dtype.kind == "u" and len(tokens) > 1 and tokens.max() < vocab_size
+    except OSError:
+        raise
+    except Exception as error:  # a damaged head fails in many ways
+        raise ValueError(f"{path} is not a .npy file of tokens, or is damaged") from error
+    if not whole:
+        raise ValueError(f"{path} is not one list of tokens below {vocab_size:,}")
+    return tokens
+
+
 def ngram_bits_per_byte(folder: str | Path, order: int = 6) -> float:
     """Bits per byte of the held-out documents of a folder of token files, by the n-grams of its training tokens."""
     folder = Path(folder)
-    with bpe.blaming(f"{folder} holds no whole token files"):
-        train, val = np.load(folder / "train.npy"), np.load(folder / "val.npy")
+    vocab_size = bpe.load(folder / "tokenizer.json").vocab_size
+    train, val = (read_tokens(folder / name, vocab_size) for name in ("train.npy", "val.npy"))
+    with bpe.blaming(f"{folder} holds no whole manifest.json"):
         size = json.loads((folder / "manifest.json").read_bytes())["val"]["bytes"]
-    model = train_ngrams(train, bpe.load(folder / "tokenizer.json").vocab_size, order)
+    model = train_ngrams(train, vocab_size, order)
     return float(model.bits(val).sum() / size)
 
 
@@ -1068,7 +1090,8 @@ def train_filter(o: Options) -> None:
     elif o.train_classifier:
         if not o.positive or not o.negative:
             raise ValueError("--train_classifier needs --positive and --negative, files of texts of two kinds")
-        model, name = train_classifier(texts(o.positive), texts(o.negative), o.seed), "quality.npz"
+        with bpe.blaming(f"--positive={o.positive} --negative={o.negative}"):
+            model, name = train_classifier(texts(o.positive), texts(o.negative), o.seed), "quality.npz"
     elif Path(o.train_ngrams, "train.npy").exists():
         print(f"{ngram_bits_per_byte(o.train_ngrams):.4f} bits a byte of the held-out documents by 6-grams of tokens")
         return
@@ -1285,7 +1308,7 @@ def near_keys(text: str, threshold: float) -> np.ndarray:
 def jaccard(a: np.ndarray, b: np.ndarray) -> float:
     """Size of the intersection over size of the union of two sets, each sorted."""
     both = np.sort(np.concatenate([a, b]), kind="stable")  # merges the two in linear time
-    shared = np.count_nonzero(both[1:] == both[:-1])
+    shared = int(np.count_nonzero(both[1:] == both[:-1]))
     return shared / (len(both) - shared)
 
 
@@ -1878,13 +1901,24 @@ class Pipeline:
             jobs = self.part_jobs(number) if number else self.raw_jobs()
             jobs = (job for job in jobs if not self.path(number, job[0]).exists())
             try:
-                for part in bpe.parallel(self.do_part, jobs, self.workers, number):
-                    show_live(f"stage {number + 1} of {len(self.stages)}, part {part}")
+                done = bpe.parallel(self.do_part, jobs, self.workers, number)
+                for parts, _ in enumerate(done, 1):
+                    show_live(self.progress(number, parts))
                 return show_live("")
             except ChildProcessError:
                 if not again:
                     raise
                 print("a process was killed, perhaps for want of memory: its part begins again", file=sys.stderr)
+
+    def progress(self, number: int, parts: int) -> str:
+        """The live line of a stage: which of the steps it does, and how far it is.
+
+        A stage ends where a step needs the keys of all documents.
+        """
+        first, local, last = self.stages[number]
+        keys = [f"keys of {last}"] * bool(last)
+        steps = ", ".join([first, *local, *keys])
+        return f"pass {number + 1} of {len(self.stages)}, part {parts:,}: {steps}"
 
     def find_seen(self, number: int, name: str) -> None:
         """Write for each key of a stage whether it was seen before (of near copies: the first key of each)."""
@@ -2154,11 +2188,14 @@ def check_options(o: Options) -> None:
 
 @contextlib.contextmanager
 def claimed(folder: Path, o: Options) -> Iterator[None]:
-    """Make a folder and keep other runs out of it, but those of other shards. Raises ValueError if one is in it."""
+    """Make a folder and keep other runs out of it, but those of other shards. Raises ValueError if one is in it.
+
+    Its file is not train.py's .lock: a process that closes a file loses all its locks on that file.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     index, count = shard_of(o)
     try:
-        with open(folder / ".lock", "w") as lock:
+        with open(folder / ".data.lock", "w") as lock:
             with contextlib.suppress(ImportError):  # not on Windows
                 import fcntl
                 fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, count > 1, index)  # a shard locks one byte, else all
@@ -2188,6 +2225,16 @@ def input_files(o: Options) -> list[Path]:
     folder = Path(o.output).resolve()
     files = files or bpe.find_files(o.input)
     return [path for path in files if folder not in Path(os.path.realpath(path)).parents]
+
+
+def tell_markup(files: list[Path], o: Options) -> None:
+    """Print a line where there are pages and no step that takes their markup out."""
+    pages = [path for path in files if PAGES.search(path.name)]
+    first = o.steps.split(",")[0]
+    if pages and first not in ("extract", "chat"):
+        more = f" and {len(pages) - 1:,} more" * (len(pages) > 1)
+        step = f"data.py --steps=extract,{o.steps}"
+        print(f"{pages[0]}{more}: the markup stays; {step} takes it out")
 
 
 def encode_all(corpus: Corpus, o: Options, coder: bpe.Tokenizer | None, create: Callable, workers: int) -> dict:
@@ -2236,6 +2283,7 @@ def prepare(input: str, tokenizer: str, output: str, vocab_size: int, pattern: s
     if manifest := earlier(folder, wanted):
         print(f"{folder}: the files of an earlier run with the same input and options are reused")
         return manifest
+    tell_markup(files, o)
     workers = min(o.workers or os.cpu_count(), 1 + size // JOB)
     manifest, written = {}, {}
     with claimed(folder, o):
@@ -2288,8 +2336,8 @@ def xz_bits_per_byte(folder: str) -> dict[str, float]:
         after, before, together, *alone = pool.map(lambda data: len(lzma.compress(data, preset=9)), tasks)
     sizes = dict(xz_bpb=sum(alone), xz_concat_bpb=together, xz_after_bpb=after - before)
     bits = {name: 8 * size / len(held_out) for name, size in sizes.items()}
-    print(f"xz -9 of the same documents: {bits['xz_bpb']:.4f} bits a byte file by file, "
-          f"{bits['xz_concat_bpb']:.4f} concatenated, {bits['xz_after_bpb']:.4f} after the training text")
+    print(f"xz -9 of the same documents: {bits['xz_bpb']:.4f} bits a byte file by file,\n"
+          f"  {bits['xz_concat_bpb']:.4f} concatenated, {bits['xz_after_bpb']:.4f} after the training text")
     return bits
 
 
@@ -2317,7 +2365,7 @@ def main() -> None:
     if "train" not in manifest:
         chats = "chat" in o.steps.split(",")
         then = f"align.py --algorithm=sft --data={o.output}" if chats else f"data.py --input={o.output}"
-        print(f"{manifest['seconds']} s\nnext: python {then}/documents.jsonl")
+        print(f"{manifest['seconds']:.1f} s in all\nnext: python {then}/documents.jsonl")
         return
     for side in ("train", "val"):
         count = manifest[side]
@@ -2327,7 +2375,8 @@ def main() -> None:
                        ("bad_lines", "lines were left out: no JSON object with a text")):
         if manifest[name]:
             print(f"{manifest[name]:,} {what}")
-    print(f"{manifest['seconds']} s, {manifest['tokens_per_s']:,} tokens/s\nnext: python train.py --data={o.output}")
+    print(f"{manifest['seconds']:.1f} s in all; encoded at {manifest['tokens_per_s']:,} tokens/s")
+    print(f"next: python train.py --data={o.output}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Every way to split a model over processes, written out, and checked against the model that is not split.
+"""Every way to split a model over processes, checked against one that is not.
 
 Reads: nothing; --merge: a folder with the parts of a checkpoint.
 Writes: tables to stdout; --merge: OUTPUT, one checkpoint.
@@ -7,8 +7,10 @@ Usage: python ddp.py
        torchrun --nproc_per_node=4 ddp.py
        python ddp.py --plan --gpus=1024 --params=70e9 --tokens=1e12
 
-For real runs torch's own engine does the same with more care: `train.py --parallel=torch_ddp` or `torch_fsdp`.
-References: Rajbhandari et al. 2020 (ZeRO); Narayanan et al. 2021 (Megatron-LM); Liu et al. 2023 (ring attention).
+All are written out here. For real runs torch's own engine does the same with
+more care: `train.py --parallel=torch_ddp` or `torch_fsdp`.
+References: Rajbhandari et al. 2020 (ZeRO); Narayanan et al. 2021 (Megatron-LM);
+Liu et al. 2023 (ring attention).
 """
 import argparse
 import atexit
@@ -19,12 +21,14 @@ import difflib
 import inspect
 import logging
 import math
+import multiprocessing
 import os
 import re
 import signal
 import sys
 import tempfile
 import textwrap
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -442,14 +446,17 @@ class Sharder:
             if 0 <= i + step < len(units) and not again:
                 self.fetch(units[i + step])
 
-        def after(i, *_):
+        def after(i, block, given, made):
             if not self.backward:
                 units[i].free()
+            for y in made if type(made) is tuple else (made,):  # backward hooks warn where the input is tokens
+                if y.requires_grad:
+                    y.register_hook(partial(before, i, -1))
+
         module.register_forward_pre_hook(self.begin)
         for i, block in enumerate(blocks):
             block.register_forward_pre_hook(partial(before, i, 1))
             block.register_forward_hook(partial(after, i))
-            block.register_full_backward_pre_hook(partial(before, i, -1))
         for unit in self.units:
             unit.free()
 
@@ -1177,6 +1184,7 @@ def assemble(parts: list[dict], config: Any, world: int) -> tuple[dict, dict]:
 SHAPE: dict[str, Any] = dict(vocab_size=64, block_size=32, n_layer=4, n_head=8, n_kv_head=4, n_embd=32,
                              balance_loss=0.0, router_z=0.0)
 BATCH = 8
+MICRO = 2  # micro-batches of a step, but in a pipeline
 # Each form is what a user could write; n is the number of ranks, h half of it. The first four are data parallel with
 # other settings: how much travels at a time, and when.
 FORMS = {
@@ -1271,7 +1279,7 @@ def measure(o: Options) -> dict:
     roles = objective.gpt.roles()
     split = engine(objective, o, BATCH)
     state, own, seconds = {name: [] for name in split.pieces}, split.rows(BATCH), []
-    micro = min(o.micro if "pp" in o.mesh else 2, len(own))
+    micro = min(o.micro if "pp" in o.mesh else MICRO, len(own))
     far = 0.0
     for step in range(o.steps):  # all ranks draw the whole batch and take their rows
         began, sent = time.perf_counter(), Group.sent
@@ -1291,23 +1299,41 @@ def measure(o: Options) -> dict:
     return dict(loss=far, weights=apart, sent=sent, memory=memory, seconds=sorted(seconds)[len(seconds) // 2])
 
 
+def forms_of(o: Options, n: int) -> dict[str, str]:
+    """{name: options} of the forms that n ranks run.
+
+    Raises ValueError where --only leaves none, and for a --mesh that is none or for another number of ranks.
+    """
+    if o.mesh:
+        if o.mesh not in TORCH:
+            Mesh(o.mesh, n)
+        return {o.mesh: ""}
+    named = {name: form.format(n=n, h=n // 2) for name, form in FORMS.items() if o.only in name}
+    require(named, f"--only={o.only}: there are {'; '.join(FORMS)}")
+    product = re.compile(r",[a-z]{2}1\b|=[a-z]{2}1,")  # with 1
+    forms = {name: form for name, form in named.items() if not product.search(form)}
+    require(forms, f"--only={o.only}: {', '.join(named)} need --ranks=4")
+    return forms
+
+
 def harness(o: Options, words: list[str]) -> bool:
     """Print a row for each form; whether all are exact"""
     n = dist.get_world_size()
     limit = 1e-9 if o.dtype == "float64" else 1e-4
-    forms = {o.mesh: ""} if o.mesh else {name: form for name, form in FORMS.items() if o.only in name}
+    forms = forms_of(o, n)
     fine = True
     print(f"{n} ranks, {o.steps} steps, {o.dtype}; against one process: difference of loss, of weights")
     print(f"{'form':36} {'loss':>8} {'weights':>8} {'KiB sent':>9} {'MiB':>6} {'ms':>7}")
     for name, form in forms.items():
-        form = form.format(n=n, h=n // 2)
-        if re.search(r",[a-z]{2}1\b|=[a-z]{2}1,", form):  # a product with 1
-            continue
-        row = measure(options(Options, form.split() + words))
+        own = options(Options, form.split() + words)
+        row = measure(own)
         exact = row["loss"] < limit and row["weights"] < (limit if o.dtype == "float64" else 1e-2)
         fine &= exact
-        print(f"{name:36} {row['loss']:8.1e} {row['weights']:8.1e} {row['sent'] / 1024:9.1f} "
+        sent = "-" if own.mesh in TORCH else f"{row['sent'] / 1024:.1f}"  # torch's engines do not count
+        print(f"{name:36} {row['loss']:8.1e} {row['weights']:8.1e} {sent:>9} "
               f"{row['memory'] / 2**20:6.2f} {1000 * row['seconds']:7.1f}{'' if exact else '  not exact'}", flush=True)
+    print(f"KiB: what a rank sends in a step of {MICRO} micro-batches (pp: {o.micro}); zero2 sends\n"
+          "gradients in each of them, fsdp gradients and weights")
     return fine
 
 
@@ -1328,7 +1354,8 @@ def options(kind: type, words: list[str]):
         read.__name__ = field.type.__name__  # argparse names it where the text is not of this type
         parser.add_argument(f"--{field.name}", type=read, default=field.default, nargs="?",
                             const=field.type is bool or "", help=argparse.SUPPRESS)
-        head = f"\n  --{field.name}={field.default} ".ljust(31)
+        shown = f"{field.default:g}" if field.type is float else field.default
+        head = f"\n  --{field.name}={shown} ".ljust(31)
         parser.epilog += head + ("\n" + " " * 30).join(textwrap.wrap(notes[field.name], 49))
     for flag, word in zip(["", *words], words):
         name = word.lstrip("-").partition("=")[0]
@@ -1349,7 +1376,7 @@ def run(main: Callable[[], None]) -> None:
         sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(130)
-    except (OSError, ValueError, MemoryError, RuntimeError) as error:
+    except (OSError, ValueError, MemoryError, RuntimeError, ModuleNotFoundError) as error:
         scarce = any(word in str(error) for word in ("memory", "new thread"))
         if sys.flags.dev_mode or isinstance(error, RuntimeError) and not scarce:
             raise
@@ -1373,7 +1400,8 @@ def bench_collectives() -> None:
         "reduce_scatter": (lambda x: group.reduce_scatter(x.view(n, -1)),
                            lambda x: dist.reduce_scatter(x.view(n, -1)[me].clone(), list(x.view(n, -1))), (n - 1) / n),
     }
-    print(f"{n} ranks, gloo; microseconds of ours and of torch's, bandwidth of ours: bytes a second, and on the bus")
+    print(f"{n} ranks, gloo; microseconds; GB/s of ours, and what of it a link carries\n"
+          f"{'':15} {'bytes':>10} {'ours, us':>10} {'torch, us':>10} {'GB/s':>9} {'on the bus':>12}")
     for name, (ours, theirs, share) in table.items():
         points = []
         for size in (2**10, 2**14, 2**18, 2**22):
@@ -1389,8 +1417,8 @@ def bench_collectives() -> None:
                 times.append(sorted(took)[6])
             points.append((x.nbytes, times[0]))
             speed = x.nbytes / times[0] / 1e9
-            print(f"{name:15} {x.nbytes:9,} bytes {1e6 * times[0]:9.0f} {1e6 * times[1]:9.0f} us "
-                  f"{speed:7.3f} GB/s {share * speed:7.3f} on the bus", flush=True)
+            print(f"{name:15} {x.nbytes:10,} {1e6 * times[0]:10.0f} {1e6 * times[1]:10.0f} "
+                  f"{speed:9.3f} {share * speed:12.3f}", flush=True)
         sizes, took = np.array(points).T
         slope, latency = np.polyfit(sizes, took, 1, w=1 / took)  # relative errors count
         print(f"{name:15} about {1e6 * latency:.0f} us + bytes / {1e-9 / max(slope, 1e-18):.2f} GB/s")
@@ -1489,14 +1517,16 @@ def plan(o: Options) -> None:
     found = sorted(filter(None, tried), key=lambda row: row["seconds"])
     require(found, f"{o.params:.3g} parameters in steps of {o.batch_tokens:.3g} tokens fit on no mesh of {o.gpus} GPUs")
     print(f"{o.params:.3g} parameters, {o.tokens:.3g} tokens in steps of {o.batch_tokens:.3g}, {o.gpus} x {o.machine}")
-    print("GB of weights, gradients, optimizer, activations; GB sent along tp, pp, dp; compute over communication")
-    print("mesh            stage micro  weights grads optim activ     tp     pp     dp  ratio  idle s/step   MFU  days")
+    print("below a mesh: GB that a GPU keeps and, in a step, sends along tp, pp, dp;\n"
+          "ratio: computing over communicating\n"
+          "mesh               stage micro   ratio   idle   s/step    MFU     days\n"
+          "         weights   grads   optim   activ  sent: tp      pp      dp")
     best = {row["mesh"]: row for row in reversed(found)}
     for row in [row for row in found if row is best[row["mesh"]]][:8]:
-        sizes = " ".join(f"{size / 1e9:6.1f}" for size in (*row["memory"].values(), *row["wire"].values()))
+        kept, sent = ("".join(f"{size / 1e9:8.1f}" for size in row[what].values()) for what in ("memory", "wire"))
         days = row["seconds"] * o.tokens / o.batch_tokens / 86400
-        print(f"{row['mesh']:15} {row['stage']:5} {row['micro']:5}  {sizes} {row['ratio']:6.1f} {row['idle']:6.1%} "
-              f"{row['seconds']:6.2f} {row['mfu']:6.1%} {days:5.1f}")
+        print(f"{row['mesh']:18} {row['stage']:5} {row['micro']:5} {row['ratio']:7.1f} {row['idle']:6.1%} "
+              f"{row['seconds']:8.2f} {row['mfu']:6.1%} {days:8.1f}\n{'':8}{kept}  {sent}")
 
 
 # ---- checkpoints in parts
@@ -1540,6 +1570,9 @@ def agree(**own) -> None:
 
 def process(rank: int, o: Options, words: list[str], file: str) -> None:
     """One process: of torchrun's, or one that was started here and meets the others in a file."""
+    if file:  # where who started it is gone, nobody waits for it
+        parent = multiprocessing.parent_process()
+        threading.Thread(target=lambda: parent.join() or os._exit(1), daemon=True).start()
     torch.set_default_dtype(getattr(torch, o.dtype))
     torch.set_num_threads(1)
     Group.timeout = datetime.timedelta(seconds=o.timeout)

@@ -279,6 +279,7 @@ def softmax_kernel(y, x, R, n, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     if BLOCK >= n:
         here = (row < R) & (col < n)
         v = read(x + col, here, -float("inf"))
+        v = tl.where(row < R, v, 0.0)  # beyond the last row -inf - -inf is no number
         v = tl.exp(v - tl.max(v, 1)[:, None])
         tl.store(y + col, v / tl.sum(v, 1)[:, None], here)
     else:
@@ -2222,8 +2223,10 @@ def main() -> None:
         print("times are of the plain twins: an interpreted kernel's time says nothing")
     print(HEAD)
     for name in names:
-        for sizes in KERNELS[name].sizes[1 : 3 if cuda else 2]:
-            points += show_times(KERNELS[name], sizes, dtype, device, o, top)
+        kernel = KERNELS[name]
+        last = 3 if cuda else 2
+        for sizes in kernel.sizes[1:last]:
+            points += show_times(kernel, sizes, dtype, device, o, top)
     if o.roofline:
         roofline(points, top, o.plot)
     require(not wrong, f"wrong: {', '.join(wrong)}")
@@ -2246,7 +2249,8 @@ def options(kind: type, words: list[str]):
         read.__name__ = field.type.__name__  # argparse names it where the text is not of this type
         parser.add_argument(f"--{field.name}", type=read, default=field.default, nargs="?",
                             const=field.type is bool or "", help=argparse.SUPPRESS)
-        head = f"\n  --{field.name}={field.default} ".ljust(31)
+        shown = f"{field.default:g}" if field.type is float else field.default
+        head = f"\n  --{field.name}={shown} ".ljust(31)
         parser.epilog += head + ("\n" + " " * 30).join(textwrap.wrap(notes[field.name], 49))
     for flag, word in zip(["", *words], words):
         name = word.lstrip("-").partition("=")[0]
@@ -2267,7 +2271,7 @@ def run(main: Callable[[], None]) -> None:
         sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(130)
-    except (OSError, ValueError, MemoryError, RuntimeError) as error:
+    except (OSError, ValueError, MemoryError, RuntimeError, ModuleNotFoundError) as error:
         scarce = any(word in str(error) for word in ("memory", "new thread"))
         if sys.flags.dev_mode or isinstance(error, RuntimeError) and not scarce:
             raise

@@ -1,13 +1,17 @@
-"""A decoder-only language model: tokens in, logits out, and what it costs. Every choice is a key of a dict.
+"""A decoder-only language model: tokens in, logits out, and what it costs.
 
-Reads: a checkpoint; with --import_hf a folder of HuggingFace's (config.json, *.safetensors).
+Every choice is a key of a dict.
+Reads: a checkpoint; with --import_hf a folder of HuggingFace's (config.json,
+       *.safetensors).
 Writes: a checkpoint; with --export_hf such a folder.
 Usage: python model.py --preset=gpt2
-       python model.py --preset=llama-3-8b --n_layer=64 --accelerator=b200 --tokens=1e12
+       python model.py --preset=llama-3-8b --accelerator=b200 --tokens=1e12
        python model.py --coord_check
        python model.py --import_hf=DIR --output=ckpt.pt
+       python model.py --ckpt=ckpt.pt   (what that model costs)
        python model.py --ckpt=ckpt.pt --export_hf=DIR
-References: Vaswani et al. 2017 (Transformer); Radford et al. 2019 (GPT-2); Touvron et al. 2023 (Llama).
+References: Vaswani et al. 2017 (Transformer); Radford et al. 2019 (GPT-2);
+Touvron et al. 2023 (Llama).
 """
 import argparse
 import contextlib
@@ -145,7 +149,7 @@ class Options(Config):
     plot: str = ""  # FILE.png of --coord_check
     import_hf: str = ""  # folder of a HuggingFace model; it is written to --output
     export_hf: str = ""  # folder that the model of --ckpt is written to
-    ckpt: str = "out/ckpt.pt"  # checkpoint to export
+    ckpt: str = ""  # checkpoint to account for, or to export (empty: out/ckpt.pt)
     output: str = "ckpt.pt"  # checkpoint to write
 
 
@@ -1229,9 +1233,9 @@ def report(config: Config, batch: int, optimizer: str = "muon", blocks: tuple = 
     memory = ", ".join(f"{name} {n / 2**20:,.1f}" for name, n in a["memory"].items())
     rows = [
         f"parameters    {a['parameters']:,} ({roles}), {a['active']:,} of them in use for a token",
-        f"FLOPs         {total:,} forward for {T} tokens, {3 * total // T:,} a token trained; "
+        f"FLOPs         {total:,} forward for {T:,} tokens, {3 * total // T:,} a token trained; "
         f"{total - a['masked_flops']:,} without the half that attention masks",
-        f"memory        {a['memory_total'] / 2**20:,.1f} MiB at {batch} x {T} tokens ({memory})",
+        f"memory        {a['memory_total'] / 2**20:,.1f} MiB at {batch} x {T:,} tokens ({memory})",
         f"cache         {cache:,} bytes a token, {cache * T / 2**20:,.2f} MiB a sequence",
     ]
     for length in (n * T for n in blocks):
@@ -1348,7 +1352,8 @@ def load_checkpoint(path: str | os.PathLike) -> dict:
     good = type(version) is int and version == CHECKPOINT_VERSION  # it may be anything, also a tensor
     require(good, f"{path} is not a checkpoint of format {CHECKPOINT_VERSION}")
     for name, kind in CHECKPOINT_FORM.items():
-        entry = checkpoint.get(name, None if name in ("config", "weights") else {})
+        needed = name == "config" or name == "weights" and "pieces" not in checkpoint  # those of a part, see ddp.py
+        entry = checkpoint.get(name, None if needed else {})
         fits = isinstance(entry, dict) and all(isinstance(value, kind) for value in entry.values())
         require(fits, f"{path} does not fit: its entry {name} is missing, or of another kind")
     step = checkpoint.get("progress", {}).get("step", 0)
@@ -1576,7 +1581,8 @@ def options(kind: type, words: list[str]):
         read.__name__ = field.type.__name__  # argparse names it where the text is not of this type
         parser.add_argument(f"--{field.name}", type=read, default=field.default, nargs="?",
                             const=field.type is bool or "", help=argparse.SUPPRESS)
-        head = f"\n  --{field.name}={field.default} ".ljust(31)
+        shown = f"{field.default:g}" if field.type is float else field.default
+        head = f"\n  --{field.name}={shown} ".ljust(31)
         parser.epilog += head + ("\n" + " " * 30).join(textwrap.wrap(notes[field.name], 49))
     for flag, word in zip(["", *words], words):
         name = word.lstrip("-").partition("=")[0]
@@ -1597,7 +1603,7 @@ def run(main: Callable[[], None]) -> None:
         sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(130)
-    except (OSError, ValueError, MemoryError, RuntimeError) as error:
+    except (OSError, ValueError, MemoryError, RuntimeError, ModuleNotFoundError) as error:
         scarce = any(word in str(error) for word in ("memory", "new thread"))
         if sys.flags.dev_mode or isinstance(error, RuntimeError) and not scarce:
             raise
@@ -1619,15 +1625,20 @@ def main() -> None:
         save_checkpoint(o.output, import_hf(o.import_hf))
         return print(f"{o.import_hf} -> {o.output}; next: python sample.py --ckpt={o.output}, if it has a tokenizer")
     if o.export_hf:
-        kind = export_hf(from_checkpoint(load_checkpoint(o.ckpt)), o.export_hf)
-        return print(f"{o.ckpt} -> {o.export_hf}, a model of the kind {kind}")
+        ckpt = o.ckpt or "out/ckpt.pt"
+        kind = export_hf(from_checkpoint(load_checkpoint(ckpt)), o.export_hf)
+        return print(f"{ckpt} -> {o.export_hf}, a model of the kind {kind}")
+    if o.ckpt:
+        shape = vars(from_checkpoint(load_checkpoint(o.ckpt)).config)
+        o = options(Options, [f"--{name}={value}" for name, value in shape.items()] + words)
     require(o.accelerator in PEAK, f"--accelerator={o.accelerator}: choose from {', '.join(PEAK)}")
     cost = account(o, 1)
     tokens = o.tokens or 20 * cost["parameters"]
     flops = 3 * cost["forward_flops"] // o.block_size * tokens
     print(report(o, o.batch_size, blocks=(1, 4, 16)))
     hours = flops / PEAK[o.accelerator] / o.mfu / 3600
-    print(f"time          {hours:,.1f} hours on one {o.accelerator} at {o.mfu:.0%} of its peak,")
+    took = f"{hours:,.1f} hours" if hours >= 1 else f"{3600 * hours:,.1f} seconds"
+    print(f"time          {took} on one {o.accelerator} at {o.mfu:.0%} of its peak,")
     print(f"              for {tokens:,} tokens, {flops:.3g} FLOPs")
 
 

@@ -1,16 +1,21 @@
-"""Text from a trained model, and what the model knows: batched decoding, conversations, a server, evaluation.
+"""Text from a trained model, and what the model knows.
 
-Reads: a checkpoint of train.py; for --eval the public files of HellaSwag, MMLU and GSM8K, and plain text.
-Writes: text to stdout, one line about the speed to stderr; --eval: each item, answer and score to --output.
+Batched decoding, conversations, a server, evaluation.
+Reads: a checkpoint of train.py; for --eval the public files of HellaSwag, MMLU
+       and GSM8K, and plain text.
+Writes: text to stdout, one line about the speed to stderr; --eval: each item,
+        answer and score to --output.
 Usage: python sample.py --prompt="import " --n_samples=3 --temperature=0.8
-       python sample.py --chat --system="Answer briefly." --quantize=int8 --draft=lookup
+       python sample.py --chat --system="Answer briefly." --quantize=int8
        python sample.py --serve --port=8000
        python sample.py --eval=ppl,hellaswag,mmlu,gsm8k --eval_data=DIR
        torchrun --nproc_per_node=2 sample.py --eval=mmlu --eval_data=DIR
 
-When a text fills the model's block, the older half of it is dropped and the rest computed anew; of a prompt longer than
-the block the last block_size tokens count.
-References: Keskar et al. 2019 (CTRL: repetition penalty); Holtzman et al. 2020 (top-p); Nguyen et al. 2024 (min-p).
+When a text fills the model's block, the older half of it is dropped and the
+rest computed anew; of a prompt longer than the block the last block_size tokens
+count.
+References: Keskar et al. 2019 (CTRL: repetition penalty); Holtzman et al. 2020
+(top-p); Nguyen et al. 2024 (min-p).
 """
 import argparse
 import atexit
@@ -21,6 +26,7 @@ import copy
 import csv
 import dataclasses
 import difflib
+import hashlib
 import hmac
 import http.server
 import inspect
@@ -37,6 +43,7 @@ import textwrap
 import threading
 import time
 import weakref
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -621,7 +628,7 @@ class Engine:
 
     def report(self) -> str:
         """Tokens and tokens per second so far: of the prompts, with the first new tokens, and of decoding after it."""
-        parts = [f"{name} {tokens:,} tokens in {seconds:.2f} s ({tokens / max(seconds, 1e-9):,.0f} tokens/s)"
+        parts = [f"{name} {tokens:,} tokens in {seconds:.2f} s ({tokens / max(seconds, 1e-9):,.0f}/s)"
                  for name, (tokens, seconds) in self.spent.items()]
         made, right = self.guessed
         return ", ".join(parts + [f"{right / max(made, 1):.0%} of {made:,} guesses right"] * (made > 0))
@@ -999,6 +1006,13 @@ def read_results(path: str | os.PathLike) -> dict:
         raise ValueError(f"{path} is no file of results: {error}") from error
 
 
+def checkpoint_hash(ckpt: str | os.PathLike) -> str:
+    """Of what is in a checkpoint, wherever it lies: a hash of the sums of its entries."""
+    with zipfile.ZipFile(ckpt) as file:
+        sums = [entry.CRC for entry in file.infolist()]
+    return hashlib.sha256(str(sums).encode()).hexdigest()[:16]
+
+
 def summaries(name: str, records: dict, others: dict | None = None, over: str = "") -> Iterator[str]:
     """A line for each score; with `others`, of the file `over`, how far it is above theirs on the items of both."""
     theirs, sign = (records, "") if others is None else (others, "+")
@@ -1008,6 +1022,7 @@ def summaries(name: str, records: dict, others: dict | None = None, over: str = 
             own, other = ([of[key][metric] for key in keys] for of in (records, theirs))
             value, low, high = summary(own, other if sign else ())
             line = f"{name} {metric}: {value:{sign}.4f} ({low:{sign}.4f} to {high:{sign}.4f})"
+            line += f", perplexity {math.exp(value):,.1f}" * (metric == "nats_per_token" and not sign)
             yield line + f" over {over}, on {len(keys)} items" * bool(sign)
 
 
@@ -1118,13 +1133,13 @@ class Exam:
 
     def windows(self) -> Iterator[tuple]:
         """Items of half a block behind half a block, of each *.txt, with their names."""
-        stride = self.engine.block // 2
-        for path in sorted(Path(self.o.eval_data).rglob("*.txt")):
+        stride, folder = self.engine.block // 2, Path(self.o.eval_data)
+        for path in sorted(folder.rglob("*.txt")):
             text = path.read_bytes().decode("utf-8", "replace")
             ids = [self.tokenizer.special_tokens[END], *self.tokenizer.encode(text)]
             for start in range(1, len(ids), stride):
                 before = ids[max(0, start - stride):start]
-                yield f"{path.name} {start}", (before, ids[start:start + stride])
+                yield f"{path.relative_to(folder)} {start}", (before, ids[start:start + stride])
 
     def items(self, read: Callable, files: str, solved: str, first: str) -> Iterator[tuple]:
         """Items (context behind solved examples, choices, gold) with their names; the same twice counts once."""
@@ -1141,27 +1156,36 @@ class Exam:
                     context = rows[number - len(rows) // 2][0]
                 twin = f"{context}{rest}"
                 if twin not in seen:
-                    yield f"{path.name} {number}", (begin + context, *rest)
+                    yield f"{path.relative_to(folder)} {number}", (begin + context, *rest)
                 seen.add(twin)
 
     def run(self) -> Iterator[str]:
         """Grade all tasks; yields a line for each score.
 
-        o.output holds every item, answer and score. It is written as it grows; what it holds is not graded again. Under
-        torchrun each process grades its share, and the first one writes.
+        o.output holds every item, answer and score. It is written as it grows; what it holds is not graded again, but
+        for that of another model under the same name. Under torchrun each process grades its share, and the first one
+        writes.
         """
-        output = Path(self.o.output)
+        output, ckpt = Path(self.o.output), checkpoint_hash(self.o.ckpt)
         settings = dict(ckpt=self.o.ckpt, shots=self.o.shots, **wishes(self.o))
         own = {name: vars(self.o)[name] for name in ("dtype", "quantize", "swap")}
         settings |= {name: value for name, value in own.items() if value != getattr(Options, name)}
-        ranks = gather(read_results(output) if output.exists() else dict(settings=settings))
+        begin = dict(settings=settings, fingerprint=ckpt)
+        ranks = gather(read_results(output) if output.exists() else begin)
         held, rank = ranks[0], dist.get_rank() if dist.is_initialized() else 0
-        require(held["settings"] == settings, f"{output} has results of other settings: name another --output")
+        require(held.get("settings") == settings, f"{output} has results of other settings: name another --output")
+        if held.get("fingerprint") != ckpt:
+            held = begin
+            yield f"{output} was of another {self.o.ckpt}: it is now {output}.old"
+            if rank == 0:
+                os.replace(output, f"{output}.old")
         for name in self.o.eval.split(","):
             require(name in TASKS, f"--eval={name}: choose from {', '.join(TASKS)}")
             find, grade, *how = TASKS[name]
-            records = held.setdefault(name, {})
-            todo = {key: item for key, item in find(self, *how) if key not in records}
+            told = find is Exam.passkeys or self.o.eval_data and Path(self.o.eval_data).is_dir()
+            require(told, f"--eval={name} needs a folder of items: --eval_data={self.o.eval_data} is none")
+            records, items = held.setdefault(name, {}), dict(find(self, *how))
+            todo = {key: item for key, item in items.items() if key not in records}
             size = 100 * len(ranks)
             for start in range(0, len(todo), size):
                 keys = [*todo][start:start + size]
@@ -1171,6 +1195,7 @@ class Exam:
                 if rank == 0:
                     with replacing(output) as file:
                         file.write(json.dumps(held).encode())
+            records = {key: records[key] for key in items}  # there may be some of files that are gone
             require(records, f"--eval_data={self.o.eval_data} has no files for {name}")
             yield from summaries(name, records)
             yield from self.leaks(name, records)
@@ -1180,11 +1205,11 @@ class Exam:
 
     def leaks(self, name: str, records: dict) -> Iterator[str]:
         """A line where a report of data.py, in or beside --eval_data or beside --ckpt, found items in training text."""
-        files = {key.split()[0] for key in records}
+        files = {Path(key.rpartition(" ")[0]).name for key in records}
         data = Path(self.o.eval_data or ".")
         for path in (folder / "contamination.json" for folder in (data, data.parent, Path(self.o.ckpt).parent)):
             found = read_results(path).get("found", {}) if path.exists() else {}
-            count = sum(passage.split()[0] in files for passage in found)
+            count = sum(passage.rsplit(" ", 2)[0] in files for passage in found)
             if count:
                 yield f"{name}: note that training text has {count} of its passages, says {path}"
 
@@ -1408,6 +1433,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         how |= dict(stop=stops, bias={int(token): extra for token, extra in bias.items()})
         how |= dict(n_samples=body.get("n", 1), seed=body.get("seed", random.getrandbits(32)))
         how |= dict(max_new_tokens=body.get("max_completion_tokens", body.get("max_tokens", o.max_new_tokens)))
+        insist(how["max_new_tokens"] >= 0, 400, "max_tokens must be at least 0", param="max_tokens")
         how |= dict(end=TEMPLATES[o.template][2] if chat else END)
         return [request for ids in self.prompts(body, chat) for request in ask(self.server.tokenizer, ids, **how)]
 
@@ -1560,7 +1586,11 @@ def serve(model: GPT, tokenizer: Tokenizer | None, o: "Options") -> None:
     require(0 <= o.port < 1 << 16, f"--port={o.port} must be from 0 to {(1 << 16) - 1}")
     if tokenizer:
         render([], o.template, tokenizer)  # what it refuses is refused now
-    server = Server(model, tokenizer, o)
+    try:
+        server = Server(model, tokenizer, o)
+    except OSError as error:
+        where = f"--host={o.host} --port={o.port}"
+        raise ValueError(f"{where} cannot be listened at: {error}; --port=0 takes a free port") from error
     print(f"http://{o.host}:{server.server_port}/ has a page; below /v1 is OpenAI's API; Ctrl-C ends", flush=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with contextlib.suppress(KeyboardInterrupt):
@@ -1616,12 +1646,13 @@ def copy_bandwidth(device: torch.device, clock: Callable = time.perf_counter) ->
 
 
 def bench_model(model: GPT, new_tokens: int = 64, graphs: bool = False) -> Iterator[str]:
-    """Greedy decoding of 1 to 64 texts together, each as long as the block: a line of speeds each.
+    """Greedy decoding of 1 to 64 texts together, each as long as the block: a row of speeds each.
 
-    The share of bandwidth is that of the bytes which decoding must read, weights and state, at that of a copy.
+    Read is the share of a copy's bandwidth at which decoding gets what it must read, weights and state.
     """
     bandwidth, weights = copy_bandwidth(next(model.parameters()).device), weight_bytes(model)
     yield f"a step reads {weights / 1e6:,.1f} MB of weights; a copy moves {bandwidth / 1e9:.1f} GB/s"
+    yield "texts  prefill, tokens/s  decoding, tokens/s  tokens  first after   read"
     prompt = [0] * max(1, model.config.block_size - new_tokens)
     for batch in (1, 4, 16, 64):
         requests = [Request(prompt, new_tokens, Sampling(0)) for _ in range(batch)]
@@ -1633,9 +1664,11 @@ def bench_model(model: GPT, new_tokens: int = 64, graphs: bool = False) -> Itera
         while engine.step():
             steps += 1
             state = engine.state.nbytes
-        read = (weights + state) * steps / max(engine.spent["decode"][1], 1e-9)
-        yield (f"{batch:3} texts: {engine.report()}, first token after {first:.2f} s, "
-               f"{read / bandwidth:.0%} of the bandwidth")
+        speeds = [tokens / max(seconds, 1e-9) for tokens, seconds in engine.spent.values()]
+        made, took = engine.spent["decode"]
+        read = (weights + state) * steps / max(took, 1e-9)
+        yield (f"{batch:5} {speeds[0]:18,.0f} {speeds[1]:19,.0f} {made:7,} {first:10.2f} s "
+               f"{read / bandwidth:6.0%}")
 
 
 def profile_steps(engine: Engine, request: Request, steps: int = 32) -> Iterator[str]:
@@ -1656,7 +1689,8 @@ def profile_steps(engine: Engine, request: Request, steps: int = 32) -> Iterator
     for row in sorted(profiler.key_averages(), key=lambda row: -row.cpu_time_total):
         if re.match("(forward|all)( |$)", row.key):
             cpu, gpu = row.cpu_time_total / 1e3, row.device_time_total / 1e3
-            yield f"{row.key:18} {row.count:3} times, CPU {cpu:9.1f} ms, GPU {gpu:9.1f} ms"
+            on_gpu = f", GPU {gpu:9.1f} ms" * torch.cuda.is_available()
+            yield f"{row.key:18} {row.count:3} times, CPU {cpu:9.1f} ms{on_gpu}"
 
 
 def options(kind: type, words: list[str]):
@@ -1676,7 +1710,8 @@ def options(kind: type, words: list[str]):
         read.__name__ = field.type.__name__  # argparse names it where the text is not of this type
         parser.add_argument(f"--{field.name}", type=read, default=field.default, nargs="?",
                             const=field.type is bool or "", help=argparse.SUPPRESS)
-        head = f"\n  --{field.name}={field.default} ".ljust(31)
+        shown = f"{field.default:g}" if field.type is float else field.default
+        head = f"\n  --{field.name}={shown} ".ljust(31)
         parser.epilog += head + ("\n" + " " * 30).join(textwrap.wrap(notes[field.name], 49))
     for flag, word in zip(["", *words], words):
         name = word.lstrip("-").partition("=")[0]
@@ -1697,7 +1732,7 @@ def run(main: Callable[[], None]) -> None:
         sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(130)
-    except (OSError, ValueError, MemoryError, RuntimeError) as error:
+    except (OSError, ValueError, MemoryError, RuntimeError, ModuleNotFoundError) as error:
         scarce = any(word in str(error) for word in ("memory", "new thread"))
         if sys.flags.dev_mode or isinstance(error, RuntimeError) and not scarce:
             raise

@@ -1,16 +1,19 @@
-"""Small experiments in; a recipe, and a prediction with its uncertainty, out: scaling laws on runs of train.py.
+"""From small runs of train.py to a recipe and a prediction with its uncertainty.
 
-Reads: token files; past runs from .jsonl, .json or .csv: parameters N, tokens D or FLOPs C, and loss.
-Writes: OUTPUT/runs.jsonl (one row a run), fit.json, recipe.json, report.md; prediction.json with --preregister.
+Reads: token files; past runs from .jsonl, .json or .csv: parameters N, tokens D
+       or FLOPs C, and loss.
+Writes: OUTPUT/runs.jsonl (one row a run), fit.json, recipe.json, report.md;
+       prediction.json with --preregister.
 Usage: python scaling.py --plot=scaling.png
        python scaling.py --fit=runs.csv --predict=1e23
-       python scaling.py --sweep=learning_rate:1e-3..1e-1:5,weight_decay:0,0.1 --budgets=3e11
+       python scaling.py --sweep=learning_rate:1e-3..1e-1:5 --budgets=3e11
        python scaling.py --runs=out,other --to_loss=3.9 --plot=curves.png
 
-N counts parameters in matrix products, the head's among them, the input embedding's not; C is counted FLOPs; loss is
-in nats a token.
-References: Kaplan et al. 2020; Hoffmann et al. 2022 (Chinchilla); Besiroglu et al. 2024 (its third fit redone);
-Yang et al. 2022 (muP); Hu et al. 2024 (branches of one stable run).
+N counts parameters in matrix products, the head's among them, the input
+embedding's not; C is counted FLOPs; loss is in nats a token.
+References: Kaplan et al. 2020; Hoffmann et al. 2022 (Chinchilla);
+Besiroglu et al. 2024 (its third fit redone); Yang et al. 2022 (muP);
+Hu et al. 2024 (branches of one stable run).
 """
 import argparse
 import csv
@@ -551,6 +554,9 @@ class Ledger:
     def __init__(self, o: Options):
         self.o, self.folder = o, Path(o.output)
         self.path = self.folder / "runs.jsonl"
+        given = o.data or o.table
+        if given:  # what is refused there leaves no folder behind
+            self.prepare()
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = open(self.folder / "lock", "w")
         try:
@@ -568,7 +574,8 @@ class Ledger:
             file.writelines(json.dumps(row).encode() + b"\n" for row in self.rows.values())
         self.writing = threading.Lock()
         self.workers = o.workers or min(8, os.cpu_count() or 1)
-        self.prepare()
+        if not given:
+            self.prepare()
 
     def prepare(self) -> None:
         """Find or make the token files of the runs."""
@@ -749,6 +756,9 @@ class Table(Ledger):
     def plan(self, C: float = 0, **changes):
         """The table's run with these hyperparameters, of C FLOPs if given. Raises ValueError where there is none."""
         fits = []
+        for name in changes:
+            known = any(name in row | row["options"] for row in self.past.rows)
+            require(known, f"{self.o.table} has no column {name}")
         for row in self.past.rows:
             known = row | row["options"]
             same = [alike(known.get(name), value) for name, value in changes.items()]
@@ -846,10 +856,10 @@ def outline(o: Options, ledger: Ledger) -> None:
         first, last = some[0], some[-1]
         count = len(some) + o.n_seeds - 1 + 4 * (i < o.tuned)
         price += count * C
-        print(f"{C:.3g} FLOPs: {count} runs, N {first['N']:,.0f} to {last['N']:,.0f}, "
-              f"{first['D'] / first['N']:.3g} to {last['D'] / last['N']:.3g} tokens a parameter")
-    print(f"about {price:.3g} FLOPs of --total={o.total:g}, of which {ledger.left():.3g} are left; "
-          f"{len(ledger.rows)} runs are in {ledger.path}", flush=True)
+        print(fold(f"{C:.3g} FLOPs: {count} runs, N {first['N']:,.0f} to {last['N']:,.0f}, "
+                   f"{first['D'] / first['N']:.3g} to {last['D'] / last['N']:.3g} tokens a parameter"))
+    print(fold(f"about {price:.3g} FLOPs of --total={o.total:g}, of which {ledger.left():.3g} are left; "
+               f"{len(ledger.rows)} runs are in {ledger.path}"), flush=True)
 
 
 def study(o: Options, ledger: Ledger) -> None:
@@ -952,8 +962,8 @@ def mup(o: Options, ledger: Ledger) -> None:
             three = [min(99, loss_of(ledger.rows[plan["key"]])) for plan in plans[middle - 1:middle + 2]]
             bend, tilt, _ = np.polyfit((-1, 0, 1), three, 2)
             best_rates.append(RATES[middle] - tilt / 2 / bend)
-            print(f"{init:5} width {width:4}: best learning rate {2 ** best_rates[-1]:.4f}, loss {loss_of(best):.4f}, "
-                  f"lost with that of width 32: {loss_of(moved) - loss_of(best):.4f}", flush=True)
+            print(f"{init:5} width {width:4}: best learning rate {2 ** best_rates[-1]:.4f}, loss {loss_of(best):.4f},\n"
+                  f"    lost with that of width 32: {loss_of(moved) - loss_of(best):.4f}", flush=True)
         print(f"{init:5} drift of the best learning rate: {best_rates[-1] - best_rates[0]:+.2f} powers of two")
         panels.append((f"--init={init}", "learning rate", NATS, lines))
     if o.plot:
@@ -990,6 +1000,29 @@ MACHINES = {  # peak of dense bfloat16 in FLOP/s, bytes of memory; NVIDIA's data
 }
 
 
+def fold(text: str) -> str:
+    """A text in lines of 80 columns, all but the first indented."""
+    return textwrap.fill(text, 80, subsequent_indent="    ", break_on_hyphens=False)
+
+
+def continued(command: str) -> str:
+    """A command in lines of 80 columns that a shell reads as one."""
+    lines = textwrap.wrap(command, 78, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+    return " \\\n".join(lines)
+
+
+def duration(seconds: float) -> str:
+    """A time in the largest unit of which it is one or more.
+
+    >>> duration(90), duration(86400 * 12.5)
+    ('1.5 minutes', '12.5 days')
+    """
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.3g} seconds"
+
+
 def quantities(found: dict[str, list[float]]) -> str:
     """Quantities with their 90% intervals, a line each."""
     return "".join(
@@ -1000,6 +1033,7 @@ def quantities(found: dict[str, list[float]]) -> str:
 
 def write(path: Path, found: dict | list | str) -> None:
     """Write something as JSON, or a text, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
         file.write((found if isinstance(found, str) else json.dumps(found, indent=1)).encode())
 
@@ -1015,8 +1049,8 @@ def back_test(runs: Runs, o: Options) -> str:
     low, high = np.quantile(found[1:], (0.05, 0.95), axis=0)
     inside = np.sum((low <= last.loss) & (last.loss <= high))
     error = np.abs(found[0] / last.loss - 1)
-    return (f"back-test: without the largest budget the law is {error.mean():.2%} off its {len(last)} runs, "
-            f"{error.max():.2%} at most; {inside} are inside their intervals")
+    return fold(f"back-test: without the largest budget the law is {error.mean():.2%} off its {len(last)} runs, "
+                f"{error.max():.2%} at most; {inside} are inside their intervals")
 
 
 def fit(runs: Runs, o: Options, name: str) -> tuple[dict, str]:
@@ -1034,16 +1068,16 @@ def fit(runs: Runs, o: Options, name: str) -> tuple[dict, str]:
         except ValueError as error:
             lost.append(f"{key} ({error})")
     if lost:
-        said.append("not fitted: " + "; ".join(lost))
+        said.append(fold("not fitted: " + "; ".join(lost)))
     require(len(found) > 0, f"no law could be fitted to {name}")
     if "parametric" in fits:
         for key in ("alpha", "beta"):
             value, low, high = fits["parametric"].profile(key)
             hardly = "; these runs hardly tell it" if high - low > value else ""
-            said.append(f"{key} by its profile likelihood {value:.4g} ({low:.4g} to {high:.4g}){hardly}")
+            said.append(fold(f"{key} by its profile likelihood {value:.4g} ({low:.4g} to {high:.4g}){hardly}"))
         value, low, _ = found["parametric"]["E"]
         if low < 0.6 * value:
-            said.append("E is uncertain by a third or more: the runs do not reach to where the loss flattens")
+            said.append(fold("E is uncertain by a third or more: the runs do not reach to where the loss flattens"))
         said.append(back_test(runs, o))
     C = o.predict or runs.C[-1]
     for key in found:
@@ -1053,8 +1087,8 @@ def fit(runs: Runs, o: Options, name: str) -> tuple[dict, str]:
     return fits, "\n".join(said)
 
 
-def best_plan(ledger: Ledger, fits: dict, C: float) -> dict:
-    """The best plan for C FLOPs by the laws.
+def best_plan(ledger: Ledger, fits: dict, C: float, trained: float = 0.0) -> dict:
+    """The best plan for C FLOPs by the laws, of which `trained` are those of training (0: all).
 
     Its size is the parametric law's, its learning rate and batch are those of the valleys, where they were varied.
     """
@@ -1062,7 +1096,7 @@ def best_plan(ledger: Ledger, fits: dict, C: float) -> dict:
     changes = {axis: fits[axis].at(C)[0] for axis in ("learning_rate", "batch_size") if axis in fits}
     if "batch_size" in changes:
         changes["batch_size"] = max(1, round(changes["batch_size"]))
-    plans = [ledger.plan(C, n_embd=width, **changes) for width in WIDTHS]
+    plans = [ledger.plan(trained or C, n_embd=width, **changes) for width in WIDTHS]
     return plans[nearest(plans, best)]
 
 
@@ -1073,36 +1107,42 @@ def predict(fits: dict, o: Options, ledger: Ledger | None, sha256: str) -> str:
     said = [f"{name} at {o.predict:.4g} FLOPs{quantities(values)}" for name, values in found.items()]
     times = o.predict / law.runs.C[-1]
     if times > 100:
-        said.append(f"this is {times:,.0f} times the largest run: no interval knows what happens on the way")
+        said.append(fold(f"this is {times:,.0f} times the largest run: no interval knows what happens on the way"))
     N, D = found["parametric"]["N"][0], found["parametric"]["D"][0]
     off = found.get("isoflop", {}).get("N", [N])[0] / N - 1
-    if abs(off) > 0.01:
-        said.append(f"isoflop's N is {off:+.0%} from the parametric law's: its parabolas are symmetric and see one\n"
-                    "budget at a time, the law's valleys are not and see all budgets")
+    if o.inference_tokens:
+        knows = ", ".join(name for name in fits if isinstance(fits[name], Law))
+        said.append(fold(f"the served tokens are paid out of these FLOPs in {knows}, not in the others"))
+    elif abs(off) > 0.01:
+        said.append(fold(f"isoflop's N is {off:+.0%} from the parametric law's: its parabolas are symmetric and see "
+                         "one budget at a time, the law's valleys are not and see all budgets"))
     # Days and memory are arithmetic, not measurements: 40% of the peak, and 16 bytes a parameter.
     count, _, kind = o.machine.rpartition("x")
     known = kind in MACHINES and (count or "1").isdigit()
     require(known, f"--machine={o.machine}: write 8xh100 or such; there are {', '.join(MACHINES)}")
     peak, memory = MACHINES[kind]
-    days = o.predict / (int(count or 1) * peak * 0.4) / 86400
-    said.append(f"{D / N:.3g} tokens a parameter; {days:.3g} days on {o.machine} at 40% of its peak; weights, "
-                f"gradients and AdamW in float32 take {16 * N / 1e9:.3g} GB, one device has {memory / 1e9:.0f}")
+    trained = o.predict - law.k * N * o.inference_tokens / 3
+    require(trained > 0, "--inference_tokens cost more than --predict pays for")
+    seconds = trained / (int(count or 1) * peak * 0.4)
+    said.append(fold(f"{D / N:.3g} tokens a parameter; {duration(seconds)} on {o.machine} at 40% of its peak; weights, "
+                     f"gradients and AdamW in float32 take {16 * N / 1e9:.3g} GB, one device has {memory / 1e9:.0f}"))
     # What will be trained has a width of WIDTHS, not the best N itself: the loss is that of the nearest such model.
-    stored = dict(FLOPs=o.predict, found=found, loss=found["parametric"]["loss"])
+    stored = dict(FLOPs=trained, found=found, loss=found["parametric"]["loss"])
     if ledger and not o.table:
-        plan = best_plan(ledger, fits, o.predict)
+        plan = best_plan(ledger, fits, o.predict, trained)
         losses = law.losses(plan["N"], plan["D"])[:, 0]
         stored |= dict(plan, **summarise(dict(loss=losses)))
         value, low, high = stored["loss"]
+        command = f"python train.py {' '.join(words_of(plan['options']))}"
         said.append(f"the nearest model has N {plan['N']:,} and loss {value:.4f} ({low:.4f} to {high:.4f})\n"
-                    f"python train.py {' '.join(words_of(plan['options']))}")
+                    f"{continued(command)}")
     if o.preregister:
         path = Path(o.output) / "prediction.json"
         require(not path.exists(), f"{path} is there already; a prediction is made once")
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         write(path, stored | dict(data_sha256=sha256, time=now))
-        said.append(f"{path} holds this; next: python scaling.py --output={o.output} --check=RUN, "
-                    "which trains it in the folder RUN if nothing is there")
+        said.append(f"{path} holds this; next, which trains it in RUN if nothing is there:\n"
+                    f"python scaling.py --output={o.output} --check=RUN")
     print("\n".join(said))
     return "\n".join(said)
 
@@ -1242,7 +1282,8 @@ def options(kind: type, words: list[str]):
         read.__name__ = field.type.__name__  # argparse names it where the text is not of this type
         parser.add_argument(f"--{field.name}", type=read, default=field.default, nargs="?",
                             const=field.type is bool or "", help=argparse.SUPPRESS)
-        head = f"\n  --{field.name}={field.default} ".ljust(31)
+        shown = f"{field.default:g}" if field.type is float else field.default
+        head = f"\n  --{field.name}={shown} ".ljust(31)
         parser.epilog += head + ("\n" + " " * 30).join(textwrap.wrap(notes[field.name], 49))
     for flag, word in zip(["", *words], words):
         name = word.lstrip("-").partition("=")[0]
@@ -1263,7 +1304,7 @@ def run(main: Callable[[], None]) -> None:
         sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(130)
-    except (OSError, ValueError, MemoryError, RuntimeError) as error:
+    except (OSError, ValueError, MemoryError, RuntimeError, ModuleNotFoundError) as error:
         scarce = any(word in str(error) for word in ("memory", "new thread"))
         if sys.flags.dev_mode or isinstance(error, RuntimeError) and not scarce:
             raise
@@ -1282,7 +1323,6 @@ def main() -> None:
     require(min(o.n_seeds, o.batch_size, o.block_size) > 0, "--n_seeds, --batch_size, --block_size: 1 or more")
     if o.runs:
         return compare_runs(o)
-    Path(o.output).mkdir(parents=True, exist_ok=True)
     measured = check(o) if o.check else ()
     if measured and not o.plot:
         return

@@ -1,14 +1,19 @@
-"""Train a language model: text or tokens in, a checkpoint out. With no options: on the Python standard library's text.
+"""Train a language model: text or tokens in, a checkpoint out.
 
-Reads: text files, folders, jsonl; or folders with train.npy and val.npy (tokenizer.json, and a *_mask.npy each).
-Writes: OUTPUT/ckpt.pt (last), best.pt, log.jsonl, tokenizer.json; train.npy and val.npy where the data was text.
+With no options it trains on the text of Python's standard library.
+Reads: text files, folders, jsonl; or folders with train.npy and val.npy
+       (tokenizer.json, and a *_mask.npy each).
+Writes: OUTPUT/ckpt.pt (last), best.pt, log.jsonl, tokenizer.json; train.npy and
+        val.npy where the data was text.
 Usage: python train.py
        python train.py --data=shakespeare.txt --tokenizer=char --minutes=2
        torchrun --nproc_per_node=2 train.py --data=tokens --output=run
 
-A budget, as --minutes, --flops or --tokens, chooses shape, batch, learning rate and steps. Minutes are those of the
-log's seconds: of training alone, without tokenising and evaluations.
-References: Loshchilov and Hutter 2019 (AdamW); Jordan et al. 2024 (Muon); Hu et al. 2024 (WSD schedule).
+A budget, as --minutes, --flops or --tokens, chooses shape, batch, learning rate
+and steps. Minutes are those of the log's seconds: of training alone, without
+tokenising and evaluations.
+References: Loshchilov and Hutter 2019 (AdamW); Jordan et al. 2024 (Muon); Hu et
+al. 2024 (WSD schedule).
 """
 import argparse
 import atexit
@@ -17,6 +22,7 @@ import ctypes
 import dataclasses
 import difflib
 import hashlib
+import importlib.util
 import inspect
 import json
 import math
@@ -51,7 +57,7 @@ class Options(Config):
     n_layer: int = 0  # number of layers (0: recipe)
     n_head: int = 0  # number of query heads (0: one for each 64 channels)
     n_embd: int = 0  # width of the residual stream (0: recipe)
-    ffn: str = "relu2"  # relu2, swiglu, relu, gelu
+    ffn: str = "relu2"  # relu2, swiglu, geglu, relu, gelu
     ngram: int = -1  # longest n-gram that has an embedding of its own (0: none, -1: recipe)
     ngram_rows: int = 131072  # rows of the table of each n
     tie_embeddings: bool = False  # one matrix for the token embedding and the head
@@ -107,7 +113,9 @@ def open_tokens(path: Path, kinds: tuple = ("uint16", "uint32")) -> np.ndarray:
     try:
         tokens = np.load(path, mmap_mode="r", allow_pickle=False)
         good = tokens.ndim == 1 and tokens.dtype in map(np.dtype, kinds) and len(tokens) > 1
-    except (ValueError, EOFError, AttributeError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # a damaged head fails in many ways
         raise ValueError(f"{path} is not a .npy file of tokens, or is truncated") from error
     wanted = f"1-D {' or '.join(kinds)}, 2 tokens or more"
     require(good, f"{path} holds {tokens.dtype} {tokens.shape}; token files are {wanted}")
@@ -623,6 +631,8 @@ def prepare_tokens(o: Options) -> list[Path]:
 def open_tokenizer(folders: list[Path]):
     """The tokenizer of the token files, without a vocabulary where there is none. Raises ValueError if they differ."""
     tokenizer = SimpleNamespace(vocab=[], special_tokens={}, to_dict=dict)
+    if not importlib.util.find_spec("bpe"):
+        print("bpe.py is not here: the checkpoint will have no tokenizer, and the loss no bits a byte")
     with contextlib.suppress(ImportError, FileNotFoundError):  # no bpe.py, no tokenizer.json
         import bpe
         tokenizer = bpe.load(folders[0] / "tokenizer.json")
@@ -827,7 +837,8 @@ class Run:
         self.split.sync()
         require(math.isfinite(loss), f"the loss is not finite at step {p.step}; try a smaller --learning_rate")
         count = max(1.0, count)  # a batch may have no target
-        self.update(count)
+        with torch.profiler.record_function("update"):
+            self.update(count)
         if o.noise_scale:
             self.compare(self.part, o.micro_batch * o.block_size, o.batch_size * o.block_size)
         p.expert_tokens = [part.counts.long().tolist() for part in self.gpt.modules() if type(part) is model.Experts]
@@ -999,11 +1010,13 @@ def claim(folder: Path):
 def set_aside(folder: Path):
     """Move an earlier run's checkpoints and log to FOLDER/previous."""
     previous = folder / "previous"
+    gone = ", in place of the one before" * (previous / "log.jsonl").exists()
     previous.mkdir(exist_ok=True)
     for name in ("ckpt.pt", "best.pt", "adapters.pt", "log.jsonl"):
         if (folder / name).exists():
             os.replace(folder / name, previous / name)
-    print(f"the earlier run in {folder} moved to {previous} (--resume would have gone on with it)")
+    print(f"the earlier run in {folder} moved to {previous}{gone}")
+    print("(--resume would have gone on with it)")
 
 
 def begin(o: Options | SimpleNamespace, step: int, corpus: str):
@@ -1054,9 +1067,10 @@ def profile(module: nn.Module, action: Callable[[], None], path: str | os.PathLi
     profiler.export_chrome_trace(str(path))
     lines = [f"every operation: {path}, for chrome://tracing or ui.perfetto.dev"]
     for row in sorted(profiler.key_averages(), key=lambda row: row.cpu_time_total):
-        if re.match("(forward|backward|all)( |$)", row.key):
+        if re.match("(forward|backward|update|all)( |$)", row.key):
             cpu, gpu = row.cpu_time_total / 1e3, row.device_time_total / 1e3
-            lines.append(f"{row.key:18} {row.count:3} times, CPU {cpu:9.1f} ms, GPU {gpu:9.1f} ms")
+            on_gpu = f", GPU {gpu:9.1f} ms" * torch.cuda.is_available()
+            lines.append(f"{row.key:18} {row.count:3} times, CPU {cpu:9.1f} ms{on_gpu}")
     return "\n".join(lines[::-1])
 
 
@@ -1091,6 +1105,8 @@ def train_loop(training: Run, sources: list, val: list, mix: list, peak: float) 
             record = training.evaluate(val)
             bits = ", {bpb:.4f} bits a byte" if record["bpb"] else ""
             noise = ", noise scale {noise_scale:,.0f} tokens" if o.noise_scale else ""
+            if record.get("noise_scale", 1) < 0:
+                noise = ", noise scale not measurable yet"  # the estimate of |G|^2 is below 0
             losses = "step {step:5d}: train {train_loss:.4f}, validation {val_loss:.4f} nats"
             print((losses + bits + ", {seconds:.0f} s" + noise).format(**record))
             if record["val_loss"] < p.best:
@@ -1139,7 +1155,8 @@ def options(kind: type, words: list[str]):
         read.__name__ = field.type.__name__  # argparse names it where the text is not of this type
         parser.add_argument(f"--{field.name}", type=read, default=field.default, nargs="?",
                             const=field.type is bool or "", help=argparse.SUPPRESS)
-        head = f"\n  --{field.name}={field.default} ".ljust(31)
+        shown = f"{field.default:g}" if field.type is float else field.default
+        head = f"\n  --{field.name}={shown} ".ljust(31)
         parser.epilog += head + ("\n" + " " * 30).join(textwrap.wrap(notes[field.name], 49))
     for flag, word in zip(["", *words], words):
         name = word.lstrip("-").partition("=")[0]
@@ -1160,7 +1177,7 @@ def run(main: Callable[[], None]) -> None:
         sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(130)
-    except (OSError, ValueError, MemoryError, RuntimeError) as error:
+    except (OSError, ValueError, MemoryError, RuntimeError, ModuleNotFoundError) as error:
         scarce = any(word in str(error) for word in ("memory", "new thread"))
         if sys.flags.dev_mode or isinstance(error, RuntimeError) and not scarce:
             raise
@@ -1219,6 +1236,8 @@ def main():
     agree(step=checkpoint.get("step", 0), **vars(o))
     o.minutes = o.minutes or 2.0 * o.leaderboard
     torch.set_default_dtype(torch.float64 if o.dtype == "float64" else torch.float32)
+    plan = recipe(dataclasses.replace(o, minutes=0, flops=0, tokens=0), 1, o.vocab_size or 2048, 1.0)
+    shape_of(plan, 2**31).check()  # before the work of tokenising
     folders = prepare_tokens(o)
     held = [Path(word) for word in o.eval_data.split(",")] if o.eval_data else folders
     sources, val = ([open_source(folder, side) for folder in of] for of, side in ((folders, "train"), (held, "val")))
@@ -1247,6 +1266,8 @@ def main():
     names = ", ".join(map(str, folders))
     print(f"{names}: {n_tokens:,} training tokens, {held:,} for validation, of {vocab_size:,} kinds")
     print(model.report(training.gpt.config, training.o.micro_batch, o.optimizer))
+    if training.progress.step:
+        print(f"going on from step {training.progress.step:,}")
     reads = o.max_iters * o.batch_size * o.block_size
     print(f"{o.max_iters:,} steps of {o.batch_size} x {o.block_size} tokens: {reads:,}, {reads / n_tokens:.2f} epochs")
     if o.profile:

@@ -70,6 +70,9 @@ def main():
         left.plot(flops, bits, "o-")
         left.set(xscale="log", xlabel="training FLOPs", ylabel="bits per byte")
         for k, share in zip(WRITES, rest):
+            if not share[-1]:  # the last model has no window right, so there is nothing to compare with
+                print(f"no line for {k} tokens: the last model has no window right")
+                continue
             right.plot(flops, share / share[-1], "o-", label=f"the next {k}" if k > 1 else "the next token")
         right.set(xscale="log", xlabel="training FLOPs", ylabel="share of windows, of the last model's")
         right.legend()

@@ -110,7 +110,7 @@ def compare(folder: Path, names: list[str], seeds: int, model: list[str]) -> Non
     """Print a line of the table for each row."""
     steps, base, before = "", "-", []
     half = [f"--mix={','.join(['0.5'] * len(names))}"] * (len(names) > 1)
-    print(f"| data | documents | tokens | epochs of {', '.join(names)} | bits per byte, {seeds} seeds | against | change by seed "
+    print(f"| data | documents | tokens | epochs of {', '.join(names)} | bits per byte (seeds: {seeds}) | against | change by seed "
           "| helped |\n|---|---|---|---|---|---|---|---|", flush=True)
     for step in ["markup", "visible", *STEPS, *["by tokens"] * len(half)]:
         kept = "extract" if steps in ("markup", "visible") else steps
@@ -141,6 +141,8 @@ def main():
     parser.add_argument("--pages", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
     words = parser.parse_args(sys.argv[1:split])
+    if words.pages and not (words.pages / "ground-truth.json").exists():
+        sys.exit(f"--pages={words.pages} holds no ground-truth.json, the articles of its pages")
     model = MODEL + sys.argv[split + 1:]
     print(f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; train.py {' '.join(model)}")
     with tempfile.TemporaryDirectory() as name:

@@ -593,16 +593,18 @@ torch.save(whole, path)
 """
 
 
+# As root a run gives up its rights to be held back by a file's mode; it must still reach what Python imports late.
+HOMES = [Path(prefix) for prefix in (sys.prefix, sys.base_prefix)]
+REACHED = os.getuid() or all(path.stat().st_mode & 1 for home in HOMES for path in (home, *home.parents))
+
+
 def spoil(script: str, number: int, seed: int, rng: random.Random, root: Path) -> Case | None:
     """One of the files that a run reads is cut, flipped, mutated, or is something else altogether."""
     rows = [(row, name) for row in RUNS[script] for name in row.reads.split()]
     if not rows:
         return None
     row, name = rows[number % len(rows)]
-    # As root a run gives up its rights to be held back by a file's mode; it must still reach what Python imports late.
-    homes = [Path(prefix) for prefix in (sys.prefix, sys.base_prefix)]
-    reached = all(path.stat().st_mode & 1 for home in homes for path in (home, *home.parents))
-    closed = "unreadable" if os.getuid() or reached else "missing"
+    closed = "unreadable" if REACHED else "missing"
     kinds = ["empty", "folder", "fifo", closed, "missing", "loop", "foreign"]
     turn, rest = divmod(number // len(rows), 3)
     kind = "wound" if rest else kinds[turn % len(kinds)]
@@ -701,7 +703,7 @@ def without(script: str, number: int, seed: int, rng: random.Random, root: Path)
 def place(script: str, number: int, seed: int, rng: random.Random, root: Path) -> Case | None:
     """What a run writes to is a folder, a file, a FIFO, a link that leads nowhere, or may not be written."""
     rows = [(row, word) for row in RUNS[script] for word in re.findall(r"--(?:output|dump|report|export_hf|plot)=(\S+)", row.words)]
-    kinds = ["folder", "file", "fifo", "dangling", "unwritable", "inside a file", "read-only folder"]
+    kinds = ["folder", "file", "fifo", "dangling", "inside a file"] + ["unwritable", "read-only folder"] * bool(REACHED)
     if number >= len(rows) * len(kinds):
         return None
     (row, name), kind = rows[number // len(kinds)], kinds[number % len(kinds)]
@@ -808,6 +810,8 @@ def losses(case: Case, found: list[dict], folder: Path, before: dict, words: lis
     there = set(now.values())
     for name, digest in before.items():
         spoiled = case.names and name.startswith(case.names)
+        if killed and name.endswith("manifest.json") and name not in now:
+            continue  # it is taken away before the files that it vouches for change
         if now.get(name) != digest and digest not in there and not name.endswith(".lock") and not spoiled and \
                 not any(word.endswith(f"={name}") for word in words if "=" in word and "input" not in word and "data" not in word):
             if name not in now:

@@ -48,7 +48,7 @@ class Patches(model.GPT):
 
     def hidden(self, tokens, state=None):
         """Bytes (B, T) -> (B, T, C/2), from which `head` tells the byte after each; patch k ends with byte k * size."""
-        (B, T), P = tokens.shape, self.size
+        T, P = tokens.shape[1], self.size
         e = self.embedding(F.pad(tokens, (0, -T % P)))  # (B, nP, c)
         seen = F.pad(e, (0, 0, P - 1, 0))[:, :e.shape[1]]
         patches = self.join(seen.unflatten(1, (-1, P)).flatten(2))  # (B, n, C)

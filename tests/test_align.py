@@ -4,8 +4,10 @@ import hashlib
 import io
 import json
 import math
+import subprocess
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -609,14 +611,22 @@ def test_bad_preferences_are_counted(start, capsys):
     ("--algorithm=sft --data=none.jsonl", "none.jsonl"), ("--algorithm=sft --ckpt=none.pt", "none.pt"),
     ("--algorithm=grpo --data=prompts.jsonl --verifier=regex --group=3", "no multiple"),
     ("--algorithm=sft --template=chatty", "choose from"), ("--algorithm=sft --template=llama3", "special tokens"),
-    ("--algorithm=sft --data=broken.jsonl", "row 1 is damaged"), ("--algorithm=grpo --data=prompts.jsonl", "--verifier"),
+    ("--algorithm=sft --data=broken.jsonl", "broken.jsonl, row 1 (prompt, respons): there is no response"),
+    ("--algorithm=grpo --data=prompts.jsonl", "--verifier"), ("--algorithm=grpo --data=prompts.jsonl --verifier=exakt", "--verifier=exakt"),
+    ("--algorithm=sft --data=asked.jsonl", "asked.jsonl, row 1 (question, answer) has no field prompt"),
+    ("--algorithm=sft --data=numbers.jsonl", "numbers.jsonl, row 1 (prompt, response) is damaged"),
+    ("--algorithm=grpo --verifier=regex --data=", "--algorithm=grpo needs --data=FILE.jsonl"),
+    ("--algorithm=dpo --loss=ipo --data=", "--algorithm=dpo needs --data=FILE.jsonl"),
+    ("--eval=verify --data=", "--eval=verify needs --data=FILE.jsonl"), ("--label=none.jsonl", "none.jsonl"),
     ("--algorithm=grpo --data=prompts.jsonl --verifier=start.pt", "no reward model"),
-    ("--eval=winrate", "--judge"), ("--eval=nothing", "choose from verify"), ("--task=chess", "choose from sums"),
+    ("--eval=winrate", "--judge"), ("--eval=nothing", "choose from verify"),
     ("--algorithm=grpo --data=prompts.jsonl --verifier=regex --advantage=no", "choose from"),
     ("--algorithm=sft --learning_rate=1e30 --max_iters=9", "smaller --learning_rate"),
 ])
 def test_mistakes_end_in_one_line(words, message, start, monkeypatch):
     start("broken.jsonl", [dict(prompt="q", respons="r")])
+    start("asked.jsonl", [dict(question="q", answer="r")])
+    start("numbers.jsonl", [dict(prompt="q", response=7)])
     given = {word.split("=")[0] for word in words.split()}
     common = [word for word in f"--data=chats.jsonl {COMMON} --output=out".split() if word.split("=")[0] not in given]
     monkeypatch.setattr("sys.argv", ["align.py", *words.split(), *common])
@@ -624,6 +634,47 @@ def test_mistakes_end_in_one_line(words, message, start, monkeypatch):
     with pytest.raises(SystemExit) as caught:
         align.run(align.main)
     assert caught.value.code.startswith("align.py: ") and message in caught.value.code and "\n" not in caught.value.code
+    assert Path("out").exists() == ("1e30" in words), "what is refused leaves no folder"
+
+
+@pytest.mark.parametrize("words, message", [
+    ("--task=chess", "choose from sums"), ("--loss=ipo", "--loss is none of the demonstration's options (task, base_iters,"),
+    ("--task=refuse --kl=0", "--kl is none of"), ("--lora=8", "it goes with --algorithm and --data"), ("--data=x.jsonl", "--data is none"),
+    ("--resume --max_iters=9", "--max_iters is none of")])
+def test_the_demonstration_refuses_what_it_would_not_heed(words, message, tmp_path, run_main):
+    done = run_main("align.py", *words.split(), cwd=tmp_path)
+    assert done.returncode == 1 and message in done.stderr and done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_demonstration_takes_its_own_options(tmp_path, run_main, monkeypatch):
+    taken = []
+    monkeypatch.setattr(align, "demonstrate", taken.append)
+    words = "--task=refuse --base_iters=3 --seeds=2 --plot=a.png --output=b --resume --seed=5 --device=cpu"
+    done = run_main("align.py", *words.split(), cwd=tmp_path)
+    assert (done.returncode, done.stderr, len(taken)) == (0, "", 1)
+    assert {word[2:].partition("=")[0] for word in words.split()} == set(align.DEMO_OPTIONS)
+
+
+def test_what_is_printed_fits_80_columns(start, capsys):
+    """Records, samples, what changed; all values of a record are in its lines, none cut in two."""
+    start("long.jsonl", [dict(prompt=f"a long prompt {i} " * 3, response=f"{i}" * 40) for i in range(30)])
+    for words in ("sft --data=long.jsonl --max_new_tokens=16", "ppo --data=prompts.jsonl --verifier=regex"):
+        first, last = align.align(f"--output=out {COMMON} --max_iters=2 --algorithm={words}".split())
+        out = capsys.readouterr().out
+        assert max(map(len, out.splitlines())) <= 80 and "step     2: " in out and f", {last['tokens']:,} tokens, " in out
+        assert all(f"{key} {last[key]:.4g}," in out for key in last if key not in ("step", "tokens", "seconds"))
+    assert align.shown(dict(step=20, tokens=1234, seconds=45.6, lr=1e-4, nll=3.085)) == "step    20: nll 3.085, lr 0.0001, 1,234 tokens, 46 s"
+    assert align.shown(dict(strict=0.5, length=3.0)) == "strict 0.5, length 3"
+
+
+def test_an_echoed_command_can_be_copied():
+    """Lines of 80 columns that a shell reads as the words they were."""
+    command = "python align.py " + " ".join(f"--option_{i}=some/folder-{i}" for i in range(20))
+    text = align.continued(command)
+    assert text.count("\n") > 3 and max(map(len, text.splitlines())) <= 80
+    said = subprocess.run(["sh", "-c", f"printf '%s\\n' {text}"], capture_output=True, text=True, check=True).stdout
+    assert said.split("\n") == [*command.split(), ""]
 
 
 def test_equal_rewards_and_nan_are_counted(start, tokenizer, capsys):
@@ -755,7 +806,7 @@ def test_a_judge_in_a_checkpoint_and_as_a_reward(start, capsys, tokenizer):
 def test_a_reward_model_can_be_the_verifier(start, capsys):
     align.align(f"--algorithm=reward --data=pairs.jsonl --output=rm {COMMON} --max_iters=30 --learning_rate=0.003".split())
     out = capsys.readouterr().out
-    assert "-> 1," in out.splitlines()[-1].split("val_accuracy")[1]
+    assert "-> 1," in out.split("val_accuracy")[-1]
     _, last = align.align(f"--algorithm=rloo --data=prompts.jsonl --verifier=rm/ckpt.pt --output=out {COMMON}".split())
     assert math.isfinite(last["reward"])
 

@@ -9,6 +9,7 @@ import os
 import pickle
 import random
 import signal
+import sys
 import unicodedata
 
 import numpy as np
@@ -968,18 +969,18 @@ def test_training_stops_early_and_says_so(capsys):
 # ---------------------------------------------------------------------------------------------------------------- main
 
 def test_command_line(run_main, tmp_path):
-    (tmp_path / "a.txt").write_bytes(b"the cat in the hat " * 50 + b"\xff")
+    (tmp_path / "a.txt").write_bytes(b"the cat in the hat " * 500 + b"\xff")
     done = run_main("bpe.py", "--input=a.txt", "--vocab_size=270", "--output=t.json", "--show=the cat", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     tokenizer = bpe.load(tmp_path / "t.json")
-    text = "the cat in the hat " * 50 + "\ufffd"
+    text = "the cat in the hat " * 500 + "\ufffd"
     tokens = len(tokenizer.encode(text))
-    assert f"{len(text.encode())} bytes in {tokens} tokens: {len(text.encode()) / tokens:.3f} bytes per token" in done.stdout
+    assert f"{len(text.encode()):,} bytes in {tokens:,} tokens: {len(text.encode()) / tokens:.3f} bytes per token" in done.stdout
     assert "1 errors in UTF-8" in done.stderr
     assert [int(line.split()[0]) for line in done.stdout.splitlines()[1:]] == tokenizer.encode("the cat")
     shown = run_main("bpe.py", "--tokenizer=t.json", f"--show=hat{END}", cwd=tmp_path)
-    lines = [regex.sub(r"\x1b\[\d+m", "", line).split() for line in shown.stdout.splitlines()]
-    assert lines[-1] == [str(tokenizer.special_tokens[END]), END, "|"] and "\x1b[3" in shown.stdout
+    lines = [line.split() for line in shown.stdout.splitlines()]
+    assert lines[-1] == [str(tokenizer.special_tokens[END]), END, "|"]
     for words in (["--tokenizer=word"], ["--tokenizer=char"], ["--tokenizer=byte"], ["--pattern=code", "--workers=1"],
                   ["--separator=in", "--special_tokens=<a>,<b>"], [r"--pattern=\w+|\W"]):
         done = run_main("bpe.py", "--input=a.txt", "--vocab_size=270", "--output=t.json", *words, cwd=tmp_path)
@@ -997,15 +998,27 @@ def test_seeing(run_main, tmp_path):
     assert lines[:2] == ["   256 b't' + b'h', 40 times", "   257 b'th' + b'e', 40 times"]
     tokenizer = bpe.load(tmp_path / "tokenizer.json")
     assert [tokenizer.vocab[i] for i in tokenizer.encode(" the\n")] == [b" ", b"the", b"\n"]  # " the" has no token yet
-    assert [regex.sub(r"\x1b\[\d+m", "", line).split() for line in lines[-3:]] == [["32", "\u00b7"], ["257", "the", "|"], ["10", "\\n", "|"]]
+    assert [line.split() for line in lines[-3:]] == [["32", "\u00b7"], ["257", "the", "|"], ["10", "\\n", "|"]]
     dump = (tmp_path / "vocab.txt").read_text().splitlines()
     assert len(dump) == 262 and dump[10] == "10\t\\n" and dump[32] == "32\t\u00b7" and dump[200] == "200\t\\\\xc8"
     done = run_main("bpe.py", "--input=a.txt", "--compare=char,word,257,tokenizer.json", "--vocab_size=20", cwd=tmp_path)
-    rows = [line.split() for line in done.stdout.splitlines()[2:]]
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    rows = [line.split() for line in done.stdout.splitlines()[3:]]
     assert [row[0] for row in rows] == ["char", "word", "257", "tokenizer.json"] and done.returncode == 0, done.stderr
     assert rows[2][3] == "1.000" and rows[0][3] == "1.000" and float(rows[3][3]) > 1.5
     few = run_main("bpe.py", "--input=a.txt", "--compare=word", "--vocab_size=4", cwd=tmp_path)
-    assert float(few.stdout.splitlines()[2].split()[6].rstrip("%")) > 50  # of the bytes are hidden by <|unk|>
+    assert float(few.stdout.splitlines()[3].split()[6].rstrip("%")) > 50  # of the bytes are hidden by <|unk|>
+
+
+def test_colours_are_for_a_terminal(monkeypatch, capsys):
+    tokenizer = bpe.train("byte", ["a b"], 300)
+    bpe.show(tokenizer, "a b")
+    plain = capsys.readouterr().out
+    assert "\x1b" not in plain and plain.count(" |") == 2
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    bpe.show(tokenizer, "a b")
+    coloured = capsys.readouterr().out
+    assert coloured.count("\x1b[3") == 3 and regex.sub(r"\x1b\[\d+m", "", coloured) == plain
 
 
 @pytest.mark.parametrize("words,message", [

@@ -207,7 +207,7 @@ def test_few_documents_are_cut_at_nine_tenths(count, small_pieces, tmp_path, cap
         (tmp_path / "text.txt").write_bytes("<sep>".join(documents).encode())
         prepare(tmp_path / "text.txt", tmp_path / f"out{trial}", separator="<sep>")
         assert read(tmp_path / f"out{trial}") == by_hand(documents, bpe.load(tmp_path / f"out{trial}/tokenizer.json"))
-        assert capsys.readouterr().out == f"{count} documents are fewer than 20: the last tenth of the text is for validation\n"
+        assert capsys.readouterr().out == f"fewer than 20 documents ({count}): the last tenth of the text is for validation\n"
 
 
 def test_shakespeare_is_cut_like_everywhere(test_data, tmp_path):
@@ -423,7 +423,7 @@ def test_the_header_has_one_size():
 @pytest.mark.parametrize("words, dtype", [(65536 - 2, np.uint16), (65536 - 1, np.uint32)])
 def test_the_dtype_follows_the_vocabulary(words, dtype, tmp_path):
     vocabulary = [f"w{i}".encode() for i in range(words)] + [b"<|unk|>", END.encode()]
-    tokenizer = bpe.Tokenizer("word", r"\w+|\s", vocabulary, [], {"<|unk|>": words, END: words + 1})
+    tokenizer = bpe.Tokenizer("word", r"\w+|\s|.", vocabulary, [], {"<|unk|>": words, END: words + 1})
     tokenizer.save(tmp_path / "t.json")
     (tmp_path / "text.txt").write_text("\n".join(f"w{words - 1 - i}" for i in range(50)))
     prepare(tmp_path / "text.txt", tmp_path / "out", str(tmp_path / "t.json"), separator="\n")
@@ -464,10 +464,18 @@ def test_the_command(corpus, documents, tmp_path, run_main):
     lines = done.stdout.splitlines()
     assert lines[0].startswith(f"train.npy: {manifest['train']['documents']} documents, {manifest['train']['bytes']:,} bytes, "
                                f"{manifest['train']['tokens']:,} tokens, ") and lines[1].startswith("val.npy: ")
-    assert lines[-2].endswith("tokens/s") and lines[-1] == "next: python train.py --data=data"
+    assert re.fullmatch(r"[\d.]+ s in all; encoded at [\d,]+ tokens/s", lines[-2]) and lines[-1] == "next: python train.py --data=data"
     assert read(tmp_path / "data") == by_hand(documents, bpe.load(tmp_path / "data/tokenizer.json"))
     again = run_main("data.py", *words, cwd=tmp_path)
     assert "are reused" in again.stdout and again.returncode == 0
+
+
+def test_lines_about_xz_fit_a_terminal(corpus, tmp_path, capsys):
+    prepare(corpus, tmp_path / "out", separator=END)
+    capsys.readouterr()
+    bits = data.xz_bits_per_byte(str(tmp_path / "out"))
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80 and re.findall(r"\d\.\d{4}", " ".join(lines)) == [f"{value:.4f}" for value in bits.values()]
 
 
 def test_errors_in_the_input_are_reported(tmp_path, run_main):

@@ -107,6 +107,7 @@ def test_pairs_are_those_of_all_pairs(threshold):
     wanted = {pair: value for pair, value in similarities(texts).items() if value >= threshold}
     found = {(i, j): value for i, j, value in data.minhash_pairs(texts, threshold)}
     assert len(wanted) > 10 and found == wanted
+    assert {type(value) for value in found.values()} == {float}
     assert data.minhash_pairs([], threshold) == data.minhash_pairs(["one"], threshold) == []
 
 
@@ -577,7 +578,44 @@ def test_two_runs_in_one_folder_are_refused(tmp_path, run_script):
         assert run_script("data.py", *words, cwd=tmp_path).returncode == 1
         assert run_script("data.py", *words, "--shard=1/2", cwd=tmp_path).returncode == 0
     assert run_script("data.py", *words, cwd=tmp_path).returncode == 0
-    assert not (tmp_path / "out/.lock").exists()
+    assert not (tmp_path / "out/.data.lock").exists()
+
+
+def test_tokenising_leaves_the_lock_of_a_training_run(tmp_path):
+    """train.py claims its folder, then lets data.prepare write token files there, in the same process."""
+    import train
+    fcntl = pytest.importorskip("fcntl")
+    site(tmp_path / "in", 10)
+    ask = "import sys, train; from pathlib import Path; train.claim(Path(sys.argv[1]))"
+    (tmp_path / "out").mkdir()
+    lock = train.claim(tmp_path / "out")
+    prepare(tmp_path / "in", tmp_path / "out", "extract,exact,tokenise")
+    done = subprocess.run([sys.executable, "-c", ask, str(tmp_path / "out")], cwd=ROOT, text=True, capture_output=True, timeout=60)
+    assert done.returncode == 1 and "another run is training" in done.stderr
+    fcntl.lockf(lock, fcntl.LOCK_UN)
+    subprocess.run([sys.executable, "-c", ask, str(tmp_path / "out")], cwd=ROOT, check=True, timeout=60)
+    lock.close()
+
+
+def test_pages_without_the_step_extract_are_told(tmp_path, capsys):
+    def said(steps, source="in"):
+        prepare(tmp_path / source, tmp_path / "out", steps)
+        return [line for line in capsys.readouterr().out.splitlines() if "markup" in line]
+    (tmp_path / "in").mkdir()
+    for name in ("a.html", "b.htm", "text.txt"):
+        (tmp_path / "in" / name).write_text(f"<p>{sentence(random.Random(name), 500)}</p>")
+    data.write_warc(tmp_path / "pages.warc.gz", [({"WARC-Type": "resource"}, b"<p>text and more text</p>" * 50)])
+    first = f"{tmp_path}/in/a.html and 1 more: the markup stays; data.py"
+    assert said("tokenise") == [f"{first} --steps=extract,tokenise takes it out"]
+    assert said("exact,tokenise") == [f"{first} --steps=extract,exact,tokenise takes it out"]
+    assert said("tokenise", "pages.warc.gz") == [f"{tmp_path}/pages.warc.gz: the markup stays; data.py --steps=extract,tokenise takes it out"]
+    assert said("extract,tokenise") == said("tokenise", "in/text.txt") == []
+
+
+def test_the_live_line_says_what_a_pass_does(tmp_path):
+    pipeline = data.Pipeline([], data.Options(steps="extract,length,dedup,pii,tokenise"), tmp_path, 1)
+    assert pipeline.progress(0, 1) == "pass 1 of 2, part 1: read, extract, length, keys of dedup"
+    assert pipeline.progress(1, 1000) == "pass 2 of 2, part 1,000: dedup, pii"
 
 
 def test_a_full_disk_is_one_line_and_the_run_goes_on_later(tmp_path, run_script):

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -168,8 +169,28 @@ def micro_batch(n):
     return run.o.micro_batch, run.train_step([source], False)[0]
 
 
+def tables(n):
+    """(warnings of a step of a sharded model, largest difference of its gradients): tables of n-grams get tokens, which have none"""
+    config = Config(vocab_size=64, block_size=8, n_layer=2, n_head=2, n_embd=16, ngram=3, ngram_rows=32, init="gpt2")
+    tokens = torch.randint(64, (n, 8), generator=torch.Generator().manual_seed(0))
+    rank, models = dist.get_rank(), []
+    for _ in range(2):
+        torch.manual_seed(0)
+        models.append(GPT(config))
+    models[0](tokens).square().sum().backward()
+    sharder = ddp.Sharder(models[1], ddp.Mesh(f"dp{n}", n).group("dp"), 3)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        models[1](tokens[rank:rank + 1]).square().sum().backward()
+    sharder.sync()
+    right = {name: p.grad.flatten() for name, p in models[0].named_parameters()}
+    far = max((piece.grad.flatten() - right[name][unit.begins[name]:][:piece.numel()]).abs().max().item()
+              for unit in sharder.units for name, piece in unit.pieces.items())
+    return [str(one.message) for one in seen], far
+
+
 def everything(n):
-    return dict(collectives=collectives(n), sharded=sharded_module(), ring=ring_shares(384), micro=micro_batch(n))
+    return dict(collectives=collectives(n), sharded=sharded_module(), ring=ring_shares(384), micro=micro_batch(n), tables=tables(n))
 
 
 @pytest.fixture(scope="module")
@@ -206,6 +227,11 @@ def test_any_module_with_any_optimizer(three):
             assert max((weights[name] - right[name]).abs().max() for name in right) < EXACT, how
 
 
+def test_modules_that_get_tokens_are_fetched_without_a_warning(three):
+    for warned, far in (one["tables"] for one in three):
+        assert warned == [] and far < EXACT
+
+
 def test_ranks_cut_a_batch_alike(three):
     assert three[0]["micro"][0] == 2 and three[0]["micro"] == three[1]["micro"] == three[2]["micro"]
 
@@ -222,9 +248,9 @@ def harness(n, words, tmp_path, **env):
                           timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1", **env})
     rows = {}
     for line in done.stdout.splitlines()[2:]:
-        found = re.match(r"(.{36}) +(\S+) +(\S+) +([\d.]+) +([\d.]+) +([\d.]+)", line)
+        found = re.match(r"(.{36}) +(\S+) +(\S+) +(-|[\d.]+) +([\d.]+) +([\d.]+)", line)
         if found:
-            rows[found[1].strip()] = tuple(map(float, found.groups()[1:]))
+            rows[found[1].strip()] = tuple(float("nan" if x == "-" else x) for x in found.groups()[1:])
     return done, rows
 
 
@@ -238,6 +264,8 @@ def test_every_form_is_exact_on_two_ranks(two):
     assert done.returncode == 0, done.stderr
     assert [name for name in ddp.FORMS if " x " not in name] == list(rows)
     assert max(max(row[:2]) for row in rows.values()) < EXACT
+    assert [name for name, row in rows.items() if np.isnan(row[2])] == ["torch's DDP", "torch's FSDP2"]  # which do not count
+    assert max(map(len, done.stdout.splitlines())) <= 80 and "in a step of 2 micro-batches (pp: 4)" in done.stdout
 
 
 def parameters():
@@ -625,7 +653,24 @@ def test_what_is_planned_is_what_is_sent_and_kept(tmp_path):
 def test_a_mistake_on_every_rank_ends_in_one_line(tmp_path):
     done, _ = harness(2, ["--mesh=dp3"], tmp_path)
     assert done.returncode == 1 and "is for 3 ranks, there are 2" in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 and not done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("words, said", [
+    (["--only=nosuch"], "--only=nosuch: there are ddp, one message"),
+    (["--only=x tp"], "--only=x tp: dp x tp, pp x tp, cp x tp need --ranks=4"),
+    (["--mesh=foo2"], "write axes with their sizes"),
+])
+def test_forms_that_are_none_are_refused_before_the_table(words, said):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        ddp.forms_of(ddp.options(ddp.Options, words), 2)
+
+
+def test_the_plan_fits_a_terminal(capsys):
+    ddp.plan(ddp.Options())
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80 and sum(line.startswith("pp") for line in lines) == 8
+    assert lines[5].split()[0] == "pp2,dp64,tp8" and lines[6].split() == ["8.8", "17.5", "0.8", "22.4", "281.6", "0.1", "25.8"]
 
 
 @pytest.mark.parametrize("words, said", [

@@ -442,7 +442,7 @@ def test_quantize_draft_bench_and_profile(ckpt, main, tmp_path):
     assert code == 0 and {line.split()[0] for line in out.splitlines()} == {"all", "forward"}
     assert all(f"forward {kind} " in out for kind in ("embedding", "mixer", "ffn", "norm", "head"))
     code, out, err = main(f"--ckpt={ckpt}", "--bench")
-    assert code == 0 and out.count("first token after") == 4 and out.count("of the bandwidth") == 4 and "GB/s" in out
+    assert code == 0 and out.count("%") == 4 and "GB/s" in out
 
 
 def test_drafts_that_are_refused(ckpt, main, tmp_path):

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -362,6 +363,14 @@ def test_what_is_not_finite_goes_through_as_in_torch(bad):
         mine, other = (y[0] if isinstance(y, tuple) else y for y in (mine, other))
         assert torch.equal(mine.isfinite(), other.isfinite()), name
         torch.testing.assert_close(mine[mine.isfinite()], other[mine.isfinite()], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(CUDA, reason="the interpreter warns, a GPU does not")
+def test_rows_beyond_the_last_hold_numbers():
+    x = torch.randn(5, 20)  # a program has more rows than that
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        torch.testing.assert_close(kernels.softmax(x), torch.softmax(x, -1))
 
 
 def test_rows_longer_than_a_program_go_online(monkeypatch):

@@ -1446,7 +1446,7 @@ def test_presets_have_the_published_counts(preset, count, single):
 
 def test_report(single):
     text = model.report(Config(**PUBLISHED["gpt2"][0]), 8)
-    for part in ("124,439,808", "291,648,307,200", "8 x 1024 tokens", "73,728 bytes a token", "72.00 MiB"):
+    for part in ("124,439,808", "291,648,307,200", "8 x 1,024 tokens", "73,728 bytes a token", "72.00 MiB"):
         assert part in text
     assert "head" not in text.partition("FLOPs")[0]  # tied: no such parameters
     assert max(map(len, text.splitlines())) <= 80
@@ -1985,6 +1985,11 @@ def test_command_line(tmp_path, run_main, single):
     assert "124,337,664" in done.stdout and "291,648,307,200" in done.stdout
     flops = 3 * 291_648_307_200 // 1024 * 10**9
     assert f"{flops / 312e12 / 0.5 / 3600:,.1f} hours on one a100 at 50%" in done.stdout and f"{flops:.3g} FLOPs" in done.stdout
+    model.save_checkpoint(tmp_path / "own.pt", GPT(Config(n_layer=3, n_embd=48, n_head=3, vocab_size=100, block_size=32)))
+    own = run_main("model.py", "--ckpt=own.pt", "--tokens=1", cwd=tmp_path)
+    same = run_main("model.py", "--n_layer=3", "--n_embd=48", "--n_head=3", "--vocab_size=100", "--block_size=32", "--tokens=1", cwd=tmp_path)
+    assert own.returncode == 0 and own.stdout == same.stdout and " seconds on one h100" in own.stdout
+    (tmp_path / "own.pt").unlink()
     done = run_main("model.py", "--n_head=3", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (1, "") and len(done.stderr.splitlines()) == 1
     assert "model.py: --n_embd=128 is no multiple of --n_head=3" in done.stderr

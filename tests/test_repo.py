@@ -24,15 +24,15 @@ from conftest import ROOT, tiny_documents
 
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
 CEILING = {
-    "bpe.py": 749,
-    "data.py": 1707,
-    "model.py": 1192,
-    "train.py": 953,
-    "kernels.py": 1593,
-    "ddp.py": 1166,
-    "scaling.py": 958,
-    "align.py": 1298,
-    "sample.py": 1322,
+    "bpe.py": 754,
+    "data.py": 1737,
+    "model.py": 1199,
+    "train.py": 969,
+    "kernels.py": 1597,
+    "ddp.py": 1190,
+    "scaling.py": 982,
+    "align.py": 1336,
+    "sample.py": 1348,
 }
 # Who may import whom: at the top of the file, and on demand inside a function.
 OURS = {"bpe.py": ("", ""), "data.py": ("bpe", ""), "model.py": ("", "kernels"), "train.py": ("model", "bpe data ddp kernels"),
@@ -264,9 +264,10 @@ def test_help(name, run_main, tmp_path):
     assert ast.get_docstring(parsed(name)).strip() in done.stdout
     kind = importlib.import_module(name[:-3]).Options
     for field in dataclasses.fields(kind):
-        assert f"\n  --{field.name}={field.default} " in done.stdout
+        shown = f"{field.default:g}" if field.type is float else field.default
+        assert f"\n  --{field.name}={shown} " in done.stdout
         assert type(field.default) is field.type and field.type in (bool, int, float, str), f"{name}: {field.name}"
-    assert [line for line in done.stdout.split("\noptions:")[1].splitlines() if len(line) > 80] == []
+    assert [line for line in done.stdout.splitlines() if len(line) > 80] == []
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -10,6 +10,7 @@ import os
 import pickle
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -837,7 +838,7 @@ def main(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("kind, message", [
-    ("empty", "not a checkpoint"), ("text", "not a checkpoint"), ("half", "truncated"), ("zip", "truncated"),
+    ("empty", "not a checkpoint"), ("text", "not a checkpoint"), ("half", "damaged"), ("zip", "damaged"),
     ("list", "not a checkpoint"), ("foreign", "not a checkpoint"), ("version", "format"), ("config", "does not fit"),
     ("field", "n_layers"), ("type", "does not fit"), ("weights", "does not fit"), ("shape", "does not fit"),
     ("tokenizer", "not a tokenizer"), ("tokenizer type", "not a tokenizer"), ("vocab", "do not belong together"),
@@ -896,7 +897,7 @@ def test_samples_are_printed_in_order(ckpt, main):
     code, out, err = main(f"--ckpt={ckpt}", "--prompt=def ", "--n_samples=6", "--stop=q,w,é", "--seed=4", "--max_new_tokens=40")
     assert code == 0 and len({len(text) for text in texts}) > 3
     assert out == "\n---------------\n".join("def " + text for text in texts) + "\n"
-    assert err.count("\n") == 1 and "prefill " in err and err.count("tokens/s") == 2
+    assert err.count("\n") == 1 and "prefill " in err and err.count("/s)") == 2
 
 
 def test_the_first_sample_streams_and_the_others_wait(gpt, tokenizer, monkeypatch):
@@ -943,10 +944,11 @@ def test_a_prompt_longer_than_the_block_is_said(ckpt, main):
 def test_bench(ckpt, main):
     recorder = Recorder(make_model(block_size=24))
     lines = list(sample.bench_model(recorder, 8))
-    assert recorder.shapes[:16] == [(1, 16)] + [(1, 1)] * 7 + [(1, 16)] + [(4, 1)] * 7 and len(lines) == 5
-    assert "16 texts: prefill 16 tokens" in lines[3] and "decode 112 tokens" in lines[3]
+    assert recorder.shapes[:16] == [(1, 16)] + [(1, 1)] * 7 + [(1, 16)] + [(4, 1)] * 7 and len(lines) == 6
+    assert [(line.split()[0], line.split()[3]) for line in lines[2:]] == [("1", "7"), ("4", "28"), ("16", "112"), ("64", "448")]
+    assert max(map(len, lines)) <= 80
     code, out, err = main(f"--ckpt={ckpt}", "--bench")
-    assert code == 0 and out.count("tokens/s") == 8
+    assert code == 0 and out.count("tokens/s") == 2 and len(out.splitlines()) == 6
 
 
 # ----------------------------------------------------------------------------------------------------------- conversations
@@ -1051,7 +1053,7 @@ def test_ctrl_c_leaves_what_was_printed(ckpt):
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=100)
     assert process.returncode == 130 and begun.startswith(b"def ")
-    assert b"Traceback" not in err and err.count(b"\n") == 1 and b"tokens/s" in err
+    assert b"Traceback" not in err and err.count(b"\n") == 1 and b"/s)" in err
 
 
 def test_a_closed_pipe_is_no_error(ckpt):
@@ -1245,6 +1247,29 @@ def test_the_eval_option(ckpt, main, eval_data, tmp_path, monkeypatch):
     assert code == 1 and "other settings" in err
 
 
+def test_results_are_of_this_model_and_these_items(ckpt, main, tmp_path):
+    """A model trained anew under the same name is graded anew; items that are gone do not count; files may share a name."""
+    for name, text in (("a/x.txt", "the one"), ("b/x.txt", "and the other one")):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(text)
+    words = [f"--ckpt={tmp_path / 'own.pt'}", "--eval=ppl", f"--eval_data={tmp_path}", f"--output={tmp_path / 'eval.json'}"]
+    shutil.copy(ckpt, tmp_path / "own.pt")
+    both = main(*words)[1]
+    assert {*json.loads((tmp_path / "eval.json").read_text())["ppl"]} == {"a/x.txt 1", "b/x.txt 1"}
+    (tmp_path / "b/x.txt").unlink()
+    one = main(*words)[1]
+    assert one != both and "eval.json.old" not in one
+    weights = torch.load(ckpt, weights_only=True)
+    weights["weights"]["norm.weight"] *= 2
+    torch.save(weights, tmp_path / "own.pt")
+    moved, *other = main(*words)[1].splitlines()
+    assert "eval.json.old" in moved and other != one.splitlines() and len(other) == 2
+    assert "b/x.txt 1" in json.loads((tmp_path / "eval.json.old").read_text())["ppl"]
+    for missing in ("", tmp_path / "nosuch", tmp_path / "own.pt"):
+        code, _, err = main(*words[:2], f"--eval_data={missing}", words[3])
+        assert code == 1 and f"--eval_data={missing} is none" in err
+
+
 def test_processes_share_the_items(ckpt, main, eval_data, tmp_path, monkeypatch):
     """Two processes go on from an interrupted file, and one of them writes and says what one process alone does."""
     def words(name):
@@ -1253,7 +1278,7 @@ def test_processes_share_the_items(ckpt, main, eval_data, tmp_path, monkeypatch)
     code, out, err = main(*words("one.json"))
     assert code == 0, err
     one = json.loads((tmp_path / "one.json").read_text())
-    begun = {"settings": one["settings"], "ppl": one["ppl"], "hellaswag": dict([*one["hellaswag"].items()][:2])}
+    begun = {"settings": one["settings"], "fingerprint": one["fingerprint"], "ppl": one["ppl"], "hellaswag": dict([*one["hellaswag"].items()][:2])}
     (tmp_path / "two.json").write_text(json.dumps(begun))
     with socket.create_server(("127.0.0.1", 0)) as free:
         env = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]), OMP_NUM_THREADS="1")

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -285,8 +286,9 @@ def test_what_runs_cannot_tell_is_said(tmp_path):
     assert "less than a factor" not in clear and "only known within" not in clear and "0.00% off" in clear
     N = np.geomspace(1e6, 1e8, 12)  # D alike: nothing can be known of beta and E
     _, said = scaling.fit(runs_of([N, 0 * N + 1e9, 6e9 * N, loss_of(N, 1e9) * np.exp(0.01 * np.sin(7 * N))]), o, "x")
-    assert "these runs hardly tell it" in said and "these runs hardly tell it" not in clear
+    assert "these runs hardly tell" in said and "these runs hardly tell" not in clear
     assert [line.split()[0] for line in said.splitlines() if "hardly tell" in line][-1] == "beta"
+    assert max(map(len, said.splitlines())) <= 80 and "not fitted: " in said
 
 
 # ----------------------------------------------------------------------------------------------------------------- tables
@@ -546,6 +548,8 @@ def test_the_study_brackets_tunes_and_predicts(ledger, tmp_path, capsys):
     rows = [scaling.best_plan(book, fits, C) for C in np.geomspace(1e10, 1e14, 9)]
     assert [row["N"] for row in rows] == sorted(row["N"] for row in rows) and rows[0]["N"] < rows[-1]["N"]
     assert all(6 <= row["options"]["batch_size"] <= 9 for row in rows)
+    whole, part = scaling.best_plan(book, fits, 3e11), scaling.best_plan(book, fits, 3e11, 1e11)  # the rest goes into served tokens
+    assert part["N"] == whole["N"] and part["C"] == pytest.approx(1e11, rel=0.05) and whole["C"] == pytest.approx(3e11, rel=0.05)
     before = len(ledger.calls())
     scaling.study(book.o, book)
     assert len(ledger.calls()) == before  # all answers are in the ledger
@@ -604,7 +608,7 @@ def test_a_table_plays_the_training_api(ledger, tmp_path, capsys):
     book = ledger(scaling.Table, table=str(path), total=2.5e15)
     assert book.run(n_layer=4, learning_rate=0.001) == 3.401 and book.run(n_layer=4, learning_rate="1e-3") == 3.401
     assert book.left() == 1.5e15
-    for wrong, part in ((dict(n_layer=3), "it has n_layer: 2 4 8"), (dict(n_layer=4), "has 2 runs with --n_layer=4"), (dict(nope=1), "no run with --nope=1")):
+    for wrong, part in ((dict(n_layer=3), "it has n_layer: 2 4 8"), (dict(n_layer=4), "has 2 runs with --n_layer=4"), (dict(nope=1), "past.json has no column nope$")):
         with pytest.raises(ValueError, match=part):
             book.run(**wrong)
     book.run(n_layer=2, learning_rate=0.01)
@@ -678,6 +682,38 @@ def test_runs_are_compared_at_one_loss(tmp_path, run_script):
             scaling.evaluations(tmp_path / "c")
     done = run_script("scaling.py", "--runs=a,nope", cwd=tmp_path)
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "nope" in done.stderr
+
+
+def test_served_tokens_are_not_trained(tmp_path, run_main):
+    """Days are those of training, and isoflop, which knows nothing of the served tokens, is not blamed for its symmetry."""
+    table(tmp_path / "runs.csv", made(0.01).rows)
+    words = ["--fit=runs.csv", "--predict=1e25", "--machine=1024xh100", "--resamples=20"]
+    plain, served = (run_main("scaling.py", *words, *more, cwd=tmp_path).stdout for more in ((), ("--inference_tokens=1e12",)))
+    assert max(map(len, (plain + served).splitlines())) <= 80
+    plain, served = (" ".join(said.split()) for said in (plain, served))
+    assert "parabolas are symmetric" in plain and "symmetric" not in served
+    assert "paid out of these FLOPs in parametric, kaplan, not" in served and "paid out" not in plain
+    days = [float(re.search(r"([\d.]+) days on 1024xh100", said)[1]) for said in (plain, served)]
+    assert days[0] == pytest.approx(1e25 / (1024 * 989e12 * 0.4) / 86400, rel=1e-2)
+    best = json.loads((tmp_path / "scaling/fit.json").read_text())["parametric"]["optimum"]
+    assert days[1] == pytest.approx(6 * best["N"][0] * best["D"][0] / (1024 * 989e12 * 0.4) / 86400, rel=1e-2)
+    assert days[1] < 0.99 * days[0]
+    done = run_main("scaling.py", "--fit=runs.csv", "--predict=1e18", "--inference_tokens=1e16", "--resamples=20", cwd=tmp_path)
+    assert done.stderr == "scaling.py: --inference_tokens cost more than --predict pays for\n"
+
+
+def test_durations():
+    said = [scaling.duration(seconds) for seconds in (0.0123, 59, 90, 7200, 86400, 2.47e7)]
+    assert said == ["0.0123 seconds", "59 seconds", "1.5 minutes", "2 hours", "1 days", "286 days"]
+
+
+@pytest.mark.parametrize("words", ["--fit=none.csv", "--table=none.csv", "--data=none", "--check=run", "--fit=runs.csv --sweep=lr:1",
+                                   "--machine=8xtpu --fit=none.csv", "--table=runs.csv --sweep=n_layer:4"])
+def test_a_command_that_is_refused_leaves_no_folder(words, tmp_path, run_main):
+    table(tmp_path / "runs.csv", made().rows)
+    done = run_main("scaling.py", *words.split(), "--output=deep/study", cwd=tmp_path)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert (tmp_path / "deep").exists() == ("--table=runs" in words), "the ledger of a table that is there may be made"
 
 
 def test_preregistration(tmp_path, monkeypatch, capsys):
