@@ -256,7 +256,7 @@ def harness(n, words, tmp_path, **env):
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    return harness(2, ["--steps=3"], tmp_path_factory.mktemp("two"))
+    return harness(2, ["--steps=2"], tmp_path_factory.mktemp("two"))
 
 
 def test_every_form_is_exact_on_two_ranks(two):

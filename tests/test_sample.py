@@ -1329,5 +1329,5 @@ def test_real_files(test_data, tokenizer, gpt):
     assert len(rows) == 400 and all(sample.final_number(item[1][0]).lstrip("-").replace(".", "").isdigit() for _, item in rows)
     assert all(item[0].count("Question: ") == 6 for _, item in rows)
     rows = items_of(exam, "mmlu")
-    assert {key.split()[0] for key, _ in rows} == {path.name for path in (test_data / "eval/mmlu/test").iterdir()}
+    assert {key.split()[0] for key, _ in rows} == {f"mmlu/test/{path.name}" for path in (test_data / "eval/mmlu/test").iterdir()}
     assert all(item[0].count("Answer:") == 6 and item[0].count("Answer: ") == 5 for _, item in rows)

@@ -364,7 +364,7 @@ def test_bodies_that_are_no_request(server, data, status, said):
     (dict(temperature=float("inf")), None, "from 0 to 100"), (dict(top_p=0), None, "top_p=0 must"),
     (dict(top_k=1.5), "top_k", "int"), (dict(presence_penalty=1e300), None, "from -100 to 100"),
     (dict(top_p=2), None, "top_p=2 must"), (dict(repetition_penalty=1e-300), None, "from 0.01 to 100"),
-    (dict(max_tokens=-1), None, "max_new_tokens=-1"), (dict(max_tokens=1e3), "max_tokens", "int"), (dict(max_tokens=True), "max_tokens", "int"),
+    (dict(max_tokens=-1), "max_tokens", "max_tokens must be at least 0"), (dict(max_tokens=1e3), "max_tokens", "int"), (dict(max_tokens=True), "max_tokens", "int"),
     (dict(n=0), None, "n_samples=0"), (dict(n=-10**9), None, "n_samples"), (dict(n=10**9), "prompt", "at most 512"), (dict(n=513), "prompt", "at most 512"),
     (dict(prompt=["a"] * 300, n=2), "prompt", "at most 512"), (dict(stream="yes"), "stream", "bool"), (dict(logprobs="x"), "logprobs", "int or bool"),
     (dict(stop=""), "stop", "of 1 to 64"), (dict(stop=["a", ""]), "stop", "of 1 to 64"), (dict(stop=[5]), "stop", "texts"),
