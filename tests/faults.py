@@ -291,7 +291,7 @@ RUNS = {
         Tiny(f"--data=tokens --output=run --max_iters=4 {SHAPE}",
              "tokens/train.npy tokens/val.npy tokens/tokenizer.json"),
         Tiny(f"--data=corpus.txt --tokenizer=char --output=chars --max_iters=3 {SHAPE}", "corpus.txt"),
-        Tiny("--resume --output=run --max_iters=8", "run/ckpt.pt run/log.jsonl"),
+        Tiny("--resume --data=tokens --output=run --max_iters=8", "run/ckpt.pt run/log.jsonl"),  # or begins on them
         Tiny(f"--init_from=run/ckpt.pt --data=docs.jsonl --output=child --max_iters=2 {SHAPE}", "run/ckpt.pt docs.jsonl"),
         Tiny(f"--data=tokens,masked --mix=0.5,0.5 --output=mixed --max_iters=2 {SHAPE}", "masked/train_mask.npy"),
         Tiny(f"--data=tokens --output=budget --flops=1e8 {SHAPE}", "scaling/recipe.json"),
