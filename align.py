@@ -1777,8 +1777,9 @@ def main():
         for word in sys.argv[1:]:  # its runs have options of their own: another would change nothing, unseen
             name = word[2:].partition("=")[0]
             known = ", ".join(DEMO_OPTIONS)
+            begun = f"; there is no {Path(o.output) / 'ckpt.pt'} to resume" * o.resume
             require(name in DEMO_OPTIONS, f"--{name} is none of the demonstration's options ({known}); "
-                                          "it goes with --algorithm and --data")
+                                          f"it goes with --algorithm and --data{begun}")
         demonstrate(o)
 
 
