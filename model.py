@@ -1346,6 +1346,8 @@ def load_checkpoint(path: str | os.PathLike) -> dict:
             require(not wrong, f"its entry {wrong} has another sum")
             file.seek(0)
             checkpoint = torch.load(file, "cpu", weights_only=True)
+        except MemoryError:
+            raise
         except Exception as error:  # truncated archives and forbidden pickles fail in many ways
             raise ValueError(f"{path} is not a checkpoint, or is damaged; nothing in it was executed") from error
     version = checkpoint.get("version") if isinstance(checkpoint, dict) else None

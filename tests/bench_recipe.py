@@ -9,7 +9,7 @@ ablations   the default without each of its ingredients, after the same steps (o
 dial        budgets of 1, 2, 5, 10 minutes, and the same in FLOPs
 knee        steps to one loss by batch size, the critical batch that fits them, and the noise scale that train.py measures
 tokenizer   kinds of tokenizer and sizes of the vocabulary at equal FLOPs, each from the text (--data is not used)
-patches     bytes, patches of them (tests/patches.py) and BPE at equal FLOPs, likewise; all but "bytes" see as many places
+patches     bytes, patches of them (tests/patches.py) and BPE at equal FLOPs, likewise; 128 patches or tokens to a block
 
 A run is `python train.py` in a process of its own; a row gives median, lowest and highest of the seeds' last records.
 Without --data the token files of the default corpus are made once, in a temporary folder. Runs are taken in turns over
