@@ -25,6 +25,7 @@ import gzip
 import hashlib
 import importlib
 import io
+import itertools
 import json
 import os
 import random
@@ -967,25 +968,26 @@ def main() -> None:
                 print({key: value for key, value in one.items() if key not in ("out", "err")})
                 print(one["out"] + one["err"])
             return print(*(f"OFFENCE {word}" for word in bad), sep="\n")
-        tried, ended, wrong = Counter(), Counter(), []
-        for name in names_of(o.rounds, o.only.split(",")):
-            began = time.monotonic()
-            if (result := sweep.do(name)) is None:
-                continue
-            case, found, bad = result
-            key = tuple(name.split("/")[:2])
-            tried[key] += 1
-            ended[key + (("long" if found[0].get("long") else str(found[0]["code"])),)] += 1
-            if bad:
-                wrong.append(name)
-                print(f"{name}: {case.what}: {'; '.join(bad)}\n    {repeat_command(name, o.seed)}", flush=True)
-            elif found[0].get("long") or time.monotonic() - began > 15:
-                print(f"{name}: {case.what}: takes long", flush=True)
-        print("\nscript    class    tried  ended with")
-        for key, count in tried.items():
-            codes = ", ".join(f"{code}: {n}" for (*other, code), n in sorted(ended.items()) if tuple(other) == key)
-            print(f"{key[0]:9} {key[1]:8} {count:5}  {codes}")
-        print(f"{sum(tried.values())} tried, {len(wrong)} offences")
+        tried = wrong = 0
+        print("script    class    tried  ended with", flush=True)
+        for key, names in itertools.groupby(names_of(o.rounds, o.only.split(",")), lambda name: name.rpartition("/")[0]):
+            ended, began = Counter(), time.monotonic()
+            for name in names:
+                start = time.monotonic()
+                if (result := sweep.do(name)) is None:
+                    continue
+                case, found, bad = result
+                ended["long" if found[0].get("long") else str(found[0]["code"])] += 1
+                wrong += bool(bad)
+                if bad:
+                    print(f"{name}: {case.what}: {'; '.join(bad)}\n    {repeat_command(name, o.seed)}", flush=True)
+                elif found[0].get("long") or time.monotonic() - start > 15:
+                    print(f"{name}: {case.what}: takes long", flush=True)
+            tried += ended.total()
+            codes = ", ".join(f"{code}: {n}" for code, n in sorted(ended.items()))
+            script, kind = key.split("/")
+            print(f"{script:9} {kind:8} {ended.total():5}  {codes}  ({time.monotonic() - began:.0f} s)", flush=True)
+        print(f"{tried} tried, {wrong} offences")
         sys.exit(bool(wrong))
 
 
