@@ -2247,8 +2247,8 @@ def options(kind: type, words: list[str]):
             most = float("inf" if of is float else 2**63)
             return of(value) if of is str or abs(value) < most and of(value) == value else float("none")
         read.__name__ = field.type.__name__  # argparse names it where the text is not of this type
-        parser.add_argument(f"--{field.name}", type=read, default=field.default, nargs="?",
-                            const=field.type is bool or "", help=argparse.SUPPRESS)
+        alone = dict(nargs="?", const=True) if field.type is bool else {}
+        parser.add_argument(f"--{field.name}", type=read, default=field.default, help=argparse.SUPPRESS, **alone)
         shown = f"{field.default:g}" if field.type is float else field.default
         head = f"\n  --{field.name}={shown} ".ljust(31)
         parser.epilog += head + ("\n" + " " * 30).join(textwrap.wrap(notes[field.name], 49))
@@ -2272,7 +2272,7 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except (OSError, ValueError, MemoryError, RuntimeError, ModuleNotFoundError) as error:
-        scarce = any(word in str(error) for word in ("memory", "new thread"))
+        scarce = any(word in str(error) for word in ("memory", "new thread", "Storage size"))
         if sys.flags.dev_mode or isinstance(error, RuntimeError) and not scarce:
             raise
         if not getattr(error, "filename", "-"):  # stdout's disk is full, or its reader left, as in `| head`

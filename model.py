@@ -1358,6 +1358,10 @@ def load_checkpoint(path: str | os.PathLike) -> dict:
         entry = checkpoint.get(name, None if needed else {})
         fits = isinstance(entry, dict) and all(isinstance(value, kind) for value in entry.values())
         require(fits, f"{path} does not fit: its entry {name} is missing, or of another kind")
+    try:
+        json.dumps(checkpoint.get("tokenizer"))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} does not fit: its tokenizer is none: {error}") from error
     step = checkpoint.get("progress", {}).get("step", 0)
     states = checkpoint.get("optimizer", {}).values()
     fits = type(step) is int and all(isinstance(tensor, Tensor) for tensors in states for tensor in tensors)
@@ -1581,8 +1585,8 @@ def options(kind: type, words: list[str]):
             most = float("inf" if of is float else 2**63)
             return of(value) if of is str or abs(value) < most and of(value) == value else float("none")
         read.__name__ = field.type.__name__  # argparse names it where the text is not of this type
-        parser.add_argument(f"--{field.name}", type=read, default=field.default, nargs="?",
-                            const=field.type is bool or "", help=argparse.SUPPRESS)
+        alone = dict(nargs="?", const=True) if field.type is bool else {}
+        parser.add_argument(f"--{field.name}", type=read, default=field.default, help=argparse.SUPPRESS, **alone)
         shown = f"{field.default:g}" if field.type is float else field.default
         head = f"\n  --{field.name}={shown} ".ljust(31)
         parser.epilog += head + ("\n" + " " * 30).join(textwrap.wrap(notes[field.name], 49))
@@ -1606,7 +1610,7 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except (OSError, ValueError, MemoryError, RuntimeError, ModuleNotFoundError) as error:
-        scarce = any(word in str(error) for word in ("memory", "new thread"))
+        scarce = any(word in str(error) for word in ("memory", "new thread", "Storage size"))
         if sys.flags.dev_mode or isinstance(error, RuntimeError) and not scarce:
             raise
         if not getattr(error, "filename", "-"):  # stdout's disk is full, or its reader left, as in `| head`

@@ -823,6 +823,8 @@ def pruned(checkpoint: dict, how: str) -> dict:
 
 # ---- from text to text
 
+SAMPLES = 1 << 16  # of one prompt; all of them are requests before the first one is decoded
+
 def ask(tokenizer: Tokenizer | None, prompt: str | list, n_samples: int = 1, max_new_tokens: int = 256,
         stop: Sequence[str] = (), seed: int = 0, end: str = END, bias: dict | None = None,
         **sampling) -> list[Request]:
@@ -831,7 +833,7 @@ def ask(tokenizer: Tokenizer | None, prompt: str | list, n_samples: int = 1, max
     An empty text begins at <|endoftext|>. `sampling`: fields of Sampling; `bias`: see Request. Raises ValueError.
     """
     require(tokenizer, "the checkpoint has no tokenizer, so it takes and gives no text, only token ids (see Engine)")
-    require(n_samples > 0, f"--n_samples={n_samples} must be at least 1")
+    require(0 < n_samples <= SAMPLES, f"--n_samples={n_samples} must be 1 to {SAMPLES:,}")
     require(max_new_tokens >= 0, f"--max_new_tokens={max_new_tokens} must be at least 0")
     ids = (tokenizer.encode(prompt) if isinstance(prompt, str) else prompt) or [tokenizer.special_tokens[END]]
     settings = Sampling(**sampling)
@@ -999,11 +1001,17 @@ def summary(pairs: list, others: Sequence = ()) -> list[float]:
 
 
 def read_results(path: str | os.PathLike) -> dict:
-    """A file that --eval wrote. Raises OSError or ValueError."""
+    """A file that --eval or data.py's step decontaminate wrote. Raises OSError or ValueError."""
     try:
-        return json.loads(Path(path).read_bytes())
-    except ValueError as error:
+        results = json.loads(Path(path).read_bytes())
+        results.get("found", {}).keys()
+        for name in TASKS.keys() & results.keys():
+            for record in results[name].values():
+                scores = [record[metric] for metric in record.keys() - {"item", "answer"}]
+                [top + bottom + 0.0 for top, bottom in scores]  # numbers
+    except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no file of results: {error}") from error
+    return results
 
 
 def checkpoint_hash(ckpt: str | os.PathLike) -> str:
@@ -1708,8 +1716,8 @@ def options(kind: type, words: list[str]):
             most = float("inf" if of is float else 2**63)
             return of(value) if of is str or abs(value) < most and of(value) == value else float("none")
         read.__name__ = field.type.__name__  # argparse names it where the text is not of this type
-        parser.add_argument(f"--{field.name}", type=read, default=field.default, nargs="?",
-                            const=field.type is bool or "", help=argparse.SUPPRESS)
+        alone = dict(nargs="?", const=True) if field.type is bool else {}
+        parser.add_argument(f"--{field.name}", type=read, default=field.default, help=argparse.SUPPRESS, **alone)
         shown = f"{field.default:g}" if field.type is float else field.default
         head = f"\n  --{field.name}={shown} ".ljust(31)
         parser.epilog += head + ("\n" + " " * 30).join(textwrap.wrap(notes[field.name], 49))
@@ -1733,7 +1741,7 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except (OSError, ValueError, MemoryError, RuntimeError, ModuleNotFoundError) as error:
-        scarce = any(word in str(error) for word in ("memory", "new thread"))
+        scarce = any(word in str(error) for word in ("memory", "new thread", "Storage size"))
         if sys.flags.dev_mode or isinstance(error, RuntimeError) and not scarce:
             raise
         if not getattr(error, "filename", "-"):  # stdout's disk is full, or its reader left, as in `| head`

@@ -532,6 +532,15 @@ FITS = {
 HERE = Path(__file__).parent
 WIDTHS = (8, 12, 16, 24, 32, 48, 64, 80, 96, 128, 160, 192, 256, 320, 384, 512, 640, 768, 1024)
 LEAST = 20  # steps; a run of fewer says little
+ROW: dict = dict(  # what a row of the ledger holds, and its types
+    key=str,
+    paid=(int, float),
+    N=int,
+    D=(int, float),
+    C=(int, float),
+    loss=(int, float, type(None)),
+    options=dict,
+)
 
 
 def spread(text: str) -> list[float]:
@@ -567,7 +576,7 @@ class Ledger:
         self.rows = {}
         if self.path.exists():
             for row in rows_of(self.path):
-                whole = {"key", "paid", "N", "D", "C", "loss", "options"} <= row.keys()
+                whole = all(isinstance(row.get(name, ()), kind) for name, kind in ROW.items())
                 require(whole, f"{self.path} is no ledger of a study, or is damaged")
                 self.rows[row["key"]] = row
         with replacing(self.path) as file:  # without a last line that a kill cut short
@@ -1280,8 +1289,8 @@ def options(kind: type, words: list[str]):
             most = float("inf" if of is float else 2**63)
             return of(value) if of is str or abs(value) < most and of(value) == value else float("none")
         read.__name__ = field.type.__name__  # argparse names it where the text is not of this type
-        parser.add_argument(f"--{field.name}", type=read, default=field.default, nargs="?",
-                            const=field.type is bool or "", help=argparse.SUPPRESS)
+        alone = dict(nargs="?", const=True) if field.type is bool else {}
+        parser.add_argument(f"--{field.name}", type=read, default=field.default, help=argparse.SUPPRESS, **alone)
         shown = f"{field.default:g}" if field.type is float else field.default
         head = f"\n  --{field.name}={shown} ".ljust(31)
         parser.epilog += head + ("\n" + " " * 30).join(textwrap.wrap(notes[field.name], 49))
@@ -1305,7 +1314,7 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except (OSError, ValueError, MemoryError, RuntimeError, ModuleNotFoundError) as error:
-        scarce = any(word in str(error) for word in ("memory", "new thread"))
+        scarce = any(word in str(error) for word in ("memory", "new thread", "Storage size"))
         if sys.flags.dev_mode or isinstance(error, RuntimeError) and not scarce:
             raise
         if not getattr(error, "filename", "-"):  # stdout's disk is full, or its reader left, as in `| head`

@@ -1573,6 +1573,13 @@ def test_foreign_file_is_refused(foreign, tmp_path):
         model.load_checkpoint(tmp_path / "f.pt")
 
 
+def test_a_tokenizer_of_tensors_is_refused(tmp_path):
+    checkpoint = dict(version=1, config={}, weights={}, tokenizer=dict(vocab=[torch.zeros(1)]))
+    torch.save(checkpoint, tmp_path / "f.pt")
+    with pytest.raises(ValueError, match="f.pt does not fit: its tokenizer"):
+        model.load_checkpoint(tmp_path / "f.pt")
+
+
 @pytest.mark.parametrize("content", [b"hello", b"PK\x03\x04" + b"\0" * 100, bytes(range(256)) * 8, pickle.dumps(object, 2)])
 def test_what_torch_cannot_read_is_refused(content, tmp_path):
     (tmp_path / "f.pt").write_bytes(content)

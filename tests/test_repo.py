@@ -26,13 +26,13 @@ SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
 CEILING = {
     "bpe.py": 754,
     "data.py": 1737,
-    "model.py": 1201,
+    "model.py": 1205,
     "train.py": 969,
     "kernels.py": 1597,
     "ddp.py": 1190,
-    "scaling.py": 982,
+    "scaling.py": 991,
     "align.py": 1337,
-    "sample.py": 1348,
+    "sample.py": 1355,
 }
 # Who may import whom: at the top of the file, and on demand inside a function.
 OURS = {"bpe.py": ("", ""), "data.py": ("bpe", ""), "model.py": ("", "kernels"), "train.py": ("model", "bpe data ddp kernels"),
@@ -325,7 +325,8 @@ def test_option_values(toy, words, name, value):
     ("--token=3", "--tokens="), ("--tkens=3", "--tokens="), ("--Lr=3", "--lr="), ("stray", "'stray'"), ("-lr=3", "--lr="),
     ("--tokens 3", "--tokens=3"), ("--prompt hello", "--prompt=hello"), ("--compile False", "--compile=False"),
     ("--tokens=many", "int"), ("--tokens=1.5", "int"), ("--tokens=inf", "int"), ("--lr=fast", "float"), ("--lr=nan", "float"),
-    ("--lr=inf", "float"), ("--compile=2", "bool"), ("--tokens=", "int"), ("--tokens", "int"), ("--lr", "float"),
+    ("--lr=inf", "float"), ("--compile=2", "bool"), ("--tokens=", "int"), ("--tokens", "--tokens: expected one"),
+    ("--lr", "--lr: expected one"), ("--prompt --lr=1", "--prompt: expected one"), ("--prompt", "--prompt: expected one"),
     ("--tok=1", "--tokens="), ("--", "--")])
 def test_option_refusals(toy, words, message, capsys):
     with pytest.raises(SystemExit) as caught:

@@ -858,7 +858,7 @@ def test_a_vocabulary_below_the_models_is_no_mistake(ckpt, tmp_path, main, token
 @pytest.mark.parametrize("words, message", [
     (["--temperature=-1"], "--temperature=-1"), (["--top_p=0"], "--top_p=0"), (["--top_p=1.5"], "--top_p=1.5"),
     (["--top_k=-1"], "--top_k=-1"), (["--min_p=2"], "--min_p=2"), (["--repetition_penalty=0"], "--repetition_penalty=0"),
-    (["--n_samples=0"], "--n_samples=0"), (["--max_new_tokens=-1"], "--max_new_tokens=-1"),
+    (["--n_samples=0"], "--n_samples=0"), (["--n_samples=100000"], "must be 1 to 65,536"), (["--max_new_tokens=-1"], "--max_new_tokens=-1"),
     (["--device=tpu9"], "--device=tpu9"), (["--device=cuda:77"], "--device=cuda:77"), (["--dtype=int8"], "choose from float32, bfloat16, float16"), (["--device=meta"], "--device=meta"),
     (["--device=cpu", "--graphs"], "--graphs records CUDA graphs")])
 def test_options_that_are_refused(ckpt, main, words, message):
@@ -1245,6 +1245,11 @@ def test_the_eval_option(ckpt, main, eval_data, tmp_path, monkeypatch):
     assert main(*words)[0] == 0 and len(asked) == 3
     code, _, err = main(*words, "--shots=2")
     assert code == 1 and "other settings" in err
+    for wrong in ([], 1.5, held | dict(mmlu=None), held | dict(mmlu=[1]), held | dict(ppl={"a.txt 1": 3}), dict(found=[]),
+                  held | dict(ppl={"a.txt 1": dict(nats_per_token=["3", "4"])}), held | dict(ppl={"a.txt 1": dict(bits_per_byte=[1])})):
+        output.write_text(json.dumps(wrong))
+        code, _, err = main(*words)
+        assert code == 1 and "no file of results" in err and err.count("\n") == 1 and json.loads(output.read_text()) == wrong
 
 
 def test_results_are_of_this_model_and_these_items(ckpt, main, tmp_path):

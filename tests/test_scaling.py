@@ -503,6 +503,11 @@ def test_a_cut_line_is_a_run_that_is_asked_again(ledger, tmp_path):
         assert again.ask(plans) == json.loads(json.dumps(rows)), cut
         lines = (tmp_path / "study/runs.jsonl").read_bytes().splitlines()
         assert sorted(lines) == sorted(whole.splitlines())
+    first, second = map(json.loads, whole.splitlines())
+    for wrong in (dict(paid="1"), dict(key=3), dict(options=[]), dict(loss="low"), dict(N=None)):
+        (tmp_path / "study/runs.jsonl").write_text(f"{json.dumps(first)}\n{json.dumps(second | wrong)}\n")
+        with pytest.raises(ValueError, match="no ledger of a study"):
+            ledger()
 
 
 def test_the_budget_cannot_be_overspent(ledger):
