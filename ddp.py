@@ -26,7 +26,6 @@ import os
 import re
 import signal
 import sys
-import tempfile
 import textwrap
 import threading
 import time
@@ -1377,7 +1376,7 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except (OSError, ValueError, MemoryError, RuntimeError, ModuleNotFoundError) as error:
-        scarce = any(word in str(error) for word in ("memory", "new thread", "Storage size"))
+        scarce = any(word in str(error) for word in ("memory", "new thread", "Storage size", "bad_alloc"))
         if sys.flags.dev_mode or isinstance(error, RuntimeError) and not scarce:
             raise
         if not getattr(error, "filename", "-"):  # stdout's disk is full, or its reader left, as in `| head`
@@ -1568,16 +1567,16 @@ def agree(**own) -> None:
             require(value == first, f"rank {rank} was started with {name}={value}, rank 0 with {name}={first}")
 
 
-def process(rank: int, o: Options, words: list[str], file: str) -> None:
-    """One process: of torchrun's, or one that was started here and meets the others in a file."""
-    if file:  # where who started it is gone, nobody waits for it
+def process(rank: int, o: Options, words: list[str], port: int) -> None:
+    """One process: of torchrun's, or one that was started here, where `port` is that of the store."""
+    if port:  # where who started it is gone, nobody waits for it
         parent = multiprocessing.parent_process()
         threading.Thread(target=lambda: parent.join() or os._exit(1), daemon=True).start()
     torch.set_default_dtype(getattr(torch, o.dtype))
     torch.set_num_threads(1)
     Group.timeout = datetime.timedelta(seconds=o.timeout)
-    own: dict = dict(init_method=f"file://{file}", rank=rank, world_size=o.ranks)
-    dist.init_process_group("gloo", timeout=Group.timeout, **own if file else {})
+    own = dict(store=dist.TCPStore("127.0.0.1", port), rank=rank, world_size=o.ranks) if port else {}
+    dist.init_process_group("gloo", timeout=Group.timeout, **own)
     atexit.register(dist.destroy_process_group)  # a thread of gloo that frees a tensor while Python ends aborts it
     sys.stdout = open(os.devnull, "w") if dist.get_rank() else sys.stdout
     agree(**vars(o))
@@ -1599,22 +1598,22 @@ def main():
     elif o.merge:
         merge(o.merge, o.output)
     elif "LOCAL_RANK" in os.environ:
-        process(0, o, words, "")
+        process(0, o, words, 0)
     else:
         logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
-        with tempfile.TemporaryDirectory() as folder:
-            usual = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for this process, which ends the others
-            ranks = torch.multiprocessing.spawn(process, (o, words, f"{folder}/meet"), o.ranks, join=False, daemon=True)
-            signal.signal(signal.SIGINT, usual)
-            try:
-                while not ranks.join():
-                    pass
-            except torch.multiprocessing.ProcessExitedException as error:
-                if error.signal_name:
-                    raise ValueError(f"rank {error.error_index} was ended by {error.signal_name}") from error
-                sys.exit(error.exit_code)
-            except torch.multiprocessing.ProcessRaisedException as error:
-                raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
+        usual = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for this process, which ends the others
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # in memory: no disk can be full
+        ranks = torch.multiprocessing.spawn(process, (o, words, store.port), o.ranks, join=False, daemon=True)
+        signal.signal(signal.SIGINT, usual)
+        try:
+            while not ranks.join():
+                pass
+        except torch.multiprocessing.ProcessExitedException as error:
+            if error.signal_name:
+                raise ValueError(f"rank {error.error_index} was ended by {error.signal_name}") from error
+            sys.exit(error.exit_code)
+        except torch.multiprocessing.ProcessRaisedException as error:
+            raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
 
 
 if __name__ == "__main__":

@@ -1459,7 +1459,12 @@ def hf_config(theirs: dict) -> Config:
         require(known, f"config.json: {name}={value} is not computed here")
     given = {own: theirs[name] for own, name in names.items() if theirs.get(name) is not None}
     given["mixer"] = "window" if given.get("window") else "attention"
-    return dataclasses.replace(options(Config, HF_KINDS[kind].split()), **given)
+    config = dataclasses.replace(options(Config, HF_KINDS[kind].split()), **given)
+    try:
+        config.check()
+    except ValueError as error:
+        raise ValueError(f"config.json: {error}") from error
+    return config
 
 
 def hf_views(gpt: GPT, kind: str) -> dict[str, Tensor]:
@@ -1610,7 +1615,7 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except (OSError, ValueError, MemoryError, RuntimeError, ModuleNotFoundError) as error:
-        scarce = any(word in str(error) for word in ("memory", "new thread", "Storage size"))
+        scarce = any(word in str(error) for word in ("memory", "new thread", "Storage size", "bad_alloc"))
         if sys.flags.dev_mode or isinstance(error, RuntimeError) and not scarce:
             raise
         if not getattr(error, "filename", "-"):  # stdout's disk is full, or its reader left, as in `| head`

@@ -1162,6 +1162,7 @@ def check(o: Options) -> tuple[float, float]:
     Returns its FLOPs and loss.
     """
     path = Path(o.output) / "prediction.json"
+    require(path.exists(), f"{path} is not there: a study with --preregister writes it")
     try:
         stored = json.loads(path.read_bytes())
         value, low, high = map(float, stored["loss"])
@@ -1314,7 +1315,7 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except (OSError, ValueError, MemoryError, RuntimeError, ModuleNotFoundError) as error:
-        scarce = any(word in str(error) for word in ("memory", "new thread", "Storage size"))
+        scarce = any(word in str(error) for word in ("memory", "new thread", "Storage size", "bad_alloc"))
         if sys.flags.dev_mode or isinstance(error, RuntimeError) and not scarce:
             raise
         if not getattr(error, "filename", "-"):  # stdout's disk is full, or its reader left, as in `| head`

@@ -774,7 +774,7 @@ def offences(case: Case, script: str, found: dict, folder: Path, before: dict) -
     out, name = [], f"{script}.py"
     code, sent, lines = found["code"], found.get("sent"), found["err"].splitlines()
     if found.get("hung") or found.get("long") and not case.long:
-        return ["hangs" + " and does not mind Ctrl-C" * ("hung" in found)]
+        return ["hangs" + f" and does not mind Ctrl-C: {found['err'][-200:]!r}" * ("hung" in found)]
     interrupted = sent == signal.SIGINT or found.get("long")
     killed = sent in (signal.SIGKILL, signal.SIGTERM) and code == -sent
     trace = re.search(r"Traceback|Exception ignored|Fatal Python|terminate called", found["err"])

@@ -1755,7 +1755,7 @@ def rewrite(folder, **changes):
     (dict(attention_bias=True), "attention_bias=True is not computed here"), (dict(partial_rotary_factor=0.5), "partial_rotary_factor"),
     (dict(quantization_config=dict(bits=4)), "quantization_config"), (dict(num_local_experts=8), "num_local_experts=8"),
     (dict(num_hidden_layers=3), "lacks layers.2."), (dict(num_hidden_layers=1), "layers.1."), (dict(intermediate_size=40), "has no place here"),
-    (dict(num_hidden_layers="two"), "mislabelled"), (dict(num_attention_heads=3, num_key_value_heads=3, head_dim=None), "--n_embd=16 is no multiple of --n_head=3")])
+    (dict(num_hidden_layers="two"), "mislabelled"), (dict(num_attention_heads=3, num_key_value_heads=3, head_dim=None), "config.json: --n_embd=16 is no multiple of --n_head=3")])
 def test_config_that_asks_for_what_is_not_there(hf_folder, changes, message):
     model.import_hf(hf_folder)
     rewrite(hf_folder, torch_dtype="float32", bos_token_id=5, attention_dropout=0.1, use_cache=True)  # the twin: known, and silent

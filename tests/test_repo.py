@@ -26,11 +26,11 @@ SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
 CEILING = {
     "bpe.py": 754,
     "data.py": 1737,
-    "model.py": 1205,
+    "model.py": 1210,
     "train.py": 969,
     "kernels.py": 1597,
-    "ddp.py": 1190,
-    "scaling.py": 991,
+    "ddp.py": 1189,
+    "scaling.py": 992,
     "align.py": 1337,
     "sample.py": 1355,
 }
