@@ -1884,15 +1884,24 @@ def peak(call: Callable, device: torch.device) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 1e6
 
 
-def rivals(kernel: Kernel, device: torch.device) -> dict[str, Callable]:
+def rivals(kernel: Kernel, inputs: tuple, device: torch.device) -> dict[str, Callable]:
     """The forms that are timed, by name.
 
-    The kernel, where it is no interpreter's, the plain twin, the twin compiled by torch, and
-    torch's own call where there is one. The first of them is what the others are compared with.
+    The kernel, where it is no interpreter's, the plain twin, the twin compiled by torch where that
+    works, and torch's own call where there is one. The first of them is what the others are
+    compared with.
     """
     torch._dynamo.reset()
     calls: dict = {"kernel": kernel} if device.type == "cuda" else {}
-    calls |= {"eager": kernel.twin, "compiled": torch.compile(kernel.twin, dynamic=False)}
+    calls["eager"] = kernel.twin
+    compiled = torch.compile(kernel.twin, dynamic=False)
+    try:
+        found, backward = attempt(kernel, compiled, inputs)
+        if kernel.backward:
+            backward(len(found))
+        calls["compiled"] = compiled
+    except Exception as error:  # no C++ compiler, a full disk: many kinds
+        print(f"  torch.compile does not work here ({type(error).__name__}): no times of it")
     return calls | ({"library": kernel.library} if kernel.library else {})
 
 
@@ -1944,7 +1953,7 @@ def show_times(
         )
         require(far <= 8, f"{kernel.name} is wrong at this size")
     print()
-    for name, (calls, moved, work) in passes(kernel, inputs, rivals(kernel, device)).items():
+    for name, (calls, moved, work) in passes(kernel, inputs, rivals(kernel, inputs, device)).items():
         times = bench(calls, o.seconds, device)
         ours = next(iter(times))
         took, spread = times[ours]

@@ -575,6 +575,16 @@ def test_a_mistake_ends_in_one_line(run_main, tmp_path):
     assert done.returncode == 1 and done.stderr.startswith("kernels.py: --only=flesh") and done.stderr.count("\n") == 1
 
 
+def test_without_a_compiler(run_main, tmp_path, monkeypatch):
+    def broken(*_):
+        raise NotImplementedError("no compiler\nand a long story")
+    monkeypatch.setattr(torch, "compile", lambda twin, **_: broken)
+    done = run_main("kernels.py", "--only=add", "--seconds=0.001", "--device=cpu", cwd=tmp_path)
+    assert done.returncode == 0 and "torch.compile does not work here (NotImplementedError)" in done.stdout, done.stderr
+    row = next(line for line in done.stdout.splitlines() if line.startswith("  forward"))
+    assert row.split()[-2] == "-", row  # as many times as fast as plain torch, as that compiled, as the library
+
+
 def test_without_triton(tmp_path):
     """Twins only, one line: as on a machine where triton cannot be installed."""
     (tmp_path / "triton.py").write_text("raise ImportError('not here')")

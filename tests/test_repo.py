@@ -28,7 +28,7 @@ CEILING = {
     "data.py": 1737,
     "model.py": 1210,
     "train.py": 969,
-    "kernels.py": 1597,
+    "kernels.py": 1605,
     "ddp.py": 1189,
     "scaling.py": 992,
     "align.py": 1337,
