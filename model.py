@@ -20,6 +20,7 @@ import difflib
 import importlib.util
 import inspect
 import json
+import logging
 import math
 import os
 import re
@@ -1184,6 +1185,7 @@ def account(config: Config, batch: int, optimizer: str = "muon") -> dict:
         torch.ops.model.grouped: lambda x, w, *_, **__: 2 * x.numel() * w[1],
     }
     counter = FlopCounterMode(display=False, custom_mapping=fused)
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # its exceptions say enough
     with FakeTensorMode():
         model = GPT(config)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), counter:
@@ -1204,8 +1206,7 @@ def account(config: Config, batch: int, optimizer: str = "muon") -> dict:
     total = sum(by_role.values())
     widths = [of[0].shape[3] for of, block in zip(state.layers, model.blocks) if isinstance(block.mixer, Attention)]
     experts = [ffn for ffn in model.modules() if type(ffn) is Experts]
-    weights = [layer["weight"] for ffn in experts for layer in (ffn.up, ffn.down)]
-    idle = sum(weight.numel() for weight in weights)
+    idle = sum(layer["weight"].numel() for ffn in experts for layer in (ffn.up, ffn.down))
     idle -= idle * config.n_expert_active // max(1, config.n_expert)
     counts = {name: sum(ops.values()) for name, ops in counter.flop_counts.items()}
     flops = {part: sum(n for name, n in counts.items() if name.endswith(part)) // batch

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import pickle
+import re
 import sys
 import warnings
 
@@ -1571,6 +1572,12 @@ def test_foreign_file_is_refused(foreign, tmp_path):
     torch.save(foreign, tmp_path / "f.pt")
     with pytest.raises(ValueError, match="f.pt is not a checkpoint of format 1"):
         model.load_checkpoint(tmp_path / "f.pt")
+
+
+@pytest.mark.parametrize("option", ["n_expert", "n_embd"])
+def test_a_size_beyond_any_storage_ends_in_one_line(option, tmp_path, run_main):
+    done = run_main("model.py", f"--{option}={2**31}", cwd=tmp_path)
+    assert done.returncode == 1 and re.fullmatch(r"model.py: Storage size .* overflowed .*\n", done.stderr), done.stderr
 
 
 def test_a_tokenizer_of_tensors_is_refused(tmp_path):
