@@ -122,9 +122,9 @@ def test_the_judge_lets_pass(what, offender):
 
 
 def test_the_judge_sees_who_hangs(offender):
-    assert offender("waits", idle=1) == ["hangs and does not mind Ctrl-C"]
+    assert offender("waits", idle=1)[0].startswith("hangs and does not mind Ctrl-C")
     assert offender("waits", limit=1, idle=9)[0].startswith("hangs")
-    assert offender("deaf", limit=1, idle=2) == ["hangs and does not mind Ctrl-C"]
+    assert offender("deaf", limit=1, idle=2)[0].startswith("hangs and does not mind Ctrl-C")
 
 
 def test_a_case_is_a_function_of_seed_and_name(sweep):
