@@ -273,7 +273,7 @@ class Mesh:
         needed = math.prod(shape)
         require(needed == world, f"--mesh={text} is for {needed} ranks, there are {world}")
         self.grid = np.arange(world).reshape(shape)
-        place = np.argwhere(self.grid == dist.get_rank())[0]
+        place = np.argwhere(self.grid == (dist.get_rank() if dist.is_initialized() else 0))[0]
         self.at = dict(zip(AXES, place.tolist()))  # this rank's place on each axis
 
     def group(self, *axes: str) -> Group:
@@ -1600,6 +1600,7 @@ def main():
     elif "LOCAL_RANK" in os.environ:
         process(0, o, words, 0)
     else:
+        forms_of(o, o.ranks)  # raises before any process is started
         logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
         usual = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for this process, which ends the others
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # in memory: no disk can be full

@@ -231,9 +231,10 @@ def test_rare_and_long_pieces_are_left_out(capsys):
 
 # ---------------------------------------------------------------------------------------------------------- encoding
 
-def test_encoding_equals_brute_force():
-    rng = random.Random(2)
-    for round in range(60):
+@pytest.mark.parametrize("rounds", [20, pytest.param(60, marks=pytest.mark.slow)])
+def test_encoding_equals_brute_force(rounds):
+    rng = random.Random(rounds)
+    for _ in range(rounds):
         corpus = [random_text(rng, 200) for _ in range(5)]
         pattern = rng.choice(list(PATTERNS))
         tokenizer = bpe.train("bpe", corpus, 256 + rng.choice([10, 100, 300]), pattern)
@@ -790,13 +791,13 @@ def test_training_compresses_as_well_as_tokenizers(library):
     assert abs(sum(len(ids.ids) for ids in peer.encode_batch(library)) / count - 1) < 2e-3
 
 
-def test_the_code_pattern_suits_source_code(library):
+@pytest.mark.parametrize("vocab_size", [1024, pytest.param(2048, marks=pytest.mark.slow)])
+def test_the_code_pattern_suits_source_code(vocab_size, library):
     """Fewer tokens for Python than GPT-2's pattern, at each size."""
     size = sum(len(text.encode()) for text in library)
-    for vocab_size in (1024, 2048):
-        ratio = {name: size / sum(len(ids) for ids in bpe.train("bpe", library, vocab_size, name).encode_batch(library))
-                 for name in ("gpt2", "code")}
-        assert ratio["code"] > 1.03 * ratio["gpt2"] > 2
+    ratio = {name: size / sum(len(ids) for ids in bpe.train("bpe", library, vocab_size, name).encode_batch(library))
+             for name in ("gpt2", "code")}
+    assert ratio["code"] > 1.03 * ratio["gpt2"] > 2
 
 
 # --------------------------------------------------------------------------------------------------------------- files

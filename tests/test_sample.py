@@ -458,7 +458,8 @@ def test_a_row_that_is_left_is_taken_by_the_next(mixer, monkeypatch):
 
 
 @pytest.mark.parametrize("changes", [{}, dict(mixer="latent", ngram=3, ngram_rows=97), dict(mixer="strided", end_token=7, n_kv_head=1),
-                                     dict(mixer="valued", position="learned"), dict(mixer="attention", position="none", softcap=3.0)], ids=str)
+                                     pytest.param(dict(mixer="valued", position="learned"), marks=pytest.mark.slow),
+                                     pytest.param(dict(mixer="attention", position="none", softcap=3.0), marks=pytest.mark.slow)], ids=str)
 def test_recorded_steps(changes, monkeypatch):
     """A trace of one step, whose numbers and shapes are constants as in a CUDA graph, says what a step of Python says."""
     gpt = make_model(1, block_size=32, **changes)
