@@ -91,6 +91,7 @@ def become(job: dict) -> None:
     """Give this child process the place, the limits and the streams of a job."""
     import resource
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it starts in the background ignore it
     os.chdir(job["cwd"])
     if size := job.get("file_size"):
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))

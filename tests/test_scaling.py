@@ -359,9 +359,9 @@ def test_what_is_no_table(name, text, tmp_path):
     assert str(tmp_path / name) in str(caught.value) and len(str(caught.value)) < 300 + len(str(tmp_path))
 
 
-def test_what_is_no_table_ends_in_one_line(tmp_path, run_script):
+def test_what_is_no_table_ends_in_one_line(tmp_path, run_main):
     (tmp_path / "runs.json").write_bytes(b"\xff\xfe\x00")
-    done = run_script("scaling.py", "--fit=runs.json", cwd=tmp_path)
+    done = run_main("scaling.py", "--fit=runs.json", cwd=tmp_path)
     assert done.returncode == 1 and done.stderr.startswith("scaling.py: runs.json") and done.stderr.count("\n") == 1
 
 
@@ -672,20 +672,20 @@ def run_folder(path, losses, tokens=1000):
     return path
 
 
-def test_runs_are_compared_at_one_loss(tmp_path, run_script):
+def test_runs_are_compared_at_one_loss(tmp_path, run_main):
     for name, losses in (("a", (5, 4, 3)), ("b", (4.5, 3.9, 3.5)), ("c", (6, 5.5))):
         run_folder(tmp_path / name, losses)
-    done = run_script("scaling.py", "--runs=a,b", cwd=tmp_path)
+    done = run_main("scaling.py", "--runs=a,b", cwd=tmp_path)
     assert "to a validation loss of 3.5000" in done.stdout, done.stderr
     rows = [line.split() for line in done.stdout.splitlines()[2:]]
     assert rows == [["a", "3.0000", "2,500", "2.5e+05", "5.0"], ["b", "3.5000", "3,000", "3e+05", "6.0"]]
-    done = run_script("scaling.py", "--runs=a,c", "--to_loss=4", cwd=tmp_path)
+    done = run_main("scaling.py", "--runs=a,c", "--to_loss=4", cwd=tmp_path)
     assert [line.split() for line in done.stdout.splitlines()[2:]] == [["a", "3.0000", "2,000", "2e+05", "4.0"], ["c", "5.5000", "never"]]
     for damage in ("null", "[1]", '"x"', "9" * 400):
         (tmp_path / "c/log.jsonl").write_text(f'{{"val_loss": {damage}, "tokens": 1, "flops": 1, "seconds": 1}}\n')
         with pytest.raises(ValueError, match="c/log.jsonl is damaged"):
             scaling.evaluations(tmp_path / "c")
-    done = run_script("scaling.py", "--runs=a,nope", cwd=tmp_path)
+    done = run_main("scaling.py", "--runs=a,nope", cwd=tmp_path)
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "nope" in done.stderr
 
 
