@@ -507,7 +507,7 @@ def test_a_cut_line_is_a_run_that_is_asked_again(ledger, tmp_path):
     for wrong in (dict(paid="1"), dict(key=3), dict(options=[]), dict(loss="low"), dict(N=None)):
         (tmp_path / "study/runs.jsonl").write_text(f"{json.dumps(first)}\n{json.dumps(second | wrong)}\n")
         with pytest.raises(ValueError, match="no ledger of a study"):
-            ledger()
+            scaling.Ledger(again.o)
 
 
 def test_the_budget_cannot_be_overspent(ledger):
