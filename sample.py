@@ -1008,7 +1008,7 @@ def read_results(path: str | os.PathLike) -> dict:
         for name in TASKS.keys() & results.keys():
             for record in results[name].values():
                 scores = [record[metric] for metric in record.keys() - {"item", "answer"}]
-                [top + bottom + 0.0 for top, bottom in scores]  # numbers
+                [top + bottom + 0.0 for top, bottom in scores]  # raises where they are no pairs of numbers
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no file of results: {error}") from error
     return results
