@@ -6,6 +6,7 @@ import importlib
 import inspect
 import os
 import signal
+import socket
 import subprocess
 import sys
 import warnings
@@ -60,6 +61,40 @@ def run_script():
         return subprocess.run([sys.executable, *python, str(Path(root) / name), *map(str, words)], cwd=cwd, text=True,
                               encoding="utf-8", errors="replace", capture_output=True, timeout=timeout,
                               stdin=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1", **dict(env)})
+    return run
+
+
+@pytest.fixture(scope="session")
+def run_forked():
+    """A function that runs a script in processes that have torch already, side by side: what became of each.
+
+    run_forked("train.py", "--max_iters=2", cwd=tmp_path, each=[dict(environ=dict(RANK="0")), dict(environ=dict(RANK="1"))]):
+    a process for each dict of what is different in it (see faults.Server, which forks them and so need not import torch anew).
+    """
+    import faults  # after TRITON_INTERPRET is set
+
+    def run(name, *words, cwd, root=ROOT, each=({},), limit=200):
+        jobs = [dict(script=str(Path(root) / name), words=[*map(str, words)], cwd=str(cwd), limit=limit, idle=60) | own for own in each]
+        return [SimpleNamespace(returncode=job["code"], stdout=job["out"], stderr=job["err"]) for job in server.run(*jobs)]
+    server = faults.Server()
+    yield run
+    server.close()
+
+
+def ranks(n):
+    """For run_forked: n processes with the variables that torchrun would set."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]), WORLD_SIZE=str(n))
+    return [dict(environ=address | dict(RANK=str(rank), LOCAL_RANK=str(rank))) for rank in range(n)]
+
+
+@pytest.fixture
+def run_ranks(run_forked):
+    """A function that runs a script on n ranks, as torchrun would: what became of the first, which alone prints."""
+    def run(n, name, *words, cwd):
+        first, *others = run_forked(name, *words, cwd=cwd, each=ranks(n))
+        assert [(one.returncode, one.stdout) for one in others] == [(first.returncode, "")] * (n - 1), (first, *others)
+        return first
     return run
 
 

@@ -23,8 +23,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from bench_ddp import ring_shares
-from conftest import ROOT
-from test_train import free_port, two_processes
+from conftest import ROOT, ranks
 from torch import nn
 
 import ddp
@@ -243,29 +242,24 @@ def test_a_rank_of_the_ring_keeps_its_share_of_the_activations(three):
 
 # ------------------------------------------------------------------------------------------------- forms, by the harness
 
-def harness(n, words, tmp_path, **env):
-    done = subprocess.run([sys.executable, str(ROOT / "ddp.py"), f"--ranks={n}", *words], cwd=tmp_path, text=True, capture_output=True,
-                          timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1", **env})
-    rows = {}
-    for line in done.stdout.splitlines()[2:]:
-        found = re.match(r"(.{36}) +(\S+) +(\S+) +(-|[\d.]+) +([\d.]+) +([\d.]+)", line)
-        if found:
-            rows[found[1].strip()] = tuple(float("nan" if x == "-" else x) for x in found.groups()[1:])
-    return done, rows
+def rows_of(done):
+    """{form: numbers} of the table that the harness printed"""
+    assert done.returncode == 0, done.stderr
+    found = re.findall(r"^(.{36}) +(\S+) +(\S+) +(-|[\d.]+) +([\d.]+) +([\d.]+)", done.stdout, re.M)
+    return {name.strip(): tuple(float("nan" if x == "-" else x) for x in numbers) for name, *numbers in found}
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    return harness(2, ["--steps=2"], tmp_path_factory.mktemp("two"))
+def two(run_forked, tmp_path_factory):
+    return run_forked("ddp.py", "--steps=2", cwd=tmp_path_factory.mktemp("two"), each=ranks(2))[0]
 
 
 def test_every_form_is_exact_on_two_ranks(two):
-    done, rows = two
-    assert done.returncode == 0, done.stderr
+    rows = rows_of(two)
     assert [name for name in ddp.FORMS if " x " not in name] == list(rows)
     assert max(max(row[:2]) for row in rows.values()) < EXACT
     assert [name for name, row in rows.items() if np.isnan(row[2])] == ["torch's DDP", "torch's FSDP2"]  # which do not count
-    assert max(map(len, done.stdout.splitlines())) <= 80 and "in a step of 2 micro-batches (pp: 4)" in done.stdout
+    assert max(map(len, two.stdout.splitlines())) <= 80 and "in a step of 2 micro-batches (pp: 4)" in two.stdout
 
 
 def parameters():
@@ -274,7 +268,7 @@ def parameters():
 
 def test_bytes_of_forms_are_those_of_the_formulas(two):
     """KiB a rank and step in float64; the two micro-batches of a step each gather and scatter with stages 2 and 3"""
-    _, rows = two
+    rows = rows_of(two)
     n, P = 2, parameters()
     norm_and_totals = 8 + 16  # all-reduces of 1 and of 2 numbers between two ranks
     kib = {name: row[2] for name, row in rows.items()}
@@ -300,7 +294,7 @@ def test_bytes_of_forms_are_those_of_the_formulas(two):
 
 def test_memory_of_shards(two):
     """Weights, gradients and Adam's moments in float64; the gradient of all parameters is freed between steps"""
-    _, rows = two
+    rows = rows_of(two)
     P = parameters() * 8 / 2**20
     mib = {name: row[3] for name, row in rows.items()}
     assert mib["ddp, one message, after"] == pytest.approx(4 * P, rel=0.1)
@@ -310,21 +304,19 @@ def test_memory_of_shards(two):
 
 
 @pytest.mark.slow
-def test_products_are_exact_on_four_ranks(tmp_path):
-    done, rows = harness(4, ["--steps=2", "--only= x "], tmp_path)
-    assert done.returncode == 0, done.stderr
+def test_products_are_exact_on_four_ranks(tmp_path, run_ranks):
+    rows = rows_of(run_ranks(4, "ddp.py", "--steps=2", "--only= x ", cwd=tmp_path))
     assert list(rows) == [name for name in ddp.FORMS if " x " in name]
     assert max(max(row[:2]) for row in rows.values()) < EXACT
 
 
-def test_the_harness_sees_a_wrong_collective(tmp_path):
+def test_the_harness_sees_a_wrong_collective(tmp_path, run_forked):
     wrong = tmp_path / "wrong.py"
     text = (ROOT / "ddp.py").read_text()
     right = "rows[(me - turn - 2) % n] += new"
     assert text.count(right) == 1
     wrong.write_text(text.replace(right, "rows[(me - turn - 2) % n] += 1.001 * new"))
-    done = subprocess.run([sys.executable, str(wrong), "--steps=2", "--mesh=dp2"], cwd=ROOT, text=True, capture_output=True, timeout=120,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    done, _ = run_forked("wrong.py", "--steps=2", "--mesh=dp2", cwd=tmp_path, root=tmp_path, each=ranks(2))
     assert done.returncode == 1 and "not exact" in done.stdout
 
 
@@ -342,15 +334,16 @@ def tokens(tmp_path):
 
 
 @pytest.mark.parametrize("first, then", [("fsdp", "dp1,tp2"), pytest.param("pp", "torch_fsdp", marks=pytest.mark.slow)])
-def test_a_run_goes_on_in_another_form(first, then, tokens, tmp_path, run_main):
+def test_a_run_goes_on_in_another_form(first, then, tokens, tmp_path, run_main, run_ranks):
     """Four steps in one form, then four in another and written in parts, are eight steps of one process."""
     words = ["--n_layer=2", "--n_head=4", "--n_embd=32", "--block_size=32", "--ngram=0", "--vocab_size=64", "--batch_size=8",
              "--eval_interval=4", "--schedule=constant", "--dtype=float64", f"--data={tokens}"]
     done = run_main("train.py", *words, f"--output={tmp_path / 'one'}", "--max_iters=8", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    words = [str(ROOT / "train.py"), *words, f"--output={tmp_path / 'two'}"]
-    two_processes(free_port(), [*words, "--max_iters=4", f"--parallel={first}"])
-    two_processes(free_port(), [*words, "--max_iters=8", f"--parallel={then}", "--resume", "--parts"])
+    words = [*words, f"--output={tmp_path / 'two'}"]
+    for more in (["--max_iters=4", f"--parallel={first}"], ["--max_iters=8", f"--parallel={then}", "--resume", "--parts"]):
+        done = run_ranks(2, "train.py", *words, *more, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
     parts = tmp_path / "two" / "parts"
     merge = ["ddp.py", f"--merge={parts}", f"--output={tmp_path / 'two.pt'}"]
     done = run_main(*merge, cwd=tmp_path)
@@ -394,23 +387,16 @@ def test_torch_fsdp_evaluates_beside_a_checkpoint_that_is_written(tokens, tmp_pa
     ([], ["--learning_rate=0.02"], "rank 1 was started with learning_rate=0.02, rank 0 with learning_rate=0.0"),
     ([], [], "rank 1 was started with token_files="),  # rank 1 finds other tokens under the same name
     pytest.param(["--seed=3"], ["--seed=3"], "", marks=pytest.mark.slow)])  # a copy of the same tokens
-def test_ranks_with_other_options_or_data_end_in_one_line(own, other, said, tokens, tmp_path):
+def test_ranks_with_other_options_or_data_end_in_one_line(own, other, said, tokens, tmp_path, run_forked):
     away = tmp_path / "away"
     shutil.copytree(tokens, away / "tokens")
     if "token_files" in said:
         np.save(away / "tokens" / "val.npy", np.load(away / "tokens" / "val.npy")[::-1])
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    words = [sys.executable, str(ROOT / "train.py"), *SMALL, "--data=tokens", "--output=out"]
-    both = [subprocess.Popen([*words, *more], cwd=cwd, env={**env, "RANK": rank, "LOCAL_RANK": rank}, text=True, stderr=subprocess.PIPE)
-            for rank, more, cwd in (("0", own, tmp_path), ("1", other, away))]
-    try:
-        found = [process.communicate(timeout=100)[1] for process in both]
-    finally:
-        for process in both:
-            process.kill()
-    assert [process.returncode for process in both] == [bool(said)] * 2, found
-    for text in found if said else ():
-        assert said in text and len(text.splitlines()) == 1, text
+    words = [*SMALL, "--data=tokens", "--output=out"]
+    each = [rank | dict(words=words + more, cwd=str(cwd)) for rank, more, cwd in zip(ranks(2), (own, other), (tmp_path, away))]
+    for done in run_forked("train.py", cwd=tmp_path, each=each):
+        assert done.returncode == bool(said), done
+        assert not said or said in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
 
 
 def test_train_refuses_what_cannot_be_split(tokens, tmp_path, run_main):
@@ -634,8 +620,11 @@ def counted_in_bfloat16(stage, steps=2):
 
 
 def planned():
+    gc.freeze()  # what is there already is not looked through each time
     forms = [("dp2", stage, 2) for stage in range(4)] + [("tp2", 0, 2), ("pp2", 0, 4)]
-    return ({form: [counted(*form, layers) for layers in (2, 4)] for form in forms}, list(map(counted_in_bfloat16, range(4))))
+    found = {form: [counted(*form, layers) for layers in (2, 4)] for form in forms}, list(map(counted_in_bfloat16, range(4)))
+    gc.unfreeze()
+    return found
 
 
 def test_what_is_planned_is_what_is_sent_and_kept(tmp_path):
@@ -650,8 +639,8 @@ def test_what_is_planned_is_what_is_sent_and_kept(tmp_path):
             assert found == wire and kept == pytest.approx(foretold, rel=0.1), stage
 
 
-def test_a_mistake_on_every_rank_ends_in_one_line(tmp_path):
-    done, _ = harness(2, ["--mesh=dp2", "--stage=7"], tmp_path)
+def test_a_mistake_on_every_rank_ends_in_one_line(tmp_path, run_script):
+    done = run_script("ddp.py", "--ranks=2", "--mesh=dp2", "--stage=7", cwd=tmp_path)
     assert done.returncode == 1 and "--stage=7: choose from 0, 1, 2, 3" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1 and len(done.stdout.splitlines()) == 2, done.stderr  # the head of a table
 

@@ -52,9 +52,9 @@ def test_copies_and_empty_pages_do_not_stay(crawl, tmp_path, run_main):
     assert sum("near copy" in json.dumps(row) for row in lost) == 2
 
 
-def test_the_path(crawl, tmp_path, run_script):
+def test_the_path(crawl, tmp_path, run_forked):
     def go(*words):
-        done = run_script(*words, cwd=tmp_path)
+        done, = run_forked(*words, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         return done.stdout
 

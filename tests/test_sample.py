@@ -12,7 +12,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections import Counter
@@ -1276,7 +1275,7 @@ def test_results_are_of_this_model_and_these_items(ckpt, main, tmp_path):
         assert code == 1 and f"--eval_data={missing} is none" in err
 
 
-def test_processes_share_the_items(ckpt, main, eval_data, tmp_path, monkeypatch):
+def test_processes_share_the_items(ckpt, main, eval_data, tmp_path, monkeypatch, run_ranks):
     """Two processes go on from an interrupted file, and one of them writes and says what one process alone does."""
     def words(name):
         return [f"--ckpt={ckpt}", "--eval=ppl,hellaswag,mmlu,gsm8k", f"--eval_data={eval_data}", f"--output={tmp_path / name}",
@@ -1286,12 +1285,8 @@ def test_processes_share_the_items(ckpt, main, eval_data, tmp_path, monkeypatch)
     one = json.loads((tmp_path / "one.json").read_text())
     begun = {"settings": one["settings"], "fingerprint": one["fingerprint"], "ppl": one["ppl"], "hellaswag": dict([*one["hellaswag"].items()][:2])}
     (tmp_path / "two.json").write_text(json.dumps(begun))
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        env = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]), OMP_NUM_THREADS="1")
-    ranks = [subprocess.Popen([sys.executable, str(ROOT / "sample.py"), *words("two.json")], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                              text=True, env=os.environ | env | dict(RANK=str(rank), LOCAL_RANK=str(rank))) for rank in range(2)]
-    said = [process.communicate(timeout=100) for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0] and said[1][0] == "", said
+    done = run_ranks(2, "sample.py", *words("two.json"), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     two = json.loads((tmp_path / "two.json").read_text())
     assert two["settings"] == one["settings"] and list(two) == list(one)
     for task in ("ppl", "hellaswag", "mmlu", "gsm8k"):
@@ -1299,7 +1294,7 @@ def test_processes_share_the_items(ckpt, main, eval_data, tmp_path, monkeypatch)
         for key, record in one[task].items():
             for name, value in record.items():
                 assert two[task][key][name] == (value if name == "item" or task == "gsm8k" else pytest.approx(value, rel=1e-4))
-    for line, other in zip(out.splitlines(), said[0][0].splitlines(), strict=True):
+    for line, other in zip(out.splitlines(), done.stdout.splitlines(), strict=True):
         numbers = [[float(word) for word in re.findall(r"-?\d+\.\d+", text.partition(":")[2])] for text in (line, other)]
         assert line.partition(":")[0] == other.partition(":")[0] and numbers[0] == pytest.approx(numbers[1], abs=2e-4)
     find, grade, *how = sample.TASKS["hellaswag"]

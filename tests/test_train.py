@@ -14,7 +14,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -1370,48 +1369,25 @@ def test_twenty_kills(folder, tmp_path, launch):
 
 # ------------------------------------------------------------------------------------------------------------------ ranks
 
-def free_port():
-    with socket.socket() as port:
-        port.bind(("127.0.0.1", 0))
-        return port.getsockname()[1]
+def torchrun(n, name, *words, cwd):
+    """As run_ranks, by torch's launcher."""
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", str(ROOT / name), *words],
+                          cwd=cwd, capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
-def torchrun(port, words):
-    """Two ranks by torch's launcher: what both print together."""
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master-port={port}", *words],
-                          capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def two_processes(port, words):
-    """Two ranks by the variables that the launcher sets."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    both = [subprocess.Popen([sys.executable, *words], env={**env, "RANK": rank, "LOCAL_RANK": rank}, text=True,
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE) for rank in "01"]
-    try:
-        found = [process.communicate(timeout=200) for process in both]
-    finally:
-        for process in both:
-            process.kill()
-    assert [process.returncode for process in both] == [0, 0], found
-    assert found[1][0] == ""  # rank 1 prints nothing
-    return found[0][0]
-
-
-@pytest.mark.parametrize("ranks, words, tolerance", [
+@pytest.mark.parametrize("launcher, words, tolerance", [
     (torchrun, ["--optimizer=adamw", "--batch_size=5", "--micro_batch=2", "--ngram=3", "--ngram_rows=50"], 1e-9),
-    pytest.param(two_processes, ["--optimizer=muon"], 1e-6, marks=pytest.mark.slow)])
-def test_two_ranks_are_one_process(ranks, words, tolerance, folder, tmp_path, launch):
+    (None, ["--optimizer=muon"], 1e-6)])
+def test_two_ranks_are_one_process(launcher, words, tolerance, folder, tmp_path, launch, run_ranks):
     words = [*WORDS, "--dtype=float64", "--dropout=0.2", "--max_iters=6", "--eval_interval=2", *words]
-    out = ranks(free_port(), [str(ROOT / "train.py"), f"--data={folder}", f"--output={tmp_path / 'two'}", *words])
+    two = (launcher or run_ranks)(2, "train.py", f"--data={folder}", f"--output={tmp_path / 'two'}", *words, cwd=tmp_path)
     alone = launch(*words)
-    assert alone.code == 0
+    assert two.returncode == alone.code == 0, two.stderr
 
     def shown(text):
         return [line.split(" nats")[0] for line in text.splitlines() if line.startswith("step")]
-    assert shown(out) == shown(alone.out) and len(shown(out)) == 3  # printed once, by rank 0
-    assert len(out.splitlines()) == len(alone.out.splitlines())
+    assert shown(two.stdout) == shown(alone.out) and len(shown(two.stdout)) == 3  # printed once, by rank 0
+    assert len(two.stdout.splitlines()) == len(alone.out.splitlines())
     logs = [[{**timeless(record), "bpb": 0} for record in read_log(tmp_path / name)[1:]] for name in ("out", "two")]
     assert len(logs[0]) == len(logs[1]) == 3
     for one, two in zip(*logs):
