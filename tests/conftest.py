@@ -65,20 +65,25 @@ def run_script():
 
 
 @pytest.fixture(scope="session")
-def run_forked():
+def server():
+    """What forks a process that has torch already and runs a script in it."""
+    import faults  # after TRITON_INTERPRET is set
+    server = faults.Server()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def run_forked(server):
     """A function that runs a script in processes that have torch already, side by side: what became of each.
 
     run_forked("train.py", "--max_iters=2", cwd=tmp_path, each=[dict(environ=dict(RANK="0")), dict(environ=dict(RANK="1"))]):
-    a process for each dict of what is different in it (see faults.Server, which forks them and so need not import torch anew).
+    a process for each dict of what is different in it (see faults.Server).
     """
-    import faults  # after TRITON_INTERPRET is set
-
     def run(name, *words, cwd, root=ROOT, each=({},), limit=200):
         jobs = [dict(script=str(Path(root) / name), words=[*map(str, words)], cwd=str(cwd), limit=limit, idle=60) | own for own in each]
         return [SimpleNamespace(returncode=job["code"], stdout=job["out"], stderr=job["err"]) for job in server.run(*jobs)]
-    server = faults.Server()
-    yield run
-    server.close()
+    return run
 
 
 def ranks(n):
@@ -121,6 +126,23 @@ def run_main(monkeypatch, capsys):
         code, err = (1, f"{err}{code}\n") if isinstance(code, str) else (code, err)
         return SimpleNamespace(returncode=code, stdout=out, stderr=err)
     return run
+
+
+ACCOUNTS = {}
+
+
+@pytest.fixture
+def accounts_once(monkeypatch):
+    """model.account looks up what it was asked before: a fifth of a second each, and most tests ask for the same."""
+    import torch
+
+    import model
+
+    def account(config, batch, optimizer="muon", usual=model.account):
+        key = (*vars(config).items(), batch, optimizer, torch.get_default_dtype())
+        ACCOUNTS[key] = ACCOUNTS.get(key) or usual(config, batch, optimizer)
+        return ACCOUNTS[key]
+    monkeypatch.setattr(model, "account", account)
 
 
 @pytest.fixture

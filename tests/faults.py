@@ -160,7 +160,7 @@ def watch(jobs: list[dict], children: dict[int, int]) -> list[dict]:
             if done:
                 ended.add(pid)
                 state.update(code=os.waitstatus_to_exitcode(status), seconds=seconds, cpu=used.ru_utime + used.ru_stime)
-                state["left"] = still_there(pid)
+                state["left"] = still_there(pid, job.get("patience", 8.0))
                 continue
             while signals[pid] and seconds > signals[pid][0][0]:
                 number = signals[pid].pop(0)[1]
@@ -197,7 +197,7 @@ def members(group: int) -> tuple[set[str], int]:
     return states, ticks
 
 
-def still_there(group: int, patience: float = 8.0) -> bool:
+def still_there(group: int, patience: float) -> bool:
     """Whether processes of a group go on after their first one ended; they are killed then."""
     began = time.monotonic()
     while time.monotonic() - began < patience:
@@ -833,9 +833,8 @@ def losses(case: Case, found: list[dict], folder: Path, before: dict, words: lis
 class Sweep:
     """Cases of a seed, one after the other, in folders below `place`."""
 
-    def __init__(self, place: Path, seed: int = 0, python: str = sys.executable, root: Path = ROOT):
-        self.place, self.seed, self.root = place, seed, root
-        self.server = Server(python)
+    def __init__(self, place: Path, seed: int, server: Server, root: Path = ROOT):
+        self.place, self.seed, self.server, self.root = place, seed, server, root
         self.base = place / "base"
         self.took = {}
         self.mounts = True
@@ -925,10 +924,6 @@ class Sweep:
             shutil.copytree(aside, folder, dirs_exist_ok=True)
         return done.returncode == 0
 
-    def close(self) -> None:
-        """End the server."""
-        self.server.close()
-
 
 def repeat_command(name: str, seed: int) -> str:
     return f"python tests/faults.py --seed={seed} --repeat={name}"
@@ -957,10 +952,11 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         place = Path(o.keep or stack.enter_context(tempfile.TemporaryDirectory(prefix="faults"))).resolve()
         place.mkdir(parents=True, exist_ok=True)
-        sweep = Sweep(place, o.seed, o.python)
-        stack.callback(sweep.close)
+        server = Server(o.python)
+        stack.callback(server.close)
+        sweep = Sweep(place, o.seed, server)
         if not sweep.base.exists():
-            build(sweep.server, sweep.base)
+            build(server, sweep.base)
         if o.repeat:
             case, found, bad = sweep.do(o.repeat)
             script = o.repeat.split("/")[0]

@@ -1,6 +1,7 @@
 """README's table of the course: each command at tiny size, in the order of the table, in one folder."""
 import re
 
+import pytest
 from conftest import ROOT
 
 import data
@@ -27,6 +28,7 @@ def course() -> list[str]:
     return [command for cell in cells for command in [*re.findall(r"`(python \w+\.py[^`]*)`", cell), *[branch] * ("the branch above" in cell)]]
 
 
+@pytest.mark.usefixtures("accounts_once")
 def test_each_command_of_the_course(tmp_path, corpus, run_main, monkeypatch):
     monkeypatch.setattr(data, "documented_modules", lambda: map(__import__, MODULES))
     for name in ("README.md", "model.py"):

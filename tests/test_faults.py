@@ -17,12 +17,11 @@ SEED = 1
 
 
 @pytest.fixture(scope="module")
-def sweep(tmp_path_factory):
+def sweep(server, tmp_path_factory):
     """A sweep with the files that all cases begin with."""
-    sweep = faults.Sweep(tmp_path_factory.mktemp("faults"), SEED)
-    faults.build(sweep.server, sweep.base)
-    yield sweep
-    sweep.close()
+    sweep = faults.Sweep(tmp_path_factory.mktemp("faults"), SEED, server)
+    faults.build(server, sweep.base)
+    return sweep
 
 
 @pytest.mark.parametrize("script", faults.SCRIPTS)
@@ -98,7 +97,7 @@ def offender(sweep, tmp_path_factory):
         (place / "bomb.pkl").write_bytes((sweep.base / "foreign" / "bomb.pkl").read_bytes())
         before = faults.snapshot(place)
         case = faults.Case(what, [what], names=names, again=again)
-        job = dict(script=str(folder / "offender.py"), words=[what], cwd=str(place), **job)
+        job = dict(script=str(folder / "offender.py"), words=[what], cwd=str(place), patience=1, **job)
         found = sweep.server.run(job)
         bad = faults.offences(case, "offender", found[0], place, before) + faults.losses(case, found, place, before, case.words)
         if (place / "unpickled").exists():

@@ -27,17 +27,9 @@ SHAPE = dict(vocab_size=V, block_size=T, n_layer=2, n_head=2, n_embd=32)
 WORDS = ["--n_layer=2", "--n_head=2", "--n_embd=32", f"--block_size={T}", "--batch_size=8", "--max_iters=10", "--ngram=0"]
 
 
-ACCOUNTS = {}
-
-
 @pytest.fixture(autouse=True)
-def as_before(monkeypatch):
+def as_before(accounts_once):
     """What train.main changes for a whole process is put back. What a shape costs is asked once."""
-    def account(config, batch, optimizer="muon", usual=model.account):
-        key = (*vars(config).items(), batch, optimizer, torch.get_default_dtype())
-        ACCOUNTS[key] = ACCOUNTS.get(key) or usual(config, batch, optimizer)
-        return ACCOUNTS[key]
-    monkeypatch.setattr(model, "account", account)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     torch.manual_seed(0)
     yield

@@ -21,6 +21,7 @@ import bpe
 import model
 import scaling
 
+pytestmark = pytest.mark.usefixtures("accounts_once")
 LAW = dict(A=406.4, alpha=0.34, B=410.7, beta=0.28, E=1.69)  # Hoffmann et al. 2022, equation 10
 
 

@@ -38,19 +38,12 @@ WORDS = [f"--{name}={value}" for name, value in SHAPE.items()]
 NO_TOKENIZER = SimpleNamespace(vocab=[], special_tokens={}, to_dict=dict)
 KEYS = ["step", "tokens", "flops", "seconds", "train_loss", "val_loss", "bpb", "lr", "grad_norm", "tokens_per_s"]
 TIMES = ("seconds", "tokens_per_s", "pace")
-ACCOUNTS = {}
 
 
 @pytest.fixture(autouse=True)
-def as_before(monkeypatch):
+def as_before(monkeypatch, accounts_once):
     """One thread, and what main changes for a whole process is put back."""
-    threads, handler, cache = torch.get_num_threads(), signal.getsignal(signal.SIGINT), ACCOUNTS
-
-    def account(config, batch, optimizer="muon", usual=model.account):
-        key = (*vars(config).items(), batch, optimizer, torch.get_default_dtype())
-        cache[key] = cache.get(key) or usual(config, batch, optimizer)
-        return cache[key]
-    monkeypatch.setattr(model, "account", account)  # a tenth of a second each, and most tests ask for the same
+    threads, handler = torch.get_num_threads(), signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(train, "measured_peak", lambda device, dtype: 1e10)
     monkeypatch.setattr(os, "fsync", lambda file: None)  # no test here pulls the plug
     monkeypatch.delenv("LOCAL_RANK", raising=False)
@@ -599,7 +592,7 @@ def test_tokens_of_each_expert_are_in_the_log(launch, tmp_path, monkeypatch):
     seen, usual = [], model.Experts.forward
 
     def forward(ffn, x):
-        if ffn.training and type(x) is torch.Tensor:  # not the accounting's
+        if ffn.training and not x.is_meta:  # not the accounting's
             best = ffn.router(x).flatten(0, 1).argsort(1, descending=True)[:, :2]
             seen.append(np.bincount(best.flatten().numpy(), minlength=3).tolist())
         return usual(ffn, x)
