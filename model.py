@@ -20,6 +20,7 @@ import difflib
 import importlib.util
 import inspect
 import json
+import logging
 import math
 import os
 import re
@@ -33,6 +34,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -208,9 +210,6 @@ class Fast(Plain):
             return Plain.attention(q, k, v, mask, cap)
         causal = mask is None and q.shape[2] > 1  # torch would let a single query see the first key alone
         grouped = q.shape[1] != k.shape[1]
-        if q.device.type == "meta":  # in account(), where torch would choose what is not fused
-            mask = None if mask is None else mask.type_as(q)
-            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask)[0]
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped)
 
 
@@ -576,8 +575,7 @@ class Sinusoidal(Position):
     """Sines and cosines of wavelengths from 2 pi to 10000 * 2 pi by turns (Vaswani et al. 2017)."""
 
     def add(self, x, at):
-        at = at if at.is_meta else at.cpu()  # double precision, which not every device has
-        cos, sin = waves(at, x.shape[2], 10000.0)
+        cos, sin = waves(at.cpu(), x.shape[2], 10000.0)  # double precision, which not every device has
         wave = torch.stack((sin, cos), 3).flatten(2)
         return x + wave[..., :x.shape[2]].type_as(x)
 
@@ -831,8 +829,8 @@ def grouped(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
     """A product for each group of rows; group e is those of x (N, n_in) from ends[e - 1] up to ends[e].
 
     With matrices y (E, n_out, n_in) rows x y_e^T (N, n_out); with rows y (N, n_out) the sums of y^T x of the groups
-    (E, n_out, n_in), which is the gradient of the matrices. An operation of its own, for neither torch.compile nor the
-    device meta can follow slices whose lengths are data.
+    (E, n_out, n_in), which is the gradient of the matrices. An operation of its own, for torch.compile and fake tensors
+    cannot follow slices whose lengths are data.
     """
     cuts = ends[:-1].cpu()
     parts = x.tensor_split(cuts)
@@ -1169,7 +1167,7 @@ def kept_of(weight: Tensor, role: str, optimizer: str) -> int:
 def account(config: Config, batch: int, optimizer: str = "muon") -> dict:
     """What a model costs: parameters by role, FLOPs of one sequence of block_size tokens, bytes of training in fp32.
 
-    The model runs on the device meta, whose tensors have shapes but no numbers. FLOPs are those of matrix products (2 a
+    The model runs on fake tensors, which have shapes but no numbers. FLOPs are those of matrix products (2 a
     multiply-add), attention in full, of which causal kernels skip the masked half; a backward pass costs twice the
     forward pass. Activations are the tensors kept for the backward pass of `batch` sequences, one (T, V) for the loss
     included, and for each of --ahead. (Gradients of tables are counted in full; on one device they are sparse. FFTs are
@@ -1187,7 +1185,8 @@ def account(config: Config, batch: int, optimizer: str = "muon") -> dict:
         torch.ops.model.grouped: lambda x, w, *_, **__: 2 * x.numel() * w[1],
     }
     counter = FlopCounterMode(display=False, custom_mapping=fused)
-    with torch.device("meta"):
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # its exceptions say enough
+    with FakeTensorMode():
         model = GPT(config)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), counter:
             keep(model(torch.zeros(batch, config.block_size, dtype=torch.long)))

@@ -128,6 +128,16 @@ def run_main(monkeypatch, capsys):
     return run
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Tiny tensors are slower on two threads."""
+    import torch
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 ACCOUNTS = {}
 
 

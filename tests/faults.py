@@ -67,7 +67,7 @@ def serve() -> None:
     sys.path[0] = str(ROOT)
     for name in ("bpe", "data", "model", "sample", "train", "ddp"):  # kernels.py imports triton
         importlib.import_module(name)
-    sys.modules["model"].account(sys.modules["model"].Config(), 1)  # on the device meta, for which torch imports much more
+    sys.modules["model"].account(sys.modules["model"].Config(), 1)  # on fake tensors, for which torch imports much more
     gc.freeze()
     for line in requests:
         jobs, children = json.loads(line), {}

@@ -36,16 +36,8 @@ import model
 import sample
 from sample import Engine, Request, Sampling
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 DRAFTS = ("lookup", "model", "wrong", "right")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny tensors are slower on two threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def make_draft(kind, gpt, truth=()):

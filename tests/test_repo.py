@@ -26,7 +26,7 @@ SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
 CEILING = {
     "bpe.py": 754,
     "data.py": 1737,
-    "model.py": 1212,
+    "model.py": 1211,
     "train.py": 969,
     "kernels.py": 1605,
     "ddp.py": 1190,

@@ -29,17 +29,9 @@ import model
 import sample
 from sample import END, Engine, Request, Sampling, TextStream
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 GREEDY = Sampling(temperature=0)
 PLAIN = Sampling(temperature=1.0, top_k=0)  # the model's own distribution
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny tensors are slower on two threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def make_model(seed=0, **config):

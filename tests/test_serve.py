@@ -25,16 +25,9 @@ import model
 import sample
 from sample import END, Engine, Request, Sampling
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 BLOCK = 128
 MESSAGES = [{"role": "user", "content": "the model"}]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def make_model(vocab_size, seed=0):
