@@ -549,7 +549,8 @@ def test_scores_are_those_of_the_harness(test_data, tokenizer, tmp_path, monkeyp
     Ours.__abstractmethods__ = frozenset()
     manager = TaskManager(include_path=str(folder), include_defaults=False)
     found = harness.simple_evaluate(Ours(), tasks=["local_hellaswag", "local_mmlu"], task_manager=manager, bootstrap_iters=0)
-    o = sample.Options(ckpt="x", eval="hellaswag,mmlu", eval_data=str(folder), output=str(tmp_path / "e.json"))
+    model.save_checkpoint(tmp_path / "ckpt.pt", big)
+    o = sample.Options(ckpt=str(tmp_path / "ckpt.pt"), eval="hellaswag,mmlu", eval_data=str(folder), output=str(tmp_path / "e.json"))
     lines = list(sample.Exam(Engine(big, (), tokenizer.vocab_size), tokenizer, o).run())
     held = json.loads((tmp_path / "e.json").read_text())
     for name in HARNESS:
