@@ -3,12 +3,10 @@
 The long form: python tests/faults.py --rounds=50 --seed=0
 """
 import sys
-from pathlib import Path
 
 import faults
 import pytest
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the sweep asks Linux about processes and memory")
 # script -> class -> numbers of the cases that are tried: all of them different files and kinds of faults
 PICKS = dict(option=range(1), spoil=range(0, 99, 50), change=range(1), stop=range(1), full=range(1), memory=range(1), place=range(1))
 MORE = dict(train=dict(twice=range(1), spoil=range(0, 99, 33), change=range(1)), data=dict(twice=range(1)))
