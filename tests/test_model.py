@@ -24,6 +24,7 @@ import data
 import model
 from model import GPT, Config
 
+OLDER = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)  # whose attention on the CPU is fused less often
 TINY = dict(vocab_size=23, block_size=16, n_layer=2, n_head=4, n_embd=16)
 GPT2 = dict(norm="layernorm", position="learned", ffn="gelu", qk_norm=False, init="gpt2", norm_eps=1e-5)
 WINDOW = dict(mixer="window", window=4)
@@ -1418,7 +1419,7 @@ def test_activation_memory_equals_saved_tensors(name, single):
     measured = kept_bytes(GPT(config), tokens(3, 16))
     counted = account_of(name)["memory"]["activations"]
     masks = sum(4 * 16 * 16 for mixer in tiled(config) if mixer in ("window", "strided"))  # fp32, shared by rows and heads
-    if 0 < config.n_kv_head < config.n_head and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
+    if 0 < config.n_kv_head < config.n_head and OLDER:
         pytest.skip("older torch keeps keys and values of grouped queries once a query head")
     assert counted <= measured <= counted + masks
 
@@ -1959,7 +1960,8 @@ def test_bfloat16_autocast(changes, single):
     assert rough.dtype == cached.dtype == whole.dtype == torch.bfloat16
     scale = exact.abs().max()
     for y in (rough, cached, whole):
-        assert 0 < (y.float() - exact).abs().max() / scale < 0.1 or gpt.config.n_expert  # a token may change its expert
+        most = (y.float() - exact).abs().max() / scale
+        assert 0 < most < (0.15 if OLDER else 0.1) or gpt.config.n_expert  # a token may change its expert
         assert (y.float() - exact).abs().mean() / scale < 0.01
 
 
