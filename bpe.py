@@ -114,7 +114,7 @@ def options(kind: type, words: list[str]):
             most = float("inf" if of is float else 2**63)
             return of(value) if of is str or abs(value) < most and of(value) == value else float("none")
         read.__name__ = field.type.__name__  # argparse names it where the text is not of this type
-        alone = dict(nargs="?", const=True) if field.type is bool else {}
+        alone: dict = dict(nargs="?", const=True) if field.type is bool else {}
         parser.add_argument(f"--{field.name}", type=read, default=field.default, help=argparse.SUPPRESS, **alone)
         shown = f"{field.default:g}" if field.type is float else field.default
         head = f"\n  --{field.name}={shown} ".ljust(31)
@@ -261,9 +261,10 @@ GIVEN = []  # of a process of `parallel`: the work, and what all its jobs are gi
 
 
 def begin_process(*given) -> None:
-    """A process begins: it leaves Ctrl-C to its parent, and ends when that is killed."""
+    """A process begins: it leaves Ctrl-C to its parent, and ends when that wants it or is killed."""
     GIVEN[:] = given
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
 
 
@@ -287,15 +288,17 @@ def parallel(work: Callable, jobs: Iterable, workers: int, *given) -> Generator:
         yield from (work(job, *given) for job in jobs)
         return
     waiting = deque()
-    try:
-        with ProcessPoolExecutor(workers, None, begin_process, (work, *given)) as pool:
+    with ProcessPoolExecutor(workers, None, begin_process, (work, *given)) as pool:
+        try:
             for job in jobs:
                 waiting.append(pool.submit(work_on, job))
                 if len(waiting) > workers:
                     yield waiting.popleft().result()
             yield from (future.result() for future in waiting)
-    except BrokenProcessPool:
-        raise ChildProcessError("a process was killed, perhaps for want of memory: try --workers=1") from None
+        except BrokenProcessPool:
+            if sys.version_info < (3, 11):  # which would go on giving jobs to the process that is gone
+                pool._call_queue._reader.close()
+            raise ChildProcessError("a process was killed, perhaps for want of memory: try --workers=1") from None
 
 
 def in_groups(texts: Iterable[str]) -> Iterator[list[str]]:

@@ -133,7 +133,7 @@ def options(kind: type, words: list[str]):
             most = float("inf" if of is float else 2**63)
             return of(value) if of is str or abs(value) < most and of(value) == value else float("none")
         read.__name__ = field.type.__name__  # argparse names it where the text is not of this type
-        alone = dict(nargs="?", const=True) if field.type is bool else {}
+        alone: dict = dict(nargs="?", const=True) if field.type is bool else {}
         parser.add_argument(f"--{field.name}", type=read, default=field.default, help=argparse.SUPPRESS, **alone)
         shown = f"{field.default:g}" if field.type is float else field.default
         head = f"\n  --{field.name}={shown} ".ljust(31)

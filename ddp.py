@@ -1351,7 +1351,7 @@ def options(kind: type, words: list[str]):
             most = float("inf" if of is float else 2**63)
             return of(value) if of is str or abs(value) < most and of(value) == value else float("none")
         read.__name__ = field.type.__name__  # argparse names it where the text is not of this type
-        alone = dict(nargs="?", const=True) if field.type is bool else {}
+        alone: dict = dict(nargs="?", const=True) if field.type is bool else {}
         parser.add_argument(f"--{field.name}", type=read, default=field.default, help=argparse.SUPPRESS, **alone)
         shown = f"{field.default:g}" if field.type is float else field.default
         head = f"\n  --{field.name}={shown} ".ljust(31)
@@ -1575,7 +1575,7 @@ def process(rank: int, o: Options, words: list[str], port: int) -> None:
     torch.set_default_dtype(getattr(torch, o.dtype))
     torch.set_num_threads(1)
     Group.timeout = datetime.timedelta(seconds=o.timeout)
-    own = dict(store=dist.TCPStore("127.0.0.1", port), rank=rank, world_size=o.ranks) if port else {}
+    own: dict = dict(store=dist.TCPStore("127.0.0.1", port), rank=rank, world_size=o.ranks) if port else {}
     dist.init_process_group("gloo", timeout=Group.timeout, **own)
     atexit.register(dist.destroy_process_group)  # a thread of gloo that frees a tensor while Python ends aborts it
     sys.stdout = open(os.devnull, "w") if dist.get_rank() else sys.stdout
