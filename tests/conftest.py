@@ -40,6 +40,19 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
+@pytest.fixture(autouse=True)
+def as_before():
+    """What a script's main changes for its whole process is put back: handlers of signals, torch's threads and default type."""
+    torch, numbers = sys.modules.get("torch"), (signal.SIGINT, signal.SIGTERM)
+    handlers, threads = [signal.getsignal(number) for number in numbers], torch and torch.get_num_threads()
+    yield
+    for number, handler in zip(numbers, handlers):
+        signal.signal(number, handler)
+    if torch:
+        torch.set_num_threads(threads)
+        torch.set_default_dtype(torch.float32)
+
+
 @pytest.fixture(scope="session")
 def test_data():
     """The folder of real files that the environment variable TEST_DATA names (relative to the repository's root)."""

@@ -6,7 +6,6 @@ adds up in another order on a GPU differs by rounding, hence tolerances: those o
 import copy
 import json
 import math
-import signal
 import sys
 from types import SimpleNamespace
 
@@ -28,14 +27,8 @@ WORDS = ["--n_layer=2", "--n_head=2", "--n_embd=32", f"--block_size={T}", "--bat
 
 
 @pytest.fixture(autouse=True)
-def as_before(accounts_once):
-    """What train.main changes for a whole process is put back. What a shape costs is asked once."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+def seeded(accounts_once):
     torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture

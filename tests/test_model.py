@@ -35,13 +35,9 @@ RECURRENT = ("linear", "mamba2", "gdn")
 @pytest.fixture(autouse=True)
 def double():
     """float64, a fixed seed and one thread (tiny tensors only wait for a second one) in every test."""
-    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
     torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -41,17 +41,12 @@ TIMES = ("seconds", "tokens_per_s", "pace")
 
 
 @pytest.fixture(autouse=True)
-def as_before(monkeypatch, accounts_once):
-    """One thread, and what main changes for a whole process is put back."""
-    threads, handler = torch.get_num_threads(), signal.getsignal(signal.SIGINT)
+def small_runs(monkeypatch, accounts_once):
+    """One thread, and nothing measured."""
     monkeypatch.setattr(train, "measured_peak", lambda device, dtype: 1e10)
     monkeypatch.setattr(os, "fsync", lambda file: None)  # no test here pulls the plug
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    torch.set_default_dtype(torch.float32)
-    signal.signal(signal.SIGINT, handler)
 
 
 @pytest.fixture
