@@ -36,7 +36,7 @@ import unicodedata
 from array import array
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Sized
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import BinaryIO
@@ -279,6 +279,17 @@ def work_on(job: object) -> object:
     return GIVEN[0](job, *GIVEN[1:])
 
 
+def answer_of(future: Future, pool: ProcessPoolExecutor) -> object:
+    """What a job gives. Where a process is killed amid its answer the pool waits for the rest: then all are ended."""
+    while wait([future], 1).not_done:
+        processes = [*pool._processes.values()]
+        if any(process.exitcode is not None for process in processes):
+            for process in processes:
+                process.kill()
+            pool._result_queue._writer.close()  # the last one that was open
+    return future.result()
+
+
 def parallel(work: Callable, jobs: Iterable, workers: int, *given) -> Generator:
     """work(job, *given) for each job, in order, on `workers` processes, which keep what `given` learns.
 
@@ -293,8 +304,8 @@ def parallel(work: Callable, jobs: Iterable, workers: int, *given) -> Generator:
             for job in jobs:
                 waiting.append(pool.submit(work_on, job))
                 if len(waiting) > workers:
-                    yield waiting.popleft().result()
-            yield from (future.result() for future in waiting)
+                    yield answer_of(waiting.popleft(), pool)
+            yield from (answer_of(future, pool) for future in waiting)
         except BrokenProcessPool:
             if sys.version_info < (3, 11):  # which would go on giving jobs to the process that is gone
                 pool._call_queue._reader.close()

@@ -11,6 +11,7 @@ import random
 import signal
 import sys
 import unicodedata
+from multiprocessing.connection import Connection
 
 import numpy as np
 import pytest
@@ -482,9 +483,11 @@ def test_the_cache_is_bounded_and_changes_nothing(monkeypatch, tokenizer):
 
 
 def work_on(job, offset):
-    """The work of `parallel`: some fail, one is killed in the midst of a long answer."""
+    """The work of `parallel`: some fail, some are killed, one of them in the midst of its answer."""
     if job == 99:
         raise ValueError("job 99")
+    if job == 97:
+        Connection._send = lambda pipe, part, _=0: os.write(pipe.fileno(), part[:999]) > 99 and os.kill(os.getpid(), signal.SIGKILL)
     if job == 98:
         os.kill(os.getpid(), signal.SIGKILL)
     return [job * job + offset, b"x" * 300_000]  # more than a pipe holds
@@ -505,12 +508,13 @@ def test_work_in_processes(workers):
     assert multiprocessing.active_children() == []
 
 
+@pytest.mark.parametrize("fatal", [97, 98])
 @pytest.mark.parametrize("position", [0, 1, 7])
-def test_a_process_that_is_killed_is_an_error(position):
+def test_a_process_that_is_killed_is_an_error(position, fatal):
     usual = signal.signal(signal.SIGTERM, lambda *_: None)  # as in train.py, whose text is tokenised in processes
     try:
         with pytest.raises(ChildProcessError, match="killed"):
-            list(bpe.parallel(work_on, [1] * position + [98] + [1] * 3, 2, 0))
+            list(bpe.parallel(work_on, [1] * position + [fatal] + [1] * 3, 2, 0))
         assert multiprocessing.active_children() == []
     finally:
         signal.signal(signal.SIGTERM, usual)
