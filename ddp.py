@@ -1134,7 +1134,7 @@ KINDS = {  # by the name that train.py's --parallel gives
     "torch_fsdp": "--mesh=torch_fsdp",
 }
 TORCH = {"torch_ddp": 0, "torch_fsdp": 3}  # what torch's own engines shard, as a stage
-FSDP_ON_CPU = hasattr(torch.cpu.Stream, "record_event")  # since torch 2.7
+FSDP_ON_CPU = hasattr(torch.cpu.Stream, "record_event")  # not in torch 2.6
 
 
 def engine(objective: nn.Module, o: Options, batch: int) -> Split:

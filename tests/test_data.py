@@ -645,7 +645,9 @@ def test_ctrl_c_leaves_the_old_files_and_no_workers(long_run, tmp_path):
 def test_a_killed_worker_ends_the_run_in_one_line(stage, long_run, tmp_path):
     before = state(tmp_path)
     process, workers = long_run(stage)
+    deadline = time.monotonic() + 60
     while process.poll() is None:  # a process may have given its answer just before it is killed
+        assert time.monotonic() < deadline, "it waits for ever"
         for pid in children_of(process):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
