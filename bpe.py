@@ -25,6 +25,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import queue
 import re
 import signal
 import sys
@@ -32,12 +33,13 @@ import sysconfig
 import textwrap
 import threading
 import time
+import traceback
 import unicodedata
 from array import array
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Sized
-from concurrent.futures import Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import BinaryIO
 
@@ -257,59 +259,72 @@ def any_of(names: Iterable[str]) -> str:
 
 # ---- many processes
 
-GIVEN = []  # of a process of `parallel`: the work, and what all its jobs are given
-
-
-def begin_process(*given) -> None:
-    """A process begins: it leaves Ctrl-C to its parent, and ends when that wants it or is killed."""
-    GIVEN[:] = given
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
-
-
 def end_with(parent: multiprocessing.process.BaseProcess) -> None:
     """Wait for the end of the parent, then end this process."""
     parent.join()
     os._exit(1)
 
 
-def work_on(job: object) -> object:
-    """A process does a job."""
-    return GIVEN[0](job, *GIVEN[1:])
-
-
-def answer_of(future: Future, pool: ProcessPoolExecutor) -> object:
-    """What a job gives. Where a process is killed amid its answer the pool waits for the rest: then all are ended."""
-    while wait([future], 1).not_done:
-        processes = [*pool._processes.values()]
-        if any(process.exitcode is not None for process in processes):
-            for process in processes:
-                process.kill()
-            pool._result_queue._writer.close()  # the last one that was open
-    return future.result()
+def do_jobs(pipe: Connection, work: Callable, *given) -> None:
+    """A process: it does what comes through its pipe until it or its parent is killed. Ctrl-C is left to the parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+    with contextlib.suppress(EOFError, OSError):  # the parent is gone
+        while True:
+            job = pipe.recv()
+            try:
+                answer = work(job, *given), None, ""
+            except Exception as error:
+                answer = None, error, traceback.format_exc()
+            pipe.send(answer)
 
 
 def parallel(work: Callable, jobs: Iterable, workers: int, *given) -> Generator:
     """work(job, *given) for each job, in order, on `workers` processes, which keep what `given` learns.
 
-    Few jobs are taken ahead. Raises what the work raises, and ChildProcessError if a process is killed.
+    Few jobs are taken ahead. Raises what the work raises, and ChildProcessError if a process is killed. Each has a pipe
+    of its own: Python's pool, with one for all, waits for ever when a process is killed amid its answer.
     """
     if workers < 2:
         yield from (work(job, *given) for job in jobs)
         return
-    waiting = deque()
-    with ProcessPoolExecutor(workers, None, begin_process, (work, *given)) as pool:
+    processes, idle, waiting = [], queue.SimpleQueue(), deque()  # type: ignore[var-annotated]
+
+    def ask(job):
+        """A thread: it sends the job to a process that has none, and waits for the answer."""
+        pipe = idle.get()
         try:
-            for job in jobs:
-                waiting.append(pool.submit(work_on, job))
-                if len(waiting) > workers:
-                    yield answer_of(waiting.popleft(), pool)
-            yield from (answer_of(future, pool) for future in waiting)
-        except BrokenProcessPool:
-            if sys.version_info < (3, 11):  # which would go on giving jobs to the process that is gone
-                pool._call_queue._reader.close()
+            pipe.send(job)
+            answer, error, trace = pipe.recv()
+        except (EOFError, OSError):
             raise ChildProcessError("a process was killed, perhaps for want of memory: try --workers=1") from None
+        finally:
+            idle.put(pipe)
+        if trace:
+            raise error from RuntimeError(f"in a process of parallel:\n{trace}")
+        return answer
+
+    jobs = iter(jobs)
+    first = [*itertools.islice(jobs, workers)]
+    try:
+        for _ in first:  # all processes before the first thread, which they must not copy
+            ours, its = multiprocessing.Pipe()
+            process = multiprocessing.Process(target=do_jobs, args=(its, work, *given))
+            process.start()
+            processes.append(process)
+            its.close()  # else the end of the process would not be the end of its pipe
+            idle.put(ours)
+        with ThreadPoolExecutor(workers) as threads:
+            for job in itertools.chain(first, jobs):
+                waiting.append(threads.submit(ask, job))
+                if len(waiting) > workers:
+                    yield waiting.popleft().result()
+            yield from (future.result() for future in waiting)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
 
 
 def in_groups(texts: Iterable[str]) -> Iterator[list[str]]:

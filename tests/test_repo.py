@@ -24,7 +24,7 @@ from conftest import ROOT, tiny_documents
 
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
 CEILING = {
-    "bpe.py": 765,
+    "bpe.py": 784,
     "data.py": 1737,
     "model.py": 1211,
     "train.py": 969,
