@@ -133,10 +133,19 @@ QUESTIONS = {  # what README's list of experiments asks in one shape
 SHAPE_OF_VARIANTS = ["--ngram=0", "--n_layer=2", "--n_head=2", "--n_embd=64", "--block_size=128", "--batch_size=8"]
 
 
-def speeds(rounds=5):
-    """Tokens a second of processor time, forward and backward, of all variants by turns."""
+def speeds(rounds=11):
+    """Tokens a second of processor time, forward and backward, of each variant, and over those of the default, which takes turns with it."""
     import train
-    steps, found = {}, {name: [] for name in VARIANTS}
+
+    def rate(objective):
+        began = time.process_time()
+        for _ in range(3):
+            tokens = torch.randint(2048, (8, 129))
+            objective(tokens[:, :-1], tokens[:, 1:])[0].backward()
+            objective.zero_grad(set_to_none=True)
+        return 3 * 8 * 128 / (time.process_time() - began)
+
+    steps = {}
     for name, words in VARIANTS.items():
         o = train.options(train.Options, [*SHAPE_OF_VARIANTS, "--vocab_size=2048", *words.split()])
         gpt = GPT(Config(**{field.name: getattr(o, field.name) for field in dataclasses.fields(Config)}))
@@ -144,17 +153,8 @@ def speeds(rounds=5):
             if role == "table":
                 gpt.get_submodule(part.rpartition(".")[0]).sparse = True
         steps[name] = train.Objective(gpt)
-    for i in range(rounds + 1):
-        for name, objective in steps.items():
-            began = time.process_time()
-            for _ in range(3):
-                tokens = torch.randint(2048, (8, 129))
-                objective(tokens[:, :-1], tokens[:, 1:])[0].backward()
-                objective.zero_grad(set_to_none=True)
-            if i:
-                found[name].append(3 * 8 * 128 / (time.process_time() - began))
-    for name, values in found.items():
-        print(f"| {name} | {median(values):,.0f} | {median(values) / median(found['default']):.2f} |", flush=True)
+        turns = [(rate(steps[name]), rate(steps["default"])) for _ in range(rounds + 1)][1:]  # the first is to warm up
+        print(f"| {name} | {median(own for own, _ in turns):,.0f} | {median(own / usual for own, usual in turns):.2f} |", flush=True)
 
 
 def variants(data, rows, iters, seeds, part):
