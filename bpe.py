@@ -310,7 +310,7 @@ def parallel(work: Callable, jobs: Iterable, workers: int, *given) -> Generator:
     try:
         for _ in first:  # all processes before the first thread, which they must not copy
             ours, its = multiprocessing.Pipe()
-            process = multiprocessing.Process(target=do_jobs, args=(its, work, *given))
+            process = multiprocessing.Process(target=do_jobs, args=(its, work, *given), daemon=True)
             process.start()
             processes.append(process)
             its.close()  # else the end of the process would not be the end of its pipe

@@ -9,6 +9,7 @@ import os
 import pickle
 import random
 import signal
+import subprocess
 import sys
 import unicodedata
 from multiprocessing.connection import Connection
@@ -518,6 +519,12 @@ def test_a_process_that_is_killed_is_an_error(position, fatal):
         assert multiprocessing.active_children() == []
     finally:
         signal.signal(signal.SIGTERM, usual)
+
+
+def test_a_program_ends_while_work_is_in_processes():
+    program = "import operator; import bpe; answers = bpe.parallel(operator.mul, [3] * 50, 2, 5); print(next(answers))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=os.path.dirname(bpe.__file__), capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "15\n", "")
 
 
 def test_batches_in_processes_keep_their_order(monkeypatch, library, tokenizer):
