@@ -497,7 +497,8 @@ def recipe(o: Options, n_tokens: int, vocab_size: int, peak: float) -> Options:
         by_tokens = cost * (o.tokens / rows / base.block_size) ** 2
         C = o.flops or 60 * o.minutes * peak * USE or by_tokens
         f = C / cost
-    n_layer = max(1, round(f ** (1 / 6)))
+    least = 2 if budgets and base is SMALL and not o.ngram else 1  # one layer of characters ends higher
+    n_layer = max(least, round(f ** (1 / 6)))
     area = base.n_embd**2 * f**0.5 / n_layer  # of a matrix, so that parameters grow smoothly
     n_embd = max(32, 16 * round(area**0.5 / 16))
     chosen = vars(base) | dict(

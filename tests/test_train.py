@@ -1600,6 +1600,8 @@ def test_recipe_fills_only_what_is_zero():
     assert large.max_iters * large.batch_size > small.max_iters * small.batch_size and (small.ngram, large.ngram) == (5, 3)
     assert [train.recipe(train.Options(n_embd=width), 1000, V, 1e10).ngram for width in (32, 128, 256)] == [5, 5, 0]
     assert train.recipe(train.Options(ngram=0), 1000, V, 1e10).ngram == 0
+    tables = [(-1, 1_000_000), (0, 1_000_000), (0, 30_000_000)]
+    assert [train.recipe(train.Options(ngram=n, flops=1e12), size, V, 1e10).n_layer for n, size in tables] == [1, 2, 1]
     given = dict(block_size=17, n_layer=3, n_embd=60, n_head=5, max_iters=7, batch_size=9, learning_rate=0.5, eval_interval=2)
     o = train.recipe(train.Options(**given), 1_000_000, V, 1e10)
     assert {name: getattr(o, name) for name in given} == given
