@@ -15,7 +15,8 @@ gives the kernel where it runs, else the twin.
 Why the benchmark does what it does: the first calls compile and warm up, so
 they do not count; a GPU works on after a call returns, so events on the device
 tell the time; what lies in the cache is not read from memory, so the cache is
-flushed before each call; clocks and neighbours drift, so the rivals take turns,
+flushed before each call, by a read: what was written would have to leave it
+while the call runs; clocks and neighbours drift, so the rivals take turns,
 and medians are compared.
 References: Dao 2023 (FlashAttention-2); Milakov and Gimelshein 2018 (online
 softmax); Williams et al. 2009 (roofline).
@@ -362,17 +363,30 @@ def rmsnorm_kernel(
 
 @jit
 def rmsnorm_slope_kernel(
-    dx, parts, dy, dtotal, v, weight, R, n, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    dx,
+    parts,
+    dy,
+    dtotal,
+    v,
+    weight,
+    R,
+    n,
+    eps,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """dx = s (w dy - v s^2 mean(w dy v)) + dtotal, with s = 1 / sqrt(mean(v^2) + eps), which is computed again.
 
     The gain's gradient is a sum over all rows, dw = sum of dy v s. It is taken in two stages: each program walks over
     rows that lie a whole grid apart, and writes the sum of its own into a row of `parts`; these few rows come after.
+    The next rows are on their way while it works on some: so few programs would else wait for memory.
     """
     col = tl.arange(0, BLOCK)[None, :]
     w = read(weight + col, col < n, 0.0)
     dw = tl.zeros([ROWS, BLOCK], tl.float32)
-    for start in range(tl.program_id(0) * ROWS, R, tl.num_programs(0) * ROWS):
+    step = tl.num_programs(0) * ROWS
+    for start in tl.range(tl.program_id(0) * ROWS, R, step, num_stages=STAGES):
         row = (start + tl.arange(0, ROWS)).to(tl.int64)[:, None]
         at = row * n + col
         here = (row < R) & (col < n)
@@ -428,8 +442,19 @@ def rmsnorm_backward(
         programs = min(triton.cdiv(rows, sizes["ROWS"]), PROGRAMS)
         parts = weight.new_empty(programs, n, dtype=torch.float32)
         dtotal = None if x is not None or dtotal is None else dtotal.contiguous()
+        fetched = 2 * 3 * sizes["ROWS"] * sizes["BLOCK"] * v.element_size()  # bytes, of rows to come
         rmsnorm_slope_kernel[programs,](
-            dx, parts, dy.contiguous(), dtotal, v, weight, rows, n, eps, **sizes
+            dx,
+            parts,
+            dy.contiguous(),
+            dtotal,
+            v,
+            weight,
+            rows,
+            n,
+            eps,
+            STAGES=3 if fetched <= 512 * room(v.device) else 1,  # two programs share the memory
+            **sizes,
         )
     return dx, parts.sum(0).to(weight.dtype)  # the second stage
 
@@ -574,6 +599,7 @@ def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, T
         cross_entropy_kernel[len(some),](losses[part], some, targets[part], V, **CROSS_ENTROPY)
         torch.mm(some, weight, out=dx[part])
         add_product(dw, some.mT, x[part])
+    logits = some = None  # their memory is free before dw is rounded into another tensor
     return losses.sum(dtype=torch.float64).float(), dx, dw.to(weight.dtype)
 
 
@@ -614,7 +640,7 @@ def cross_entropy_twin(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 # ---- AdamW: one launch for all tensors of a model
-# The addresses of the tensors come as numbers, in a table on the device, which is made once as long as they stay.
+# The addresses of the tensors come as numbers, in a table on the device.
 
 
 @jit
@@ -659,12 +685,12 @@ def adamw_kernel(
 
 
 @functools.lru_cache(8)
-def addresses(rows: tuple, device: torch.device, block: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The table of adamw_kernel on the device, and for each program its tensor and where in it to start"""
-    counts = torch.tensor([-(-row[4] // block) for row in rows])
-    owner = torch.arange(len(rows)).repeat_interleave(counts)
+def blocks(lengths: tuple, device: torch.device, block: int) -> tuple[Tensor, Tensor]:
+    """For each program of adamw_kernel its tensor and where in it to start, of tensors of these lengths"""
+    counts = torch.tensor([-(-length // block) for length in lengths])
+    owner = torch.arange(len(lengths)).repeat_interleave(counts)
     starts = torch.cat([torch.arange(count) * block for count in counts])
-    return torch.tensor(rows).to(device), owner.to(device), starts.to(device)
+    return owner.to(device), starts.to(device)
 
 
 def adamw(
@@ -697,8 +723,10 @@ def adamw(
     for name, kind in HALF.items():  # Triton's types have the same names
         group = [tensors for tensors in sets if tensors[0].dtype == kind and tensors[0].numel()]
         if group:
-            rows = tuple((*(t.data_ptr() for t in tensors), tensors[0].numel()) for tensors in group)
-            table, owner, starts = addresses(rows, group[0][0].device, ADAMW["BLOCK"])
+            rows = [[*(t.data_ptr() for t in tensors), tensors[0].numel()] for tensors in group]
+            device = group[0][0].device
+            owner, starts = blocks(tuple(row[4] for row in rows), device, ADAMW["BLOCK"])
+            table = torch.tensor(rows).to(device, non_blocking=True)  # gradients may lie elsewhere each time
             # what is close to 1 or 0 is worked out here in double precision
             adamw_kernel[len(owner),](
                 table,
@@ -1397,7 +1425,7 @@ ADAMW = dict(BLOCK=512, num_warps=4)
 CROSS_ENTROPY = dict(BLOCK=4096, num_warps=4)
 TILE, WARP = 4096, 512  # numbers of the rows of a program, and of each of its warps
 WHOLE = 32768  # the longest row that softmax holds at once
-PROGRAMS = 1056  # at most, for sums over rows: eight on each multiprocessor of a large card
+PROGRAMS = 264  # at most, for sums over rows: two on each multiprocessor of a large card
 LOGITS = 2**29  # so many logits at most stand in memory at a time
 ACTIVATIONS = {"none": (unchanged, lambda x: x), "gelu": (gelu_of, gelu_twin)}
 TILES = {  # rows of x, bytes of a number: the tile of the result and of the sum
@@ -1409,7 +1437,7 @@ TILES = {  # rows of x, bytes of a number: the tile of the result and of the sum
 # The first row that fits is taken. Larger tiles of keys are read fewer times, and hold more registers and shared
 # memory; what is fastest where was measured (H200), or is what spills nothing (for cards with less shared memory).
 FLASH = (  # head size up to, bytes of a number, KiB of shared memory from; M, N, warps, stages of forward, dq, dkdv
-    (64, 2, 227, (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3)),
+    (64, 2, 227, (128, 64, 8, 3), (64, 64, 4, 3), (64, 64, 4, 3)),
     (128, 2, 227, (128, 128, 8, 3), (128, 64, 8, 3), (64, 128, 8, 3)),
     (64, 2, 0, (64, 64, 4, 3), (128, 64, 8, 2), (32, 128, 8, 2)),
     (128, 2, 0, (128, 32, 8, 3), (64, 64, 8, 2), (32, 64, 8, 2)),
@@ -1824,13 +1852,14 @@ def bench(
     into other benchmarks, with `clock`.
     """
     cuda = device.type == "cuda"
-    # more than the last cache holds; on a GPU so much that a call is launched before the device is through with it
-    cache = torch.empty(2**32 if cuda else 2**26, dtype=torch.int8, device=device)
+    # more than the last cache holds; on a GPU read so often that a call is launched before the device is through
+    other = torch.zeros(2**30 if cuda else 2**24, device=device)
     times, until = {name: [] for name in calls}, math.inf
     while time.perf_counter() < until or len(min(times.values(), key=len)) < 5:
         marks = {}
         for name, call in calls.items():
-            cache.zero_()
+            for _ in range(4 if cuda else 1):
+                other.amax()
             marks[name] = clock(call, device)
         if cuda:
             torch.cuda.synchronize()

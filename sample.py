@@ -406,7 +406,7 @@ class Recorded:
 
     def __call__(self, rows: list) -> Tensor:
         """The logits (B, 1, V) behind the next token of each row, until the next call writes there."""
-        self.tokens.copy_(torch.tensor(rows))
+        self.tokens.copy_(torch.tensor([row or [0] for row in rows]))  # [] of a row that waits for another
         self.fixed.at.copy_(torch.tensor(self.state.lengths)[:, None])
         if not self.replay:
             self.record()

@@ -258,6 +258,7 @@ class Objective(nn.Module):
 
 
 # ---- optimizers: (weight, list of state tensors, learning rate, step t from 1, options) change a weight in place
+# A hidden matrix (n, m) may come alone or, on a GPU, with others of its shape as a stack (k, n, m).
 
 @torch.no_grad()
 def adamw(weight: Tensor, state: list, rate: float, t: int, o: Options | SimpleNamespace) -> None:
@@ -310,7 +311,7 @@ def muon(weight: Tensor, state: list, rate: float, t: int, o: Options) -> None:
         state += [torch.zeros_like(weight)]
     m = state[0].lerp_(weight.grad, 1 - o.momentum)
     ahead = weight.grad.lerp(m, o.momentum)  # Nesterov's momentum
-    size = 0.2 * max(weight.shape) ** 0.5  # U V^T has entries of 1 / sqrt(max(shape)), AdamW's steps of about 0.2
+    size = 0.2 * max(weight.shape[-2:]) ** 0.5  # U V^T has entries of 1 / sqrt(max(shape)), AdamW's steps of about 0.2
     weight.sub_(orthogonalise(ahead, precision(o, weight.device)), alpha=rate * size)
 
 
@@ -362,6 +363,7 @@ def sgd(weight: Tensor, state: list, rate: float, t: int, o: Options) -> None:
 
 
 OPTIMIZERS = {"muon": muon, "adamw": adamw, "soap": soap, "sgd": sgd}  # of hidden matrices
+STACK = 2**25  # numbers of the matrices that a GPU changes at a time
 REST = {"sgd": sgd}  # of all else, where that is not adamw
 
 
@@ -764,6 +766,7 @@ class Run:
         for name, tensors in checkpoint.get("optimizer", {}).items():
             if name in self.state:
                 self.state[name] = [self.split.own(name, tensor).to(self.device, copy=True) for tensor in tensors]
+        self.stacks = self.device.type == "cuda" and not o.parallel  # matrices of one shape move as one
         self.tokenizer, self.vocab_size = tokenizer, vocab_size
         self.bytes_of = np.array([len(token) for token in tokenizer.vocab] or [0] * vocab_size)
         self.bytes_of[list(tokenizer.special_tokens.values())] = 0
@@ -882,8 +885,9 @@ class Run:
         """
         o, p = self.o, self.progress
         speed = rate(p.step, o)
-        for weight in self.weights.values():
-            weight.grad = weight.grad / (count * p.scale)  # not in place: those of summed tables share numbers
+        means = torch._foreach_div([weight.grad for weight in self.weights.values()], count * p.scale)
+        for weight, mean in zip(self.weights.values(), means):  # not in place: those of summed tables share numbers
+            weight.grad = mean
         p.grad_norm = self.split.norm(self.tables)
         nn.utils.clip_grads_with_norm_(self.clipped, o.grad_clip or math.inf, torch.tensor(p.grad_norm))
         fine = math.isfinite(p.grad_norm)
@@ -891,35 +895,60 @@ class Run:
                 f"the gradient is not finite at step {p.step}; try a smaller --learning_rate")
         if o.dtype == "float16":
             p.scale *= 2 ** (1 / 256) if fine else 0.5
-        together = {}  # (rate, decay) -> names of weights of one launch
+        together = {}  # (function, rate, decay, what else is alike) -> names
         for name, weight in self.weights.items() if fine else ():
             role = ROLES[self.roles[name]]
             other = adagrad if self.roles[name] == "table" else REST.get(o.optimizer, adamw)
             step = OPTIMIZERS[o.optimizer] if role.muon else other
+            alike = name
             if step is adamw and self.adamw and weight.numel() % 4 == 0:  # at addresses that are multiples of 16
-                together.setdefault((self.rates[name], role.decay), []).append(name)
-                continue
-            if role.decay:
-                weight.mul_(1 - speed * o.weight_decay)
-            if role.muon and o.optimizer != "adamw":
+                alike = ""
+            elif role.muon and step is not adamw:
                 step = self.split.on_whole(name, step)
-            step(weight, self.state[name], speed * self.rates[name], p.step + 1, o)
-        for (factor, decays), names in together.items():
-            self.adamw_of(names, speed * factor, o.weight_decay / factor if decays else 0.0)
+                alike = weight.shape if self.stacks else name
+            key = step, self.rates[name], role.decay, alike
+            together.setdefault(key, []).append(name)
+        for (step, factor, decays, alike), names in together.items():
+            move = self.move if alike else self.adamw_of
+            decay = o.weight_decay / factor if decays else 0.0
+            move(names, step, speed * factor, decay)
         for name, mask in self.masks.items():
             self.weights[name].mul_(mask)
         self.gpt.zero_grad(set_to_none=True)
         self.split.spread()
 
     @torch.no_grad()
-    def adamw_of(self, names, speed, decay):
+    def move(self, names, step, rate, decay):
+        """Change weights by an optimizer's step: one, or several of one shape, of which a GPU takes some as one stack.
+
+        For it would be idle between the small products of each.
+        """
+        most = STACK // self.weights[names[0]].numel() + 1
+        for some in (names[i:i + most] for i in range(0, len(names), most)):
+            weights = [self.weights[name] for name in some]
+            weight, state = weights[0], self.state[some[0]]
+            if weights[1:]:
+                weight = torch.stack(weights)
+                weight.grad = torch.stack([weight.grad for weight in weights])
+                states = [self.state[name] for name in some]
+                state = [torch.stack(parts) for parts in zip(*states)]
+            if decay:
+                weight.mul_(1 - rate * decay)
+            step(weight, state, rate, self.progress.step + 1, self.o)
+            if weights[1:]:
+                torch._foreach_copy_(weights, [*weight])
+                for name, *parts in zip(some, *state):
+                    self.state[name] = parts
+
+    @torch.no_grad()
+    def adamw_of(self, names, _, rate, decay):
         """What `adamw` does, for many weights in one launch."""
         o, weights = self.o, [self.weights[name] for name in names]
         for name in names:
             self.state[name] = self.state[name] or [*self.weights[name].new_zeros(2, *self.weights[name].shape)]
         first, second = zip(*(self.state[name] for name in names))
         grads = [weight.grad.contiguous() for weight in weights]
-        self.adamw(weights, grads, [*first], [*second], speed, o.beta1, o.beta2, 1e-8, decay, self.progress.step + 1)
+        self.adamw(weights, grads, [*first], [*second], rate, o.beta1, o.beta2, 1e-8, decay, self.progress.step + 1)
 
     @torch.no_grad()
     def evaluate(self, sources):

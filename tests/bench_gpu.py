@@ -3,6 +3,7 @@
 Usage: python tests/bench_gpu.py --seconds=120
        python tests/bench_gpu.py --tiny --device=cpu   (whether it runs at all)
        python tests/bench_gpu.py --only="Muon, compiled"   (builds what is named so, then stops: torch keeps what it compiled)
+       python tests/bench_gpu.py --only=decoding
 
 Training: 32 x 1024 random tokens a step, autocast to bfloat16, by train.py's own train_step, which reads the windows, runs forward and
 backward, clips and updates. nanoGPT's form is bench_model.py's, its step has the same parts with torch's fused AdamW and no chunks of the
@@ -274,7 +275,7 @@ def main():
         o.peak = product(o)
     print(f"         {o.n} x {o.n} x {o.n} in bfloat16: {o.peak / 1e12:,.3f} TFLOP/s", flush=True)
     with part(o, "decoding", 10) as go:
-        decoded = decoding(o) if go and not o.only else []
+        decoded = decoding(o) if go and o.only in ("", "decoding") else []
     gc.collect()
     with part(o, "training", 10) as go:
         trained = training(o) if go else []

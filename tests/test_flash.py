@@ -17,10 +17,14 @@ pytest.importorskip("triton")
 import kernels  # noqa: E402
 from kernels import flash, flash_backward, flash_tiled, flash_twin  # noqa: E402
 
-if CUDA:
-    torch.set_default_device("cuda")
-
 HALF, FULL = (torch.bfloat16, torch.float16), torch.float32
+
+
+@pytest.fixture(autouse=True)
+def on_the_gpu():
+    """Tensors are made where the kernels run."""
+    with torch.device("cuda" if CUDA else "cpu"):
+        yield
 
 
 def tiles(monkeypatch, forward, dq=None, dkdv=None):

@@ -222,8 +222,8 @@ def test_train_with_kernels_makes_the_same_steps(monkeypatch, tmp_path):
     for words in ([], ["--kernels"]):
         folder = tmp_path / f"run{len(words)}"
         monkeypatch.setattr(sys, "argv", ["train.py", f"--data={tmp_path / 'a.txt'}", "--tokenizer=char", "--n_layer=1", "--n_head=2",
-                                          "--n_embd=16", "--block_size=16", "--batch_size=2", "--max_iters=3", "--ngram=0", "--device=cpu",
-                                          "--optimizer=adamw", "--sample_tokens=0", f"--output={folder}", *words])
+                                          "--n_embd=16", "--block_size=16", "--batch_size=2", "--max_iters=3", "--ngram=0", f"--device={DEVICE}",
+                                          "--dtype=float32", "--optimizer=adamw", "--sample_tokens=0", f"--output={folder}", *words])
         train.main()
         losses.append(json.loads((folder / "log.jsonl").read_text().splitlines()[-1])["val_loss"])
     assert abs(losses[0] - losses[1]) < 1e-5
@@ -579,7 +579,7 @@ def test_without_a_compiler(run_main, tmp_path, monkeypatch):
     def broken(*_):
         raise NotImplementedError("no compiler\nand a long story")
     monkeypatch.setattr(torch, "compile", lambda twin, **_: broken)
-    done = run_main("kernels.py", "--only=add", "--seconds=0.001", "--device=cpu", cwd=tmp_path)
+    done = run_main("kernels.py", "--only=add", "--seconds=0.001", f"--device={DEVICE}", cwd=tmp_path)
     assert done.returncode == 0 and "torch.compile does not work here (NotImplementedError)" in done.stdout, done.stderr
     row = next(line for line in done.stdout.splitlines() if line.startswith("  forward"))
     assert row.split()[-2] == "-", row  # as many times as fast as plain torch, as that compiled, as the library
@@ -590,7 +590,7 @@ def test_without_triton(tmp_path):
     (tmp_path / "triton.py").write_text("raise ImportError('not here')")
     code = "import kernels, sys, torch; print(kernels.use('gelu')(torch.ones(1)).item()); sys.argv = ['kernels.py']; kernels.run(kernels.main)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT,
-                          env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"})
+                          env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}", "CUDA_VISIBLE_DEVICES": ""})
     assert done.returncode == 1 and done.stdout.startswith("0.841"), done.stderr
     assert "no Triton here" in done.stderr and len(done.stderr.splitlines()) == 1
 

@@ -26,9 +26,9 @@ SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
 CEILING = {
     "bpe.py": 784,
     "data.py": 1737,
-    "model.py": 1211,
-    "train.py": 970,
-    "kernels.py": 1605,
+    "model.py": 1205,
+    "train.py": 993,
+    "kernels.py": 1632,
     "ddp.py": 1195,
     "scaling.py": 992,
     "align.py": 1337,

@@ -451,7 +451,7 @@ def test_a_row_that_is_left_is_taken_by_the_next(mixer, monkeypatch):
 @pytest.mark.parametrize("changes", [{}, dict(mixer="latent", ngram=3, ngram_rows=97), dict(mixer="strided", end_token=7, n_kv_head=1),
                                      pytest.param(dict(mixer="valued", position="learned"), marks=pytest.mark.slow),
                                      pytest.param(dict(mixer="attention", position="none", softcap=3.0), marks=pytest.mark.slow)], ids=str)
-def test_recorded_steps(changes, monkeypatch):
+def test_recorded_steps(changes, monkeypatch, capsys):
     """A trace of one step, whose numbers and shapes are constants as in a CUDA graph, says what a step of Python says."""
     gpt = make_model(1, block_size=32, **changes)
     rng = random.Random(5)
@@ -468,6 +468,12 @@ def test_recorded_steps(changes, monkeypatch):
     monkeypatch.setattr(sample, "SEEN", 16)
     assert decode(gpt, [Request(prompt, count, GREEDY) for prompt, count in shapes], slots=3, graphs=True) == alone
     assert 2 < len(made) < len(replays) / 2 and min(made) == 16 < max(made)
+    # texts that outgrow the block wait for another row, while the others go on
+    long = [(prompt, count + 25) for prompt, count in shapes]
+    alone_long = [decode(gpt, [Request(prompt, count, GREEDY)])[0] for prompt, count in long]
+    many = len(replays)
+    assert decode(gpt, [Request(prompt, count, GREEDY) for prompt, count in long], slots=3, graphs=True) == alone_long
+    assert len(replays) > many + 40 and "going on without" not in capsys.readouterr().err
     # what cannot be recorded is done as ever
     monkeypatch.setattr(sample.Recorded, "record", lambda self: torch.zeros(2) + torch.zeros(3))
     assert decode(gpt, [Request(prompt, count, GREEDY) for prompt, count in shapes], graphs=True) == alone

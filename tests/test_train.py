@@ -275,6 +275,26 @@ def test_muon_formula_and_step_size(shape, double):
     assert len(state) == 1 and torch.allclose(state[0], m)
 
 
+@pytest.mark.parametrize("changes", [dict(optimizer="muon"), dict(optimizer="soap"), dict(optimizer="muon", n_expert=3, n_inner=20)], ids=str)
+def test_stacks_move_as_single_matrices(changes, double, monkeypatch):
+    """What a GPU moves as stacks of at most three, some of one, against a matrix at a time."""
+    runs = [shaken(make(n_layer=4, learning_rate=0.02, weight_decay=0.1, max_iters=12, **changes)) for _ in range(2)]
+    sizes, tokens = [], source(random_ids(3000))
+    usual = train.OPTIMIZERS[changes["optimizer"]]
+    monkeypatch.setitem(train.OPTIMIZERS, changes["optimizer"], lambda weight, *rest: sizes.append(weight.shape) or usual(weight, *rest))
+    largest = max(weight.numel() for name, weight in runs[0].weights.items() if model.ROLES[runs[0].roles[name]].muon)
+    for runs[1].stacks in (True, False, True):  # a run may go on elsewhere
+        monkeypatch.setattr(train, "STACK", 2 * largest)
+        for run in runs:
+            sizes.clear()
+            [run.train_step([tokens], False) for _ in range(4)]
+        shapes = {weight.shape for weight in runs[1].weights.values()}
+        assert any(shape[0] == 3 for shape in set(sizes) - shapes) == runs[1].stacks
+    for name, weight in runs[0].weights.items():
+        assert (weight - runs[1].weights[name]).abs().max() < 1e-9, name
+        assert [x.shape for x in runs[0].state[name]] == [x.shape for x in runs[1].state[name]]
+
+
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_sgd_is_torch_sgd(momentum, double):
     """All of a model: what is neither a hidden matrix nor a table has SGD, too."""
