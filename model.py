@@ -490,14 +490,37 @@ class Counts(nn.Module):
         history = torch.zeros_like(near)
         history[near < 0] = -1
         for pairs, _, _ in self.levels()[:-1]:
-            wanted = history * self.V + units
-            place = torch.searchsorted(pairs, wanted)
-            place = place.clamp(max=len(pairs) - 1)
-            number = place.where(pairs[place] == wanted, -1)
+            number = self.find(pairs, history * self.V + units)
             new = number[:, -T:, None]
             found.append(new.double())  # which holds it exactly
             history = F.pad(number[:, :-1], (1, 0), value=-1)
         return torch.cat(found, -1)
+
+    def find(self, pairs, wanted):
+        """Where the wanted pairs stand among the sorted ones, -1 for those that do not"""
+        place = torch.searchsorted(pairs, wanted)
+        place = place.clamp(max=len(pairs) - 1)
+        return place.where(pairs[place] == wanted, -1)
+
+    def steps(self, numbers):
+        """From the shortest history up: its numbers (R), what it leaves to the chances so far (R), pairs and terms"""
+        histories = numbers.flatten(0, -2).long().T
+        start = histories.new_zeros(histories.shape[1:])
+        for history, level in zip((start, *histories), self.levels()):
+            pairs, terms, backs = level
+            left = backs[history.clamp(min=0)]
+            left[history < 0] = 1
+            yield history, left, pairs, terms
+
+    def mixed_one(self, network, numbers, tokens):
+        """What `mixed` says of one token a row (R), of which the network's probabilities are given"""
+        chances = self.backs.new_full(tokens.shape, 1 / self.V)
+        for history, left, pairs, terms in self.steps(numbers):
+            place = self.find(pairs, history * self.V + tokens)
+            term = terms[place.clamp(min=0)]
+            chances = chances * left + term.where(place >= 0, 0)
+        mean = network.lerp(chances.to(network), self.weight)
+        return mean.log()
 
     def mixed(self, logits, numbers):
         """Log-probabilities (..., V) from logits and from what forward has put behind x (..., order - 1)"""
@@ -505,11 +528,7 @@ class Counts(nn.Module):
         chances = self.backs.new_full(network.shape, 1 / self.V)
         spots = chances.view(-1)
         row = torch.arange(len(network), device=network.device)
-        histories = numbers.flatten(0, -2).long().T
-        for history, level in zip((0 * row, *histories), self.levels()):
-            pairs, terms, backs = level
-            left = backs[history.clamp(min=0)]
-            left[history < 0] = 1
+        for history, left, pairs, terms in self.steps(numbers):
             chances *= left[:, None]
             begin = history * self.V
             first = torch.searchsorted(pairs, begin)
@@ -1104,14 +1123,28 @@ class GPT(nn.Module):
         x = self.norm(x)
         return self.counts(x, seen, at) if self.counts.at_work else x
 
-    def logits(self, x: Tensor) -> Tensor:
-        """What `hidden` gives (..., C), with its numbers of histories behind it -> logits (..., V)."""
-        if not self.counts.at_work:
-            return self.head(x)
+    def parted(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What `hidden` gives (..., C), with its numbers of histories behind it -> the head's logits, the numbers."""
         x, numbers = x.tensor_split([self.config.n_embd], -1)
         kind = next(self.parameters()).dtype
-        logits = self.head(x.to(kind))
-        return self.counts.mixed(logits, numbers)
+        return self.head(x.to(kind)), numbers
+
+    def logits(self, x: Tensor) -> Tensor:
+        """What `hidden` gives (..., C) -> logits (..., V)."""
+        if not self.counts.at_work:
+            return self.head(x)
+        return self.counts.mixed(*self.parted(x))
+
+    def nats(self, x: Tensor, targets: Tensor) -> Tensor:
+        """What `hidden` gives (R, C) -> -log p (R) of the targets (R), 0 for those below 0.
+
+        Where counts are at work, they are asked for these tokens alone, while `logits` asks for all.
+        """
+        logits, numbers = self.parted(x)
+        nats = F.cross_entropy(logits, targets, ignore_index=-1, reduction="none")
+        if self.counts.at_work:
+            nats = -self.counts.mixed_one((-nats).exp(), numbers, targets)
+        return nats.where(targets >= 0, 0)
 
     def forward(self, tokens: Tensor, state: State | None = None) -> Tensor:
         """Token ids (B, T) -> logits (B, T, V) of each next token; errors as in `hidden`."""

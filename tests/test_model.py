@@ -561,6 +561,21 @@ def test_ngrams_by_hand():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("changes", [{}, dict(counts=1), dict(counts=3, counts_weight=0.9), dict(counts=2, softcap=2.0)], ids=str)
+def test_nats_of_targets_alone(changes):
+    """Those of the targets among those of all tokens; some histories and pairs were counted, some never met."""
+    gpt = make(**changes).eval()
+    x, targets = gpt.hidden(tokens(3, 12)).flatten(0, 1), torch.randint(-1, 23, (36,))
+    right = -gpt.logits(x).log_softmax(-1)[range(36), targets.clamp(min=0)]
+    assert (targets < 0).any()
+    close(gpt.nats(x, targets), right * (targets >= 0))
+    if changes:
+        (*_, (_, _, pairs, _)) = gpt.counts.steps(gpt.parted(x)[1])
+        history = gpt.parted(x)[1][:, -1].long() if changes["counts"] > 1 else torch.zeros(36, dtype=torch.long)
+        met = gpt.counts.find(pairs, history * 23 + targets.clamp(min=0)) >= 0
+        assert met.any() and not met.all()
+
+
 def test_counts_by_hand(tmp_path):
     """The mean of the network's softmax and of what data.py says of each token that could follow; the network alone in training."""
     gpt, x = make(counts=4, counts_weight=0.3), tokens(3, 12)

@@ -26,8 +26,8 @@ SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
 CEILING = {
     "bpe.py": 784,
     "data.py": 1737,
-    "model.py": 1205,
-    "train.py": 993,
+    "model.py": 1225,
+    "train.py": 995,
     "kernels.py": 1632,
     "ddp.py": 1195,
     "scaling.py": 992,
