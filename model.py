@@ -1141,6 +1141,7 @@ class GPT(nn.Module):
         Where counts are at work, they are asked for these tokens alone, while `logits` asks for all.
         """
         logits, numbers = self.parted(x)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         nats = F.cross_entropy(logits, targets, ignore_index=-1, reduction="none")
         if self.counts.at_work:
             nats = -self.counts.mixed_one((-nats).exp(), numbers, targets)

@@ -1062,9 +1062,11 @@ class Exam:
         room = max(1, past.capacity - max(map(len, ends)))
         first = past.take_in(context[-room:])  # (1, 1, C)
         rest = run_on(past.model, ends, past.state.fork([0] * B))[:, :-1]  # (B, T - 1, C)
-        logits = past.model.logits(torch.cat((first.expand(B, -1, -1), rest), 1))
-        logprobs = logits.float().log_softmax(-1)  # (B, T, V)
-        return [row[range(len(end)), end].tolist() for row, end in zip(logprobs, ends)]
+        hidden = torch.cat((first.expand(B, -1, -1), rest), 1)  # (B, T, C)
+        T = hidden.shape[1]
+        targets = torch.tensor([end + [-1] * (T - len(end)) for end in ends], device=hidden.device)
+        logprobs = -past.model.nats(hidden.flatten(0, 1), targets.flatten()).view(B, T)
+        return [row[:len(end)].tolist() for row, end in zip(logprobs, ends)]
 
     def text(self, item: tuple) -> dict:
         """How well are the second tokens predicted behind the first?"""

@@ -26,13 +26,13 @@ SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
 CEILING = {
     "bpe.py": 784,
     "data.py": 1737,
-    "model.py": 1225,
+    "model.py": 1226,
     "train.py": 995,
     "kernels.py": 1632,
     "ddp.py": 1195,
     "scaling.py": 992,
     "align.py": 1337,
-    "sample.py": 1355,
+    "sample.py": 1357,
 }
 # Who may import whom: at the top of the file, and on demand inside a function.
 OURS = {"bpe.py": ("", ""), "data.py": ("bpe", ""), "model.py": ("", "kernels"), "train.py": ("model", "bpe data ddp kernels"),
