@@ -138,6 +138,12 @@ class Config:
                 f"--mixer={self.mixer} --window={self.window}: a window needs both --mixer=window and --window=TOKENS")
 
 
+def usual_heads(width: int) -> int:
+    """The most heads into which this width can be cut with 64 channels or more each, an even number of them."""
+    fitting = [heads for heads in range(1, width // 64 + 1) if width % (2 * heads) == 0]
+    return max(fitting, default=1)
+
+
 @dataclasses.dataclass
 class Options(Config):
     preset: str = ""  # a shape by name: gpt2, gpt2-xl, llama-3-8b, qwen3-0.6b, mistral-7b

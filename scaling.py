@@ -621,7 +621,7 @@ class Ledger:
             data=str(self.data),
             n_embd=width,
             n_layer=max(1, width // 64),
-            n_head=math.gcd(width, width // 64 or 1),
+            n_head=model.usual_heads(width),
             block_size=self.o.block_size,
             ffn="relu2",
             tie_embeddings=False,

@@ -1625,8 +1625,8 @@ def test_recipe_fills_only_what_is_zero():
     given = dict(block_size=17, n_layer=3, n_embd=60, n_head=5, max_iters=7, batch_size=9, learning_rate=0.5, eval_interval=2)
     o = train.recipe(train.Options(**given), 1_000_000, V, 1e10)
     assert {name: getattr(o, name) for name in given} == given
-    for width in (8, 24, 100, 96, 768):
-        assert width % train.recipe(train.Options(n_embd=width), 1000, V, 1e10).n_head == 0
+    for width, heads in ((7, 1), (8, 1), (100, 1), (96, 1), (128, 2), (208, 2), (336, 4), (368, 4), (768, 12), (1104, 12)):
+        assert train.recipe(train.Options(n_embd=width), 1000, V, 1e10).n_head == heads and (heads == 1 or width % (2 * heads) == 0)
 
 
 @pytest.mark.parametrize("changes", [{}, dict(optimizer="adamw"), dict(optimizer="sgd"), dict(optimizer="soap", n_expert=2),
