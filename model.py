@@ -225,8 +225,8 @@ ops = Fast  # what the layers below call; `model.ops = model.Plain` runs them as
 def with_kernels(device: str, compiled: bool = False) -> type:
     """Fast with those kernels of kernels.py that run on the device, to be set as `ops`.
 
-    `compiled`: without those that torch.compile would have fused with their neighbours. Attention stays torch's, which
-    is faster where a GPU has a kernel of its maker's (on an H200 `flash` has 0.7 to 1.1 of its speed).
+    `compiled`: without those that torch.compile would have fused with their neighbours. Attention stays torch's: on an
+    H200 `flash` has 0.7 to 1.1 of its speed.
     """
     import kernels
     rmsnorm, rope = (kernels.use(name, device) for name in ("rmsnorm", "rope"))
