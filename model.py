@@ -138,9 +138,13 @@ class Config:
                 f"--mixer={self.mixer} --window={self.window}: a window needs both --mixer=window and --window=TOKENS")
 
 
-def usual_heads(width: int) -> int:
-    """The most heads into which this width can be cut with 64 channels or more each, an even number of them."""
-    fitting = [heads for heads in range(1, width // 64 + 1) if width % (2 * heads) == 0]
+def usual_heads(width: int, narrow: int = 64) -> int:
+    """The most heads into which this width can be cut: of 64 channels or more, or up to four of `narrow` or more.
+
+    Rotary positions turn pairs, so a head has an even number of channels.
+    """
+    most = max(width // 64, min(4, width // narrow))
+    fitting = [heads for heads in range(1, most + 1) if width % (2 * heads) == 0]
     return max(fitting, default=1)
 
 

@@ -523,7 +523,7 @@ def recipe(o: Options, n_tokens: int, vocab_size: int, peak: float) -> Options:
         print(f"shape, batch and learning rate as {study} says")
     left = {name: value for name, value in chosen.items() if getattr(o, name) == getattr(Options, name)}
     new = dataclasses.replace(o, **left)
-    new.n_head = o.n_head or model.usual_heads(new.n_embd)
+    new.n_head = o.n_head or model.usual_heads(new.n_embd, narrow=24)  # small models gain by some heads
     if budgets:
         rows = o.tokens / new.block_size or C / run_flops(new, vocab_size)
         steps = max(1, round(rows / new.batch_size))

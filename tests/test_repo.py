@@ -26,7 +26,7 @@ SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
 CEILING = {
     "bpe.py": 784,
     "data.py": 1737,
-    "model.py": 1229,
+    "model.py": 1230,
     "train.py": 995,
     "kernels.py": 1632,
     "ddp.py": 1195,
