@@ -887,8 +887,9 @@ class Run:
         """
         o, p = self.o, self.progress
         speed = rate(p.step, o)
-        torch._foreach_div_([weight.grad for weight in self.clipped], count * p.scale)
-        for name in self.tables:  # not in place: those of summed tables share numbers
+        if self.clipped:
+            torch._foreach_div_([weight.grad for weight in self.clipped], count * p.scale)
+        for name in self.weights.keys() & self.tables:  # not in place: those of summed tables share numbers
             self.weights[name].grad = self.weights[name].grad / (count * p.scale)
         p.grad_norm = self.split.norm(self.tables)
         nn.utils.clip_grads_with_norm_(self.clipped, o.grad_clip or math.inf, torch.tensor(p.grad_norm))
