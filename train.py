@@ -852,7 +852,8 @@ class Run:
         p.loss += loss
         p.count += count
         p.tokens += o.batch_size * o.block_size
-        told = torch.tensor([time.perf_counter() - began, stop], device=self.device)
+        # one process alone does not wait for its device: the next step is launched while weights still change
+        told = torch.tensor([time.perf_counter() - began, stop], device=self.device if dist.is_initialized() else "cpu")
         sum_over_ranks([told])
         took, stop = told.tolist()
         self.follow_clock(took / ranks()[1])
