@@ -1469,7 +1469,7 @@ class Kernel:
     run: Callable  # launches the Triton code
     twin: Callable
     example: Callable  # (sizes, dtype, device) -> inputs
-    flops: Callable  # (*inputs) -> floating-point operations of a forward pass
+    flops: Callable  # (*inputs) -> floating-point operations of a plain forward pass
     sizes: tuple  # for the interpreter, a laptop, a GPU
     outputs: str = "y"  # names of what `run` returns
     hidden: str = ""  # all but the first are for the backward pass alone: names of inputs that they look like
@@ -1479,6 +1479,7 @@ class Kernel:
     replaced: dict = dataclasses.field(default_factory=dict)  # input -> output that is kept instead, unless empty
     mutates: tuple = ()  # names of inputs that change in place
     strided: bool = False  # takes inputs as they lie in memory, and gradients lie so too
+    passes: tuple = (1, 2)  # work of the forward and of the backward pass, in plain forward passes
     library: Callable | None = None  # the best call that torch has for it
 
     def __post_init__(self):
@@ -1683,7 +1684,7 @@ KERNELS = {kernel.name: kernel for kernel in (
            strided=True),
     Kernel(cross_entropy, cross_entropy_twin, cross_entropy_inputs, lambda x, w, _: 2 * x.numel() * len(w),
            ((13, 16, 301), (1024, 256, 8192), (16384, 2048, 131072)),
-           outputs="loss dx dw", hidden="x weight",
+           outputs="loss dx dw", hidden="x weight", passes=(3, 0),  # gradients are made with the loss
            backward=cross_entropy_backward, gradients=dict(x=0, weight=1), like="dx dw"),
     Kernel(adamw, adamw_twin, adamw_inputs, lambda params, *_: 12 * sum(p.numel() for p in params),
            ((3, 97), (12, 2**18), (64, 2**22)),
@@ -1699,7 +1700,7 @@ KERNELS = {kernel.name: kernel for kernel in (
            strided=True),
     Kernel(flash, flash_twin, flash_inputs, lambda q, k, *_: 2 * q.numel() * k.shape[2],
            ((1, 4, 2, 33, 16), (2, 12, 12, 512, 64), (2, 16, 16, 8192, 128)),
-           outputs="out lse",
+           outputs="out lse", passes=(1, 2.5),  # scores are computed again
            backward=flash_backward, gradients=dict(q=0, k=1, v=2), like="q k v",
            strided=True, library=attention),
 )} if triton else {}
@@ -1939,21 +1940,20 @@ def passes(
 ) -> dict[str, tuple[dict, int, float]]:
     """Forward and backward of each call on the same inputs: (calls, bytes that must move, FLOPs) by name.
 
-    The backward pass of each form runs from a forward pass of its own, again and again. It has
-    twice the products of the forward pass; flash computes its scores again, which makes it two and
-    a half times.
+    The backward pass of each form runs from a forward pass of its own, again and again. FLOPs are
+    those of the first form; a plain backward pass has twice the products of the forward pass.
     """
     moved, work = least_bytes(kernel, inputs), kernel.flops(*inputs)
+    factors = kernel.passes if "kernel" in calls else (1, 2)
     forward = {
         name: functools.partial(torch.no_grad()(call), *inputs) for name, call in calls.items()
     }
-    found = {"forward": (forward, moved[0], work)}
+    found = {"forward": (forward, moved[0], factors[0] * work)}
     if kernel.backward:
         tries = {name: attempt(kernel, call, inputs) for name, call in calls.items()}
         shown = min(len(results) for results, _ in tries.values())  # the library may give fewer
         backward = {name: functools.partial(call, shown) for name, (_, call) in tries.items()}
-        factor = 2.5 if kernel.name == "flash" else 2
-        found["backward"] = (backward, moved[1], factor * work)
+        found["backward"] = (backward, moved[1], factors[1] * work)
     return found
 
 
@@ -1998,7 +1998,7 @@ def show_times(
             f"{work / took / 1e12:7.3g} {work / took / top[1]:4.0%}{cells.replace('nan', '  -')}",
             flush=True,
         )
-        points.append((f"{kernel.name} {name}", work / moved, work / took))
+        points.append((f"{kernel.name} {name} {'x'.join(map(str, sizes))}", work / moved, work / took))
     return points
 
 
@@ -2043,25 +2043,30 @@ def roofline(points: list[tuple], top: tuple, plot: str) -> None:
     """
     print(
         f"\nthe roof bends at {top[1] / top[0]:.1f} FLOP per byte\n"
-        f"{'':20} {'FLOP/byte':>10}  {'bound by':8} {'roof':>9} {'reached':>9}  TFLOP/s"
+        f"{'TFLOP/s':39} FLOP/byte bound by     roof  reached"
     )
+    points = [point for point in points if point[1]]  # a pass may only move bytes
     for name, intensity, reached in points:
         roof = min(intensity * top[0], top[1])
         bound = "memory" if roof < top[1] else "compute"
         print(
-            f"{name:20} {intensity:10.2f}  {bound:8} {roof / 1e12:9.3f} {reached / 1e12:9.3f}  {reached / roof:4.0%}"
+            f"{name:39} {intensity:9.2f} {bound:8} {roof / 1e12:8.3f} {reached / 1e12:8.3f} {reached / roof:4.0%}"
         )
     if plot:
         from matplotlib import pyplot
 
-        figure, axes = pyplot.subplots(figsize=(8, 5))
+        figure, axes = pyplot.subplots(figsize=(9, 5), layout="constrained")
         bend = top[1] / top[0]
         low = min(point[1] for point in points) / 2
         high = max(bend, *(point[1] for point in points)) * 2
         axes.loglog([low, bend, high], [low * top[0], top[1], top[1]], color="black")
+        colors: dict = {}
         for name, *point in points:
-            axes.loglog(*point, "o")
-            axes.annotate(name, tuple(point), fontsize=7, xytext=(6, 6), textcoords="offset points")
+            group, back = name.split()[0], " backward" in name
+            label = None if group in colors else group
+            color = colors.setdefault(group, pyplot.cm.tab20.colors[len(colors) % 20])
+            axes.loglog(*point, "v" if back else "o", color=color, label=label)
+        figure.legend(loc="outside right center", title="triangle: backward")
         axes.set(
             xlabel="FLOP per byte",
             ylabel="FLOP a second",

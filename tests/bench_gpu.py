@@ -5,9 +5,11 @@ Usage: python tests/bench_gpu.py --seconds=120
        python tests/bench_gpu.py --only="Muon, compiled"   (builds what is named so, then stops: torch keeps what it compiled)
        python tests/bench_gpu.py --only=decoding
 
-Training: 32 x 1024 random tokens a step, autocast to bfloat16, by train.py's own train_step, which reads the windows, runs forward and
-backward, clips and updates. nanoGPT's form is bench_model.py's, its step has the same parts with torch's fused AdamW and no chunks of the
-loss. All that could be built take turns of several steps; the table has the median over the turns. MFU: 6 x parameters + 12 x layers x
+Training: 32 x 1024 random tokens a step, low ids more often than high ones, autocast to bfloat16, by train.py's own train_step, which
+reads the windows, runs forward and backward, clips and updates. nanoGPT's form is bench_model.py's, its step has the same parts with
+torch's fused AdamW and no chunks of the loss. All that could be built take turns of several steps; the table has the median over the
+turns, and the loss of the last step: ours begin with the same weights and see the same windows, so that those of one shape and optimizer
+differ by rounding alone. MFU: 6 x parameters + 12 x layers x
 width x context FLOPs a token (attention in full, as nanoGPT counts), over what a large bfloat16 product reaches here. Memory is the peak
 of a turn without the weights of the others.
 Decoding: random weights in bfloat16, the most probable token each time; seconds from the prompts to the last token.
@@ -107,8 +109,9 @@ def ours(o, words, **changes):
 
     def step():
         model.ops = ops  # a side with --kernels has its own
-        run.train_step(sources, False)
+        loss, _ = run.train_step(sources, False)
         model.ops = model.Fast
+        return loss
     return SimpleNamespace(step=step, gpt=run.gpt, flops=run.flops,
                            held=lambda: [*run.gpt.parameters(), *sum(run.state.values(), [])])
 
@@ -137,7 +140,7 @@ def nano(o, compiled):
 
 
 def training(o):
-    """Rows of the table: name, tokens a second, MFU, peak memory."""
+    """Rows of the table: name, tokens a second, milliseconds, MFU, peak memory, turns, loss of the last step."""
     builders = {
         "nanoGPT's form, fused AdamW": lambda: nano(o, False),
         "nanoGPT's form, fused AdamW, compiled": lambda: nano(o, True),
@@ -149,7 +152,7 @@ def training(o):
         "Muon, compiled": lambda: ours(o, MODERN, compile=True),
         "Muon, compiled, kernels": lambda: ours(o, MODERN, kernels=True, compile=True),
     }
-    sides, turns, peaks = {}, {}, {}
+    sides, turns, peaks, losses = {}, {}, {}, {}
     for name, build in builders.items():
         if o.only not in name:
             continue
@@ -176,13 +179,14 @@ def training(o):
                 peaks[name] = peak + sum(x.nbytes for x in side.held())
             if left(o) < 2 + 1.3 * sum(times[-1] for times in turns.values()) * o.steps:
                 break
+        losses |= {name: side.step() for name, side in sides.items()}
     rows, layers, width, T = [], o.shape["n_layer"], o.shape["n_embd"], o.shape["block_size"]
     for name, times in turns.items():
         if times:
             size = sum(weight.numel() for path, weight in sides[name].gpt.named_parameters() if not path.startswith(("wpe", "position")))
             speed = o.batch * T / statistics.median(times)
             mfu = speed * (6 * size + 12 * layers * width * T) / o.peak
-            rows.append((name, f"{speed:,.0f}", f"{1e3 * statistics.median(times):.1f}", f"{mfu:.1%}", f"{peaks[name] / 2**30:.1f}", len(times)))
+            rows.append((name, f"{speed:,.0f}", f"{1e3 * statistics.median(times):.1f}", f"{mfu:.1%}", f"{peaks[name] / 2**30:.1f}", len(times), f"{losses.get(name, math.nan):.4f}"))
     return rows
 
 
@@ -265,7 +269,7 @@ def main():
         raise Late
     signal.signal(signal.SIGALRM, late)
     signal.setitimer(signal.ITIMER_REAL, max(1.0, o.seconds - RESERVE))
-    o.tokens = np.random.default_rng(0).integers(o.shape["vocab_size"], size=4_000_000).astype(np.uint16)
+    o.tokens = (o.shape["vocab_size"] * np.random.default_rng(0).random(4_000_000) ** 4).astype(np.uint16)
     o.peak, decoded, trained = math.nan, [], []
     if o.cuda:
         about = torch.cuda.get_device_properties(0)
@@ -283,7 +287,7 @@ def main():
     print(f"\ndecoding: prompts of {o.text} tokens, {o.text} new ones each, bfloat16")
     table(("", "texts", "new tokens/s", "seconds"), decoded)
     print(f"\ntraining: {o.shape}, {o.batch} x {o.shape['block_size']} tokens a step, bfloat16")
-    table(("", "tokens/s", "ms a step", "MFU", "GiB", "turns"), trained)
+    table(("", "tokens/s", "ms a step", "MFU", "GiB", "turns", "loss"), trained)
     print(f"\n{time.perf_counter() - began:.0f} s in all")
 
 

@@ -203,7 +203,7 @@ def test_a_model_trains_on_kernels_as_without(compiled, monkeypatch):
         objective = train.Objective(gpt)
         objective.fused = fused
         if fused:
-            model.ops = model.with_kernels("", compiled)
+            model.ops = model.with_kernels(DEVICE, compiled)
         torch._dynamo.reset()
         loss, count = (torch.compile(objective, fullgraph=True) if compiled and fused else objective)(tokens, tokens)
         found.append((loss, *torch.autograd.grad(loss, list(gpt.parameters()))))
@@ -443,6 +443,20 @@ def test_a_model_keeps_its_own_forms_where_no_kernel_runs(monkeypatch):
     monkeypatch.setattr(kernels, "runs", lambda name, device="": name == "rope")
     mixed = model.with_kernels("cuda")
     assert mixed.attention is model.Fast.attention and mixed.norm is model.Fast.norm and mixed.turn is not model.Fast.turn
+
+
+def test_costs_are_counted_beside_kernels(monkeypatch):
+    """Fake tensors lie on the CPU, where a GPU's kernels cannot run; train.py counts after it has chosen them."""
+    import model
+    config = model.Config(n_layer=1, n_head=1, n_embd=16, block_size=8, vocab_size=16, ngram=0)
+    usual = model.account(config, 1)
+    monkeypatch.setattr(kernels, "runs", lambda name, device="": True)
+    monkeypatch.setattr(kernels, "use", lambda name, device="": lambda *_: pytest.fail(f"{name} on the CPU"))
+    monkeypatch.setattr(model, "ops", model.with_kernels("cuda"))
+    assert model.account(config, 1) == usual
+    with pytest.raises(pytest.fail.Exception, match="on the CPU"):
+        monkeypatch.setattr(model, "ops", model.with_kernels("cpu"))
+        model.account(config, 1)
 
 
 @pytest.mark.gpu

@@ -26,9 +26,9 @@ SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
 CEILING = {
     "bpe.py": 784,
     "data.py": 1737,
-    "model.py": 1230,
+    "model.py": 1231,
     "train.py": 996,
-    "kernels.py": 1632,
+    "kernels.py": 1638,
     "ddp.py": 1195,
     "scaling.py": 992,
     "align.py": 1337,
