@@ -630,6 +630,11 @@ def piece_of(x: Tensor, cuts: list[tuple], size: dict, at: dict, begin: int, n: 
     return x.flatten()[begin:begin + n]
 
 
+def single(x: Tensor) -> Tensor:
+    """x in single precision, where it has less"""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def vocabulary_rows(gpt: nn.Module, group: Group) -> tuple[Callable, Callable]:
     """Embedding and loss where each rank has some rows of the vocabulary: (ids -> vectors), (x, targets -> loss sum).
 
@@ -650,7 +655,7 @@ def vocabulary_rows(gpt: nn.Module, group: Group) -> tuple[Callable, Callable]:
         return there_and_back(rows, scattered, gathered, group, 1)  # (B, T / n, C)
 
     def loss(x, targets):
-        logits = gpt.head(x)  # (R, V / n)
+        logits = single(gpt.head(x))  # (R, V / n)
         highest = gathered(logits.detach().amax(1)[None], group, 0).amax(0)  # (n, R) -> (R)
         logits = logits - highest[:, None]
         near, mine = here(targets)
@@ -694,7 +699,8 @@ class Ring(torch.autograd.Function):
     """Causal attention of all tokens, of which each rank has a part; keys and values go round (Liu et al. 2023).
 
     Rank r of n has the parts r and 2n - 1 - r of 2n, so that all have as much to do. Of a part of queries and one of
-    keys the softmax's numerator and log-denominator are enough to add the next; nothing of size T x T is kept.
+    keys the softmax's numerator and log-denominator are enough to add the next; nothing of size T x T is kept. In half
+    precision the products are taken, and messages travel; scores, softmax and sums are in single.
     """
 
     @staticmethod
@@ -710,7 +716,7 @@ class Ring(torch.autograd.Function):
     @staticmethod
     def scores(q, k, causal):
         """(B, H, T, hd) and (B, H, S, hd) -> (B, H, T, S)"""
-        s = q @ k.mT / q.shape[3] ** 0.5
+        s = single(q @ k.mT) / q.shape[3] ** 0.5
         later = torch.ones_like(s[0, 0]).triu(1).bool()
         return s.masked_fill(later, -math.inf) if causal else s
 
@@ -729,7 +735,7 @@ class Ring(torch.autograd.Function):
         L' = log(exp L + sum exp S): O' = exp(L - L') O + exp(S - L') V.
         """
         shared = q.shape[1] // k.shape[1]  # query heads of a key head
-        out, lse = torch.zeros_like(q), q.new_full(q.shape[:3], -math.inf)
+        out, lse = single(torch.zeros_like(q)), single(q.new_full(q.shape[:3], -math.inf))
         queries, outs, lses = (x.chunk(2, 2) for x in (q, out, lse))  # halves
         kv = torch.stack((k, v))
         for turn in range(group.size):
@@ -738,10 +744,11 @@ class Ring(torch.autograd.Function):
                 s = Ring.scores(queries[i], k, causal)
                 new = torch.logaddexp(lses[i], s.logsumexp(-1))
                 outs[i].mul_((lses[i] - new).exp()[..., None])
-                outs[i].add_((s - new[..., None]).exp() @ v)
+                outs[i].add_((s - new[..., None]).exp().type_as(v) @ v)
                 lses[i].copy_(new)
             if turn < group.size - 1:
                 kv = Ring.round(kv, group, 1)
+        out = out.type_as(q)
         ctx.group, ctx.shared = group, shared
         ctx.save_for_backward(q, kv, out, lse)
         return out
@@ -751,7 +758,7 @@ class Ring(torch.autograd.Function):
         """P = exp(S - L) is computed again; dS = P (dO V^T - sum dO O) / sqrt(hd) (Dao et al. 2022)."""
         q, kv, out, lse = ctx.saved_tensors
         group, dq, dkv = ctx.group, torch.zeros_like(q), torch.zeros_like(kv)
-        along = (grad * out).sum(-1)
+        along = (single(grad) * out).sum(-1)
         halves = list(zip(*(x.chunk(2, 2) for x in (q, grad, lse, along, dq))))
         for turn in reversed(range(group.size)):  # kv is where the last turn left it
             for i, j, causal in Ring.pairs(group, turn):
@@ -759,6 +766,7 @@ class Ring(torch.autograd.Function):
                 k, v = kv.chunk(2, 3)[j].repeat_interleave(ctx.shared, 2)
                 p = (Ring.scores(queries, k, causal) - low[..., None]).exp()
                 ds = p * (g @ v.mT - a[..., None]) / q.shape[3] ** 0.5
+                p, ds = p.type_as(q), ds.type_as(q)
                 dqueries += ds @ k
                 both = torch.stack((ds.mT @ queries, p.mT @ g))  # (2, B, H, S, hd)
                 dkv.chunk(2, 3)[j].add_(both.unflatten(2, (-1, ctx.shared)).sum(3))

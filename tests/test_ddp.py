@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -457,6 +458,27 @@ def test_every_rank_of_the_ring_has_as_much_to_do():
             group = ddp.SimpleNamespace(size=n, rank=rank)
             pairs = [pair for turn in range(n) for pair in ddp.Ring.pairs(group, turn)]
             assert sum(0.5 if causal else 1 for _, _, causal in pairs) == 2 * n  # of (2n)^2 / 2 in all
+
+
+def test_the_ring_and_the_loss_sum_up_in_single_precision():
+    """In bfloat16: the log of a denominator alone, of 8 bits, would double the error, and a loss sum be a multiple of 8 or more."""
+    torch.manual_seed(0)
+    q, k, v, grad = torch.randn(4, 1, 2, 1024, 32)
+    q, k = (8 * nn.functional.normalize(x, dim=-1) for x in (q, k))
+    group = ddp.SimpleNamespace(size=1, rank=0, all_gather=lambda rows: rows, all_reduce=lambda x: x)
+    found = []
+    for kind, attention in ((torch.float64, partial(nn.functional.scaled_dot_product_attention, is_causal=True)),
+                            (torch.bfloat16, lambda *qkv: ddp.Ring.apply(*qkv, group))):
+        qkv = [x.to(kind).requires_grad_() for x in (q, k, v)]
+        out = attention(*qkv)
+        out.backward(grad.to(kind))
+        found.append([x.double() for x in (out.detach(), *(x.grad for x in qkv))])
+    assert max((a - b).norm() / a.norm() for a, b in zip(*found)) < 0.013
+    objective = train.Objective(GPT(Config(**ddp.SHAPE | dict(vocab_size=2048), init="gpt2")))
+    rows, targets = 8 * torch.randn(256, 32), torch.randint(2048, (256,))
+    _, loss = ddp.vocabulary_rows(objective.gpt, group)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert loss(rows, targets).item() == pytest.approx(objective.rows(rows, targets).item(), rel=1e-5)
 
 
 def test_an_expert_takes_no_more_than_its_capacity():
