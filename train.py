@@ -847,7 +847,11 @@ class Run:
             self.update(count)
         if o.noise_scale:
             self.compare(self.part, o.micro_batch * o.block_size, o.batch_size * o.block_size)
-        p.expert_tokens = [part.counts.long().tolist() for part in self.gpt.modules() if type(part) is model.Experts]
+        experts = [part for part in self.gpt.modules() if type(part) is model.Experts]
+        sum_over_ranks([part.bias for part in experts])  # each rank moved its own, by its own tokens
+        for part in experts:
+            part.bias /= ranks()[1]
+        p.expert_tokens = [part.counts.long().tolist() for part in experts]
         p.step += 1
         p.loss += loss
         p.count += count

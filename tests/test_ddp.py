@@ -161,13 +161,14 @@ def sharded_module():
 
 
 def micro_batch(n):
-    """What train.py cuts a batch into where the ranks have different memory"""
-    o = train.Options(n_layer=1, n_head=2, n_embd=16, block_size=8, batch_size=4 * n, max_iters=2, ngram=0, parallel="zero2", device="cpu")
+    """(what train.py cuts a batch into where the ranks have different memory, loss, the experts' biases after it)"""
+    o = train.Options(n_layer=1, n_head=2, n_embd=16, block_size=8, batch_size=4 * n, max_iters=2, ngram=0, parallel="zero2", device="cpu",
+                      n_expert=4, balance_bias=0.01)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "fit_micro_batch", lambda *_: 2 + dist.get_rank())
         run = train.Run(train.recipe(o, 3000, 64, 1e10), 64, ddp.SimpleNamespace(vocab=[], special_tokens={}), {})
     source = train.Source(np.arange(3000, dtype=np.uint16) % 64, np.ones(3000))
-    return run.o.micro_batch, run.train_step([source], False)[0]
+    return run.o.micro_batch, run.train_step([source], False)[0], run.gpt.blocks[0].ffn.bias.tolist()
 
 
 def tables(n):
@@ -233,7 +234,8 @@ def test_modules_that_get_tokens_are_fetched_without_a_warning(three):
         assert warned == [] and far < EXACT
 
 
-def test_ranks_cut_a_batch_alike(three):
+def test_ranks_cut_a_batch_alike_and_lead_tokens_to_the_same_experts(three):
+    assert any(three[0]["micro"][2])
     assert three[0]["micro"][0] == 2 and three[0]["micro"] == three[1]["micro"] == three[2]["micro"]
 
 

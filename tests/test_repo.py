@@ -27,7 +27,7 @@ CEILING = {
     "bpe.py": 784,
     "data.py": 1737,
     "model.py": 1231,
-    "train.py": 996,
+    "train.py": 1000,
     "kernels.py": 1638,
     "ddp.py": 1199,
     "scaling.py": 992,
