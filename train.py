@@ -537,7 +537,7 @@ def refuse(o: Options, sources: list[Source]):
     tables: dict = dict(optimizer=OPTIMIZERS, schedule=SCHEDULES, dtype=DTYPES)
     for name, table in tables.items():
         require(getattr(o, name) in table, f"--{name}={getattr(o, name)}: choose from {', '.join(table)}")
-    least = dict(batch_size=ranks()[1], max_iters=1, eval_interval=1, eval_tokens=2)
+    least = dict(batch_size=1 if o.parallel else ranks()[1], max_iters=1, eval_interval=1, eval_tokens=2)
     for name in ("seed", "micro_batch", "warmup_iters", "learning_rate", "weight_decay", "grad_clip", "z_loss",
                  "decay_from", *least):
         value = getattr(o, name)
@@ -1102,7 +1102,8 @@ def profile(module: nn.Module, action: Callable[[], None], path: str | os.PathLi
         action()
     for hook in hooks:
         hook.remove()
-    profiler.export_chrome_trace(str(path))
+    if ranks()[0] == 0:  # several would lose the file
+        profiler.export_chrome_trace(str(path))
     lines = [f"every operation: {path}, for chrome://tracing or ui.perfetto.dev"]
     for row in sorted(profiler.key_averages(), key=lambda row: row.cpu_time_total):
         if re.match("(forward|backward|update|all)( |$)", row.key):

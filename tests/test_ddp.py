@@ -410,6 +410,12 @@ def test_train_refuses_what_cannot_be_split(tokens, tmp_path, run_main):
     assert done.returncode == 1 and "torchrun" in done.stderr and len(done.stderr.splitlines()) == 1
 
 
+def test_ranks_profile_a_batch_smaller_than_their_number(tokens, tmp_path, run_ranks):
+    words = [*SMALL, "--batch_size=1", "--parallel=tp", "--profile", f"--data={tokens}", f"--output={tmp_path / 'out'}"]
+    done = run_ranks(2, "train.py", *words, cwd=tmp_path)
+    assert done.returncode == 0 and json.loads((tmp_path / "out/trace.json").read_text())["traceEvents"], done.stderr
+
+
 # ----------------------------------------------------------------------------------------------------------- without ranks
 
 def test_layout_holds_every_number_once():

@@ -27,7 +27,7 @@ CEILING = {
     "bpe.py": 784,
     "data.py": 1737,
     "model.py": 1231,
-    "train.py": 1000,
+    "train.py": 1001,
     "kernels.py": 1638,
     "ddp.py": 1199,
     "scaling.py": 992,
