@@ -266,8 +266,8 @@ class Mesh:
         self.text, self.size = text, dict.fromkeys(AXES, 1)
         for word in text.split(","):
             found = re.fullmatch(r"([a-z]+)([1-9]\d*)", word)
-            require(found and found[1] in AXES,
-                    f"--mesh={text}: write axes with their sizes, such as dp2,tp2, from {', '.join(AXES)}")
+            require(found and self.size.get(found[1]) == 1,
+                    f"--mesh={text}: write axes with their sizes, each once, as dp2,tp2, from {', '.join(AXES)}")
             self.size[found.group(1)] = int(found.group(2))
         shape = list(self.size.values())
         needed = math.prod(shape)
@@ -928,8 +928,6 @@ def check_split(config: Any, mesh: Mesh, o: Options, batch: int) -> None:
         ("tp", "n_kv_head", config.n_kv_head or config.n_head),
         ("tp", "n_inner", config.inner),
         ("tp", "vocab_size", config.vocab_size),
-        ("tp", "block_size", config.block_size // size["cp"]),
-        ("cp", "block_size", config.block_size // 2),
         ("ep", "n_expert", config.n_expert),
     )
     for axis, name, value in parts:
@@ -937,6 +935,10 @@ def check_split(config: Any, mesh: Mesh, o: Options, batch: int) -> None:
         divisors = [d for d in range(2, value + 1) if value % d == 0][:8]
         require(n == 1 or value and value % n == 0,
                 f"--mesh={mesh.text}: {axis}{n} does not divide --{name} ({value}; {divisors} do)")
+    cp, tp = size["cp"], size["tp"]
+    pieces = math.lcm(2 * cp, cp * tp) if cp > 1 else tp  # a rank of the ring has two
+    require(config.block_size % pieces == 0,
+            f"--mesh={mesh.text}: --block_size={config.block_size} is no multiple of {pieces}")
     require(size["pp"] <= config.n_layer, f"--mesh={mesh.text}: more stages than --n_layer={config.n_layer}")
     ways = size["dp"] * size["ep"]
     require(batch % ways == 0, f"--mesh={mesh.text}: --batch_size={batch} is no multiple of dp x ep = {ways}")
@@ -944,6 +946,7 @@ def check_split(config: Any, mesh: Mesh, o: Options, batch: int) -> None:
     require(o.schedule in SCHEDULES, f"--schedule={o.schedule}: choose from {', '.join(SCHEDULES)}")
     require(not config.recompute or size["cp"] == 1, "--recompute does not go with cp, which keeps little anyhow")
     require(o.stage < 3 or size["pp"] == size["ep"] == 1, "--stage=3 goes with dp, cp and tp; use 2 with pp and ep")
+    require(o.optimizer != "soap" or tp == 1, "--optimizer=soap keeps more than a matrix has entries: not with tp")
     require(not config.n_expert or size["tp"] == size["pp"] == 1, "experts go with dp, cp and ep, not with tp and pp")
     if math.prod(size.values()) > size["dp"]:
         for name in "mixer position ngram ahead end_token bias qkv_bias residual dropout attention_softcap".split():

@@ -709,14 +709,18 @@ def test_mistakes_end_in_one_line(words, said, tmp_path, run_main):
 
 
 def test_what_cannot_be_split_is_refused():
-    def check(said, mesh="dp2", n=2, stage=0, **shape):
+    def check(said, mesh="dp2", n=2, stage=0, optimizer="adamw", **shape):
         size = dict.fromkeys(ddp.AXES, 1) | {word[:2]: int(word[2:]) for word in mesh.split(",")}
         config = Config(**{**ddp.SHAPE, **shape})
         with pytest.raises(ValueError, match=re.escape(said)):
-            ddp.check_split(config, ddp.SimpleNamespace(size=size, text=mesh), ddp.Options(stage=stage), 8)
+            ddp.check_split(config, ddp.SimpleNamespace(size=size, text=mesh), ddp.Options(stage=stage, optimizer=optimizer), 8)
     check("tp3 does not divide --n_head (8; [2, 4, 8] do)", "tp3")
     check("tp2 does not divide --vocab_size (65; [5, 13, 65] do)", "tp2", vocab_size=65)
     check("ep2 does not divide --n_expert", "ep2")
+    check("--block_size=34 is no multiple of 4", "cp2", block_size=34)
+    check("--block_size=33 is no multiple of 4", "cp2", block_size=33)  # which would be cut into three parts of 11
+    check("--block_size=36 is no multiple of 8", "cp2,tp4", block_size=36)
+    check("--optimizer=soap keeps more", "tp2", optimizer="soap")
     check("not with tp and pp", "pp2", n_expert=4)
     check("use 2 with pp and ep", "pp2", stage=3)
     check("more stages than --n_layer=4", "pp5")
@@ -724,6 +728,6 @@ def test_what_cannot_be_split_is_refused():
     check("--recompute does not go with cp", "cp2", recompute=True)
     check("is for --mixer=attention", "tp2", mixer="mamba2")
     check("is for --attention_softcap=0.0", "cp2", attention_softcap=30.0)
-    for words in ("dp2,xy1", "dp", "dp0", ""):
+    for words in ("dp2,xy1", "dp", "dp0", "dp2,dp2", ""):
         with pytest.raises(ValueError, match="from pp, dp, ep, cp, tp"):
             ddp.Mesh(words, 2)
