@@ -1002,8 +1002,8 @@ class Split:
                 make(self.totals, min(o.stage, 1), overlap=False, names=tied),
                 make(data, o.stage, overlap=o.overlap, names=rest),
             ]
-        for sharder in self.sharders if o.stage == 3 else ():
-            self.run.register_forward_pre_hook(sharder.begin)
+            for sharder in self.sharders if o.stage == 3 else ():
+                self.run.register_forward_pre_hook(sharder.begin)
         self.pieces, self.begins = {}, {}
         self.copies = {}  # of a piece: how many ranks have the same numbers
         for sharder in self.sharders:
@@ -1323,7 +1323,7 @@ def forms_of(o: Options, n: int) -> dict[str, str]:
         return {o.mesh: ""}
     named = {name: form.format(n=n, h=n // 2) for name, form in FORMS.items() if o.only in name}
     require(named, f"--only={o.only}: there are {'; '.join(FORMS)}")
-    product = re.compile(r",[a-z]{2}1\b|=[a-z]{2}1,")  # with 1
+    product = re.compile(r",[a-z]{2}[01]\b|=[a-z]{2}[01],")  # with 1, or half of it
     forms = {name: form for name, form in named.items() if not product.search(form)}
     if not FSDP_ON_CPU:
         forms.pop("torch's FSDP2", None)

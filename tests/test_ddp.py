@@ -315,6 +315,11 @@ def test_products_are_exact_on_four_ranks(tmp_path, run_ranks):
     assert max(max(row[:2]) for row in rows.values()) < EXACT
 
 
+def test_torch_ddp_takes_no_stage(tmp_path, run_ranks):
+    rows = rows_of(run_ranks(2, "ddp.py", "--steps=1", "--mesh=torch_ddp", "--stage=3", cwd=tmp_path))
+    assert max(rows["torch_ddp"][:2]) < EXACT
+
+
 def test_the_harness_sees_a_wrong_collective(tmp_path, run_forked):
     wrong = tmp_path / "wrong.py"
     text = (ROOT / "ddp.py").read_text()
@@ -676,6 +681,10 @@ def test_a_mistake_on_every_rank_ends_in_one_line(tmp_path, run_script):
     done = run_script("ddp.py", "--ranks=2", "--mesh=dp2", "--stage=7", cwd=tmp_path)
     assert done.returncode == 1 and "--stage=7: choose from 0, 1, 2, 3" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1 and len(GLOO.sub("", done.stdout).splitlines()) == 2, done  # the head of a table
+
+
+def test_one_rank_runs_no_product():
+    assert not [name for name in ddp.forms_of(ddp.Options(), 1) if " x " in name]
 
 
 @pytest.mark.parametrize("words, said", [
