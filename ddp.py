@@ -1526,6 +1526,8 @@ def plan_of(o: Options, tp: int, pp: int, stage: int, micro: int) -> dict | None
 
 def plan(o: Options) -> None:
     """Print the best meshes for a model, a machine and a number of tokens."""
+    for name in ("gpus", "params", "tokens", "batch_tokens", "block_size"):
+        require(getattr(o, name) > 0, f"--{name}={getattr(o, name):g} must be above 0")
     powers = [2**i for i in range(14)]
     tried = [plan_of(o, tp, pp, stage, micro)
              for tp in powers[:4] for pp in powers[:8] for stage in (0, 1, 2, 3) for micro in powers[:4]]
@@ -1606,7 +1608,7 @@ def main():
     o = options(Options, words)
     require(o.dtype in ("float64", "float32"), f"--dtype={o.dtype}: choose from float64, float32")
     require(o.optimizer in ("adamw", "muon"), f"--optimizer={o.optimizer}: choose from adamw, muon")
-    require(o.ranks > 0 and o.steps > 0 and o.micro > 0, "--ranks, --steps and --micro must be 1 or more")
+    require(min(o.ranks, o.steps, o.micro, o.timeout) > 0, "--ranks, --steps, --micro, --timeout must be 1 or more")
     if o.plan:
         plan(o)
     elif o.show_schedule:

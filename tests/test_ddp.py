@@ -708,6 +708,10 @@ def test_the_plan_fits_a_terminal(capsys):
 @pytest.mark.parametrize("words, said", [
     (["--optimizer=lion"], "choose from adamw, muon"),
     (["--plan", "--params=1e13", "--gpus=2"], "fit on no mesh of 2 GPUs"),
+    (["--plan", "--gpus=0"], "--gpus=0 must be above 0"),
+    (["--plan", "--params=-7e9"], "--params=-7e+09 must be above 0"),
+    (["--plan", "--block_size=0"], "--block_size=0 must be above 0"),
+    (["--timeout=0"], "--timeout must be 1 or more"),
     (["--plan", "--machine=h1000"], "choose from a100, h100, b200, or give five numbers"),
     (["--plan", "--machine=1e15,0,1e12,1e11,8"], "or give five numbers"),
     (["--merge=nowhere"], "holds no part-*.pt"),
