@@ -1122,6 +1122,10 @@ class Split:
         part = dict(version=model.CHECKPOINT_VERSION, world=self.every.size, config=vars(self.config))
         with model.replacing(folder / f"part-{dist.get_rank()}.pt") as file:
             torch.save(part | rest | self.export(state), file)
+        for old in folder.glob("part-*.pt") if dist.get_rank() == 0 else ():
+            number = old.stem.removeprefix("part-")
+            if number.isdigit() and int(number) >= self.every.size:  # of an earlier run on more ranks
+                old.unlink()
 
     def whole(self, state: dict[str, list[Tensor]]) -> tuple[dict, dict]:
         """Weights and optimizer state of the whole model at rank 0; others have nothing"""

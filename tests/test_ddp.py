@@ -350,11 +350,12 @@ def test_a_run_goes_on_in_another_form(first, then, tokens, tmp_path, run_main, 
              "--eval_interval=4", "--schedule=constant", "--dtype=float64", f"--data={tokens}"]
     done = run_main("train.py", *words, f"--output={tmp_path / 'one'}", "--max_iters=8", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    words = [*words, f"--output={tmp_path / 'two'}"]
+    words, parts = [*words, f"--output={tmp_path / 'two'}"], tmp_path / "two" / "parts"
+    parts.mkdir(parents=True)
+    (parts / "part-2.pt").write_text("of a run on three ranks")
     for more in (["--max_iters=4", f"--parallel={first}"], ["--max_iters=8", f"--parallel={then}", "--resume", "--parts"]):
         done = run_ranks(2, "train.py", *words, *more, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-    parts = tmp_path / "two" / "parts"
     merge = ["ddp.py", f"--merge={parts}", f"--output={tmp_path / 'two.pt'}"]
     done = run_main(*merge, cwd=tmp_path)
     assert done.returncode == 0 and "2 parts joined" in done.stdout, done.stderr
