@@ -1700,7 +1700,8 @@ def read_record(record: dict, o: Options, counts: Counter) -> str:
     if kind != "row":
         record["text"] = decode(raw, headers.get("http", ""))
         record["url"] = headers.get("WARC-Target-URI", "")
-        if kind == "page":
+        plain = headers.get("WARC-Type") == "conversion" or raw.startswith(b"%PDF-")  # a "<" in it is no tag
+        if kind == "page" and not plain:
             record["markup"] = True
         return ""
     try:  # a row

@@ -894,11 +894,11 @@ def site(folder, count=60):
         (folder / f"{i:02}.html").write_text(pages[i])
     records = [({"WARC-Type": "response", "Content-Type": "application/http", "http": "HTTP/1.1 200 OK\r\n"}, page.encode()) for page in pages[10:]]
     records[5:5] = [({"WARC-Type": "request"}, b"GET /"), ({"WARC-Type": "response"}, b"<img>"), ({"WARC-Type": "response"}, b"<a>\0\1"),
-                    ({"WARC-Type": "conversion"}, b"plain text\nin two lines")]
+                    ({"WARC-Type": "conversion"}, b"plain text <of@two>\nlines with 1 < 2")]
     data.write_warc(folder / "x.warc.gz", records)
     (folder / "text.txt").write_text("A text of no page.")
     documents = [data.extract(page) for page in pages]
-    return [*documents[:10], "A text of no page.", *documents[10:15], "plain text\nin two lines", *documents[15:]]
+    return [*documents[:10], "A text of no page.", *documents[10:15], "plain text <of@two>\nlines with 1 < 2", *documents[15:]]
 
 
 def test_pages_become_documents_and_each_is_counted(tmp_path, monkeypatch):
