@@ -2278,7 +2278,9 @@ def prepare(input: str, tokenizer: str, output: str, vocab_size: int, pattern: s
         raise ValueError(f"--input={input} holds no text")
     options = {name: value for name, value in vars(o).items() if name not in FREE}
     beside = [value for value in options.values() if os.path.isfile(str(value))]
-    beside += bpe.find_files(o.eval_data) if o.eval_data else []
+    beside += Path(__file__).parent.glob("language.npz")
+    for name in filter(None, [o.eval_data, o.tokenizer * os.path.isdir(o.tokenizer)]):
+        beside += bpe.find_files(name)
     code = [fingerprint(path)["sha256"] for path in (__file__, bpe.__file__, *beside)]
     wanted = {"options": options, "code": code, "inputs": inputs}
     if manifest := earlier(folder, wanted):

@@ -331,11 +331,13 @@ def test_a_change_rebuilds(change, corpus, tmp_path, capsys):
     assert all(state(tmp_path / "out")[name] == state(tmp_path / "new")[name] for name in FILES[:3])
 
 
-def test_another_tokenizer_file_of_the_same_name_rebuilds(corpus, tmp_path):
+@pytest.mark.parametrize("name", ["mine.json", "folder"])
+def test_another_tokenizer_file_of_the_same_name_rebuilds(name, corpus, tmp_path):
+    (tmp_path / "folder").mkdir()
     for text in ("first text", "second text"):
-        bpe.train("bpe", [text], 262).save(tmp_path / "mine.json")
-        prepare(corpus, tmp_path / "out", str(tmp_path / "mine.json"), separator=END)
-        assert bpe.load(tmp_path / "out/tokenizer.json").to_dict() == bpe.load(tmp_path / "mine.json").to_dict()
+        bpe.train("bpe", [text], 262).save(tmp_path / name / "tokenizer.json" if name == "folder" else tmp_path / name)
+        prepare(corpus, tmp_path / "out", str(tmp_path / name), separator=END)
+        assert bpe.load(tmp_path / "out/tokenizer.json").to_dict() == bpe.load(tmp_path / name).to_dict()
 
 
 def test_code_that_changed_rebuilds(corpus, tmp_path, run_script):
@@ -344,10 +346,11 @@ def test_code_that_changed_rebuilds(corpus, tmp_path, run_script):
     words = ["--input=corpus.txt", "--tokenizer=byte", "--output=out"]
     outputs = [run_script("data.py", *words, cwd=tmp_path, root=tmp_path).stdout]
     outputs += [run_script("data.py", *words, cwd=tmp_path, root=tmp_path).stdout]
-    with open(tmp_path / "bpe.py", "a") as file:
-        file.write("# changed\n")
-    outputs += [run_script("data.py", *words, cwd=tmp_path, root=tmp_path).stdout]
-    assert ["reused" in output for output in outputs] == [False, True, False]
+    for name in ("bpe.py", "language.npz"):  # the latter is what the step language reads
+        with open(tmp_path / name, "a") as file:
+            file.write("# changed\n")
+        outputs += [run_script("data.py", *words, cwd=tmp_path, root=tmp_path).stdout]
+    assert ["reused" in output for output in outputs] == [False, True, False, False]
 
 
 # ------------------------------------------------------------------------------------------------- processes and memory
