@@ -2275,7 +2275,7 @@ def prepare(input: str, tokenizer: str, output: str, vocab_size: int, pattern: s
     inputs = [fingerprint(path) for path in files]
     size = sum(file["bytes"] for file in inputs)
     if not size:
-        raise ValueError(f"--input={input} holds no text")
+        raise ValueError(f"--input={input} holds no text outside of --output={output}")
     options = {name: value for name, value in vars(o).items() if name not in FREE}
     beside = [value for value in options.values() if os.path.isfile(str(value))]
     beside += Path(__file__).parent.glob("language.npz")
@@ -2366,9 +2366,11 @@ def main() -> None:
     if o.look:
         look(input_files(o), o)
     if "train" not in manifest:
-        chats = "chat" in o.steps.split(",")
-        then = f"align.py --algorithm=sft --data={o.output}" if chats else f"data.py --input={o.output}"
-        print(f"{manifest['seconds']:.1f} s in all\nnext: python {then}/documents.jsonl")
+        documents = f"{o.output}/documents.jsonl"
+        then = f"align.py --algorithm=sft --data={documents}"
+        if "chat" not in o.steps.split(","):  # the output folder itself is no input
+            then = f"data.py --input={documents} --output={o.output}/tokens"
+        print(f"{manifest['seconds']:.1f} s in all\nnext: python {then}")
         return
     for side in ("train", "val"):
         count = manifest[side]

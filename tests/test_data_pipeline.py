@@ -651,6 +651,17 @@ def test_the_report_escapes_and_the_table_is_narrow(tmp_path, run_main):
     assert "reused" in again.stdout and (tmp_path / "again.html").read_text() == page
 
 
+def test_the_next_command_takes_what_was_kept(tmp_path, run_main):
+    rows = [json.dumps({"text": sentence(random.Random(i), 30)}) for i in range(30)]
+    (tmp_path / "in.jsonl").write_text("\n".join(rows))
+    said = run_main("data.py", "--input=in.jsonl", "--steps=exact", cwd=tmp_path).stdout
+    name, *words = re.search("next: python (.*)\n", said)[1].split()
+    done = run_main(name, *words, "--tokenizer=byte", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.endswith("next: python train.py --data=data/tokens\n")
+    done = run_main("data.py", "--input=data/documents.jsonl", cwd=tmp_path)
+    assert done.stderr == "data.py: --input=data/documents.jsonl holds no text outside of --output=data\n"
+
+
 def test_a_look_shows_no_control_characters(tmp_path, capsys):
     (tmp_path / "in.jsonl").write_text(json.dumps({"text": "red \x1b[31m text\nsecond line"}))
     data.look([tmp_path / "in.jsonl"], data.Options(input=str(tmp_path / "in.jsonl"), steps="exact", look=5))
