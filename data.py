@@ -1272,7 +1272,7 @@ def grams(text: str, n: int) -> np.ndarray:
 
 def digests(texts: Iterable[str]) -> np.ndarray:
     """A key for each text, however long."""
-    raw = [hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts]
+    raw = [hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest() for text in texts]
     return np.frombuffer(b"".join(raw), "<u8")
 
 
@@ -1886,7 +1886,7 @@ class Pipeline:
                 files["sizes"] += np.int64(len(keys)).tobytes()
                 counts[f"{last}/seconds"] += time.process_time() - began
             else:
-                domain = normal_url(str(record.get("url") or "")).split("/")[0]
+                domain = re.split("[/?]", normal_url(str(record.get("url") or "")))[0]
                 for kind, name in (("language", record.get("language")), ("domain", domain)):
                     counts[f"{kind}/documents/{name or 'unknown'}"] += 1
             files["jsonl"] += json.dumps(record, default=str).encode() + b"\n"

@@ -188,11 +188,13 @@ def test_the_normal_form_of_a_url(a, b, same):
 
 def test_equal_urls_and_texts_are_dropped_but_the_first(tmp_path):
     rows = [{"text": f"text {i}", "url": f"http://a.org/{i % 7}?utm_x={i}"} for i in range(20)] + [{"text": "no url"}, {"text": "none either"}]
+    rows += [{"text": "without a path", "url": "http://a.org?b=1"}]
     kept, steps = through(tmp_path, rows, "urls")
-    assert [row["text"] for row in kept] == [*(f"text {i}" for i in range(7)), "no url", "none either"]
-    assert steps["urls"]["dropped"] == {"seen before": 13} and steps["domain"]["documents"]["a.org"] == 7
-    kept, _ = through(tmp_path, [{"text": "a", "url": 3}, {"text": "b", "url": [None]}, {"text": "c", "url": {"x": 1}}, {"text": "d", "url": None}], "urls", "out3")
-    assert len(kept) == 4, "what is no URL does no harm"
+    assert [row["text"] for row in kept] == [*(f"text {i}" for i in range(7)), "no url", "none either", "without a path"]
+    assert steps["urls"]["dropped"] == {"seen before": 13} and steps["domain"]["documents"] == {"a.org": 8, "unknown": 2}
+    kept, _ = through(tmp_path, [{"text": "a", "url": 3}, {"text": "b", "url": [None]}, {"text": "c", "url": {"x": 1}}, {"text": "d", "url": None},
+                                  {"text": "e", "url": "http://a/\ud800"}], "urls", "out3")
+    assert len(kept) == 5, "what is no URL does no harm"
     kept, steps = through(tmp_path, ["a  b\n", "a b", "a b c", "a\tb"], "exact", "out2")
     assert [row["text"] for row in kept] == ["a  b\n", "a b c"]
 
