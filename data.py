@@ -2169,11 +2169,11 @@ def check_options(o: Options) -> None:
     names = o.steps.split(",")
     known = ["extract", "chat", *FILTERS, "pii", *KEYS, "decontaminate", "tokenise"]
     misplaced = {"extract", "chat"}.intersection(names[1:]) or "tokenise" in names[:-1]
-    if misplaced or not {*names} <= {*known} or len({*names}) < len(names):
-        order = "extract or chat first, tokenise last, none twice"
+    if misplaced or {"chat", "tokenise"} <= {*names} or not {*names} <= {*known} or len({*names}) < len(names):
+        order = "extract or chat first, tokenise last and not of chats, none twice"
         raise ValueError(f"--steps={o.steps}: choose from {','.join(known)}; {order}")
-    if names == ["tokenise"] and (o.shard or o.merge):
-        raise ValueError("--shard and --merge are for steps before tokenise")
+    if o.shard and o.merge or names == ["tokenise"] and (o.shard or o.merge):
+        raise ValueError("--shard and --merge are for steps before tokenise, --merge without --shard when all are done")
     if "decontaminate" in names and not o.eval_data:
         raise ValueError("the step decontaminate needs --eval_data, the evaluation sets")
     for name in ("val_fraction", "false_positives", "threshold"):

@@ -353,7 +353,7 @@ def test_conversations_keep_their_fields(tmp_path):
 
 
 @pytest.mark.parametrize("steps, message", [
-    ("fly", "choose from extract,"), ("tokenise,extract", "extract or chat first"), ("length,chat", "extract or chat first"), ("length,length", "none twice"),
+    ("fly", "choose from extract,"), ("tokenise,extract", "extract or chat first"), ("length,chat", "extract or chat first"), ("length,length", "none twice"), ("chat,exact,tokenise", "not of chats"),
     ("", "choose from"), ("extract,,tokenise", "choose from"), ("decontaminate", "--eval_data")])
 def test_steps_that_cannot_be(steps, message, tmp_path):
     with pytest.raises(ValueError, match=re.escape(message)):
@@ -361,7 +361,7 @@ def test_steps_that_cannot_be(steps, message, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("options", [dict(threshold=0.0), dict(threshold=1.5), dict(false_positives=0.0), dict(steps="tokenise", shard="0/2"), dict(steps="tokenise", merge=True),
+@pytest.mark.parametrize("options", [dict(threshold=0.0), dict(threshold=1.5), dict(false_positives=0.0), dict(steps="tokenise", shard="0/2"), dict(steps="tokenise", merge=True), dict(shard="0/2", merge=True),
                                      dict(shard="2/2"), dict(shard="x"), dict(shard="1"), dict(eval_data="nowhere")])
 def test_options_that_cannot_be(options, tmp_path):
     with pytest.raises((ValueError, OSError)) as caught:
