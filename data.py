@@ -1076,7 +1076,7 @@ def read_languages(path: Path) -> dict[str, list[str]]:
     raw = path.read_bytes()
     with bpe.blaming(f"{path} has not the form {{code: [texts]}}"):
         languages = json.loads(raw)
-        return {code: [text + "" for text in texts] for code, texts in languages.items()}
+        return {code: [text + "" for text in texts + []] for code, texts in languages.items()}
 
 
 def train_filter(o: Options) -> None:

@@ -486,9 +486,10 @@ def test_training_by_command(run_main, tmp_path, languages, monkeypatch, capsys)
     assert data.filters(data.Options(ngrams=str(tmp_path / "n.npz")))["perplexity"](prose(90))[0]
     (tmp_path / "bad.json").write_text('{"de": "text", "en": [1]}')
     (tmp_path / "no.json").write_text("no")
+    (tmp_path / "long.json").write_text('{"de": "die das", "en": "the that"}')
     done = run_main("data.py", "--train_language=bad.json", cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1) and "{code: [texts]}" in done.stderr
-    for words in (dict(train_language="no.json"), dict(train_language="none.json"), dict(train_ngrams="none"), dict(train_classifier=True),
+    for words in (dict(train_language="no.json"), dict(train_language="long.json"), dict(train_language="none.json"), dict(train_ngrams="none"), dict(train_classifier=True),
                   dict(train_classifier=True, positive="good.jsonl", negative="none"), dict(train_ngrams="folder/none")):
         with pytest.raises((ValueError, OSError)) as caught:
             data.train_filter(data.Options(**words))
