@@ -2315,7 +2315,7 @@ def prepare(input: str, tokenizer: str, output: str, vocab_size: int, pattern: s
         manifest["inputs"] = manifest.pop("inputs")  # many lines, so last
         with bpe.replacing(folder / "manifest.json") as file:
             file.write(json.dumps(manifest, indent=1).encode())
-        for path in folder.glob("parts-*"):
+        for path in folder.glob("parts-" + "[0-9a-f]" * 16):  # not what somebody else calls so
             shutil.rmtree(path)
     return manifest
 

@@ -433,6 +433,13 @@ def test_damaged_files_cost_no_other_document(tmp_path):
     assert steps["read"]["dropped"]["damaged"] == 2 and balanced(steps, "extract,exact") and steps["exact"]["kept"] > 20
 
 
+def test_what_others_keep_in_the_folder_stays(tmp_path):
+    (tmp_path / "out/parts-mine").mkdir(parents=True)
+    (tmp_path / "out/parts-list.txt").write_text("a")
+    through(tmp_path, ["a text"], "exact")
+    assert sorted(path.name for path in (tmp_path / "out").glob("parts*")) == ["parts-list.txt", "parts-mine"]
+
+
 def test_nothing_left_is_told(tmp_path, capsys):
     with pytest.raises(ValueError, match="no document"):
         through(tmp_path, ["a", "b"], "length,tokenise")
