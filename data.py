@@ -295,6 +295,10 @@ def read_blocks(path: str | Path) -> Iterator[bytes | None]:
     with open(path, "rb") as file:
         begin = PACKED.match(file.peek(10))
         begin_unpacking = begin and kinds.get(begin[0][:1])
+        if begin and not begin_unpacking:
+            tell_once(f"{path} is packed with zstd, which needs Python 3.14: unpack it first")
+            yield None
+            return
         unpacker = begin_unpacking and begin_unpacking()
         while rest := file.read(HEAD):
             if not unpacker:
