@@ -2295,6 +2295,8 @@ def prepare(input: str, tokenizer: str, output: str, vocab_size: int, pattern: s
     manifest, written = {}, {}
     with claimed(folder, o):
         coder = None if o.tokenizer in bpe.TRAINERS else bpe.load(o.tokenizer)  # a bad file is told before the work
+        if "decontaminate" in o.steps:
+            evaluation_keys(o.eval_data)  # so is a bad set, which would drop all documents
         with contextlib.ExitStack() as stack:  # at its end all files take their places
 
             def create(name: str) -> BinaryIO:

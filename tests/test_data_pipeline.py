@@ -261,7 +261,8 @@ def test_real_evaluation_sets(test_data, tmp_path):
 def test_a_damaged_evaluation_set_is_told_in_one_line(tmp_path, evaluation):
     (evaluation / "bad.jsonl").write_text("{")
     with pytest.raises(ValueError, match="bad.jsonl is damaged"):
-        through(tmp_path, ["a text"], "decontaminate", eval_data=str(evaluation))
+        through(tmp_path, ["a text"], "decontaminate", eval_data=str(evaluation), shard="0/2")
+    assert not any((tmp_path / "out").glob("parts-*")), "it is told before the work"
 
 
 # ---------------------------------------------------------------------------------------------------------- the pipeline
