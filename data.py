@@ -2360,8 +2360,9 @@ def main() -> None:
         return train_filter(o)
     if not o.shard and not o.merge and o.steps != "tokenise":  # under torchrun, or of an array job
         for index, count in (("RANK", "WORLD_SIZE"), ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT")):
-            if int(os.environ.get(count, 1)) > 1:
-                o.shard = f"{os.environ.get(index)}/{os.environ[count]}"
+            shards = int(os.environ.get(count, 1))
+            if shards > 1:
+                o.shard = f"{int(os.environ[index]) % shards}/{shards}"  # an array of n jobs may count from 1
     manifest = prepare(**dataclasses.asdict(o))
     if o.shard:
         print("this shard is done; when all are: the same command with --merge in place of --shard")
