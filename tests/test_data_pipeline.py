@@ -229,7 +229,7 @@ def evaluation(tmp_path):
     rows = [{"question": QUESTION, "answer": ANSWER}, {"question": "why", "answer": "because"}]
     (folder / "gsm8k_test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with open(folder / "astronomy_test.csv", "w", newline="") as file:
-        csv.writer(file).writerow([SHORT, "Mercury", "Venus", "Earth", "Mars", "A"])
+        csv.writer(file).writerow([SHORT, "Mercury", "Venus", "Earth", "Mars", "x" * 200_000])
     (folder / "hellaswag_val.jsonl").write_text(json.dumps({"ctx": "he", "endings": ["no", " ".join(f"ending{i}" for i in range(20))]}))
     return folder
 
