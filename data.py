@@ -2064,8 +2064,8 @@ def look(files: list[Path], o: Options) -> None:
         row = do_document(record, np.zeros(0, bool), steps, o, Counter())
         after = f"dropped by {row['step']}: {row['reason']}" if row else text_of(record)[:GLANCE]
         for title, text in ((origin, before), ("becomes", after)):
-            print(f"--- {title} ".ljust(80, "-"))
-            print("".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text))
+            shown = f"--- {title} ".ljust(80, "-") + f"\n{text}"
+            print("".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in shown))
 
 
 # --- a crawl to begin with: the standard library's documentation as the web would have it ----------------------------

@@ -673,10 +673,11 @@ def test_the_next_command_takes_what_was_kept(tmp_path, run_main):
 
 
 def test_a_look_shows_no_control_characters(tmp_path, capsys):
-    (tmp_path / "in.jsonl").write_text(json.dumps({"text": "red \x1b[31m text\nsecond line"}))
-    data.look([tmp_path / "in.jsonl"], data.Options(input=str(tmp_path / "in.jsonl"), steps="exact", look=5))
+    path = tmp_path / "in\udcff.jsonl"  # a name that is not UTF-8, which a terminal cannot show either
+    path.write_text(json.dumps({"text": "red \x1b[31m text\nsecond line"}))
+    data.look([path], data.Options(input=str(path), steps="exact", look=5))
     out = capsys.readouterr().out
-    assert "\x1b" not in out and "red ?[31m text\nsecond line" in out
+    assert "\x1b" not in out and "red ?[31m text\nsecond line" in out and "in?.jsonl#0 " in out
 
 
 # ------------------------------------------------------------------------------------------------------- conversations
