@@ -634,12 +634,9 @@ class Document:
         """A key of each word, good in this process."""
         return np.array([*map(hash, self.words)], np.int64).view(np.uint64)
 
-    def found(self, pattern: str) -> int:
-        """How often a pattern occurs, in any case."""
-        return len(re.findall(pattern, self.text, re.I))
-
     def found_per_word(self, pattern: str) -> float:
-        return self.found(pattern) / max(1, len(self.words))
+        """How often a pattern occurs, in any case, over the number of words."""
+        return len(re.findall(pattern, self.text, re.I)) / max(1, len(self.words))
 
     def count(self, part: str) -> int:
         return len(getattr(self, part))
@@ -671,9 +668,7 @@ class Document:
         total, first = (sum(map(weigh, some)) for some in (units, set(units)))
         return (total - first) / max(1, total)
 
-    def repeated_characters(self, part: str) -> float:
-        """The share of the characters that lie in such lines or paragraphs."""
-        return self.repeated(part, len)
+    repeated_characters = partialmethod(repeated, weigh=len)  # the share of the characters that lie in such ones
 
     def top_gram(self, n: str) -> float:
         """The share of the characters of words in the most frequent n-gram of words; 0 if each occurs once."""
@@ -722,8 +717,8 @@ TABLE = r"""
     repetition  repeated_9grams                 repeated_grams        9                       0      0.11
     repetition  repeated_10grams                repeated_grams        10                      0      0.1
     c4          sentences                       sentences             -                       3      inf
-    c4          curly_brackets                  found                 \{                      0      0
-    c4          lorem_ipsum                     found                 lorem\sipsum            0      0
+    c4          curly_brackets                  found_per_word        \{                      0      0
+    c4          lorem_ipsum                     found_per_word        lorem\sipsum            0      0
     fineweb     final_marks                     lines_with            [.!?"'”’…。！？」]$      0.12   1
     fineweb     repeated_line_characters        repeated_characters   lines                   0      0.1
     fineweb     short_lines                     lines_with            ^.{0,29}$               0      0.67"""
