@@ -185,7 +185,7 @@ def read_jsonl(path: Path, counts: Counter) -> Iterator[tuple[str, bool]]:
     """The field "text" of each line of a file, as (text, True); lines that have none are counted in "bad_lines"."""
     with bpe.opened(path) as file:
         for line in file:
-            text = line.decode("utf-8", "replace")
+            text = line.decode("utf-8-sig", "replace")
             counts["utf8_errors"] += text.count("\ufffd") - line.count("\ufffd".encode())
             try:
                 yield bpe.well_formed(json.loads(text)["text"]), True
@@ -1705,7 +1705,7 @@ def read_record(record: dict, o: Options, counts: Counter) -> str:
             record["markup"] = True
         return ""
     try:  # a row
-        record |= json.loads(raw.decode("utf-8", "replace"))
+        record |= json.loads(raw.decode("utf-8-sig", "replace"))
         if "chat" in o.steps.split(","):
             record["messages"] = to_messages(record)
             record.pop("text", "")
