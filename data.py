@@ -1620,7 +1620,7 @@ def lines_of(record: dict) -> list[str]:
 
 # Layouts of conversations: the fields of a row, in their order, with who speaks ("turns": a list of who says what; "?":
 # the field may be missing). The first layout that fits counts: OpenAI's, ShareGPT's, Alpaca's, pairs.
-LAYOUTS = """tools?:system messages:turns
+LAYOUTS = """tools?:system system?:system messages:turns
     tools?:system system?:system conversations:turns
     system?:system instruction:user input?:user output:assistant
     system?:system prompt:user completion:assistant

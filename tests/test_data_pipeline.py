@@ -696,6 +696,7 @@ LAYOUTS = [
     ({"question": "q", "answer": "r"}, SAID),
     ({"messages": [{"role": "developer", "content": "s"}, {"role": "user", "content": [{"type": "text", "text": "q"}]},
                    {"role": "assistant", "content": "r"}], "prompt": "q", "completion": "other"}, (("system", "s"), *SAID)),
+    ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}], "system": "s"}, (("system", "s"), *SAID)),
     ({"messages": OPENAI, "tools": [{"name": "add"}]}, (
         ("system", '[{"name": "add"}]'), ("user", "q"),
         ("assistant", '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": "ü"}}\n</tool_call>'), ("tool", "3"), ("assistant", "It is three."))),
