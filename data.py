@@ -2028,8 +2028,8 @@ def write_report(o: Options, manifest: dict) -> None:
         out.append(f"<{tag}>{html.escape(str(text))}</{tag}>")
 
     add("pre", "\n".join(table(o.steps, steps)))
-    for side in ("train", "val"):
-        row = Counter(manifest.get(side, {}))
+    for side in ("train", "val") if "train" in manifest else ():
+        row = manifest[side]
         add("p", f"{side}.npy: {row['documents']:,} documents, {row['tokens']:,} tokens")
     with contextlib.suppress(FileNotFoundError), open(Path(o.output) / "removed.jsonl") as removed:
         for row in map(json.loads, removed):

@@ -658,7 +658,9 @@ def test_the_report_escapes_and_the_table_is_narrow(tmp_path, run_main):
     assert all(len(line) <= 80 for line in lines[:8]) and lines[0].split()[:3] == ["step", "documents", "kept"]
     assert sum(line.startswith("--- in.jsonl#") for line in lines) == 3 and sum(line.startswith("--- becomes") or line.startswith("--- dropped") for line in lines) == 3
     again = run_main("data.py", "--input=in.jsonl", "--steps=length,exact,tokenise", "--tokenizer=byte", "--output=out", "--report=again.html", cwd=tmp_path)
-    assert "reused" in again.stdout and (tmp_path / "again.html").read_text() == page
+    assert "reused" in again.stdout and (tmp_path / "again.html").read_text() == page and "train.npy: " in page
+    run_main("data.py", "--input=in.jsonl", "--steps=exact", "--output=kept", "--report=kept.html", cwd=tmp_path)
+    assert ".npy" not in (tmp_path / "kept.html").read_text()
 
 
 def test_the_next_command_takes_what_was_kept(tmp_path, run_main):
