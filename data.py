@@ -1436,7 +1436,7 @@ def letters_of(text: str) -> str:
 def read_evaluation(path: Path) -> Iterator[tuple[str, str]]:
     """(name, text) of each field of a file of an evaluation set: rows of jsonl, of csv as MMLU has them, paragraphs."""
     csv.field_size_limit(1 << 30)  # else a long field, or one that no quote closes, is an error
-    with bpe.opened(path, "rt", encoding="utf-8", errors="replace", newline="") as file:
+    with bpe.opened(path, "rt", encoding="utf-8-sig", errors="replace", newline="") as file:
         if ".jsonl" in path.suffixes:
             rows = (json.loads(line) for line in file if line.strip())
         elif ".csv" in path.suffixes:
