@@ -1449,6 +1449,11 @@ def read_evaluation(path: Path) -> Iterator[tuple[str, str]]:
                 yield from ((f"{path.name} {number} {field}", text) for text in texts if isinstance(text, str))
 
 
+def set_of(name: str) -> str:
+    """The file of an item that read_evaluation named; there may be spaces in it."""
+    return re.split(r" \d+ ", name)[0]
+
+
 @lru_cache(1)
 def evaluation_keys(eval_data: str) -> tuple[dict[int, np.ndarray], list[tuple[str, str]]]:
     """({n: (keys, sorted, and the item of each)}, (name, text) of each item).
@@ -1746,7 +1751,7 @@ def decontaminate(record: dict, o: Options, counts: Counter) -> str:
             hits.update(item for item in same if n == LEAKED[1] or f" {items[item][1]} " in f" {text} ")
     names = [items[hit][0] for hit in sorted(hits)]
     counts.update(f"decontaminate/found/{name}" for name in names)
-    return f"found in {names[0].split()[0]}" if names else ""
+    return f"found in {set_of(names[0])}" if names else ""
 
 
 # Steps that look at one document: they change the record in place, and give the reason why it is dropped, or "".
@@ -1980,7 +1985,7 @@ class Pipeline:
         if "decontaminate" in self.o.steps:
             _, items = evaluation_keys(self.o.eval_data)
             found = {name: counts[f"decontaminate/found/{name}"] for name, _ in items}
-            short = [name.split()[0] for name, text in items if len(text.split()) < LEAKED[0]]
+            short = [set_of(name) for name, text in items if len(text.split()) < LEAKED[0]]
             report = dict(found=+Counter(found), too_short=Counter(short))  # those above 0
             create("contamination.json").write(json.dumps(report, indent=1).encode())
 

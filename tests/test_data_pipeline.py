@@ -230,7 +230,7 @@ def evaluation(tmp_path):
     (folder / "gsm8k_test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8-sig")
     with open(folder / "astronomy_test.csv", "w", newline="") as file:
         csv.writer(file).writerow([SHORT, "Mercury", "Venus", "Earth", "Mars", "x" * 200_000])
-    (folder / "hellaswag_val.jsonl").write_text(json.dumps({"ctx": "he", "endings": ["no", " ".join(f"ending{i}" for i in range(20))]}))
+    (folder / "hellaswag val.jsonl").write_text(json.dumps({"ctx": "he", "endings": ["no", " ".join(f"ending{i}" for i in range(20))]}))
     return folder
 
 
@@ -244,10 +244,10 @@ def test_planted_leaks_are_found_and_near_misses_are_not(tmp_path, evaluation):
               " ".join(reversed(words)), "so " + " ".join(f"ending{i}" for i in range(5, 17))]
     kept, steps = through(tmp_path, leaks + misses, "decontaminate", eval_data=str(evaluation))
     assert [row["text"] for row in kept] == misses
-    assert steps["decontaminate"]["dropped"] == {"found in gsm8k_test.jsonl": 3, "found in astronomy_test.csv": 1, "found in hellaswag_val.jsonl": 1}
+    assert steps["decontaminate"]["dropped"] == {"found in gsm8k_test.jsonl": 3, "found in astronomy_test.csv": 1, "found in hellaswag val.jsonl": 1}
     report = json.loads((tmp_path / "out/contamination.json").read_text())
-    assert report["found"] == {"gsm8k_test.jsonl 0 question": 2, "gsm8k_test.jsonl 0 answer": 1, "astronomy_test.csv 0 question": 1, "hellaswag_val.jsonl 0 endings": 1}
-    assert report["too_short"] == {"gsm8k_test.jsonl": 2, "astronomy_test.csv": 5, "hellaswag_val.jsonl": 2}
+    assert report["found"] == {"gsm8k_test.jsonl 0 question": 2, "gsm8k_test.jsonl 0 answer": 1, "astronomy_test.csv 0 question": 1, "hellaswag val.jsonl 0 endings": 1}
+    assert report["too_short"] == {"gsm8k_test.jsonl": 2, "astronomy_test.csv": 5, "hellaswag val.jsonl": 2}
 
 
 def test_real_evaluation_sets(test_data, tmp_path):
