@@ -248,7 +248,7 @@ class Corpus:
             # Of a few dozen documents none may lie below the fraction: then the lowest is held out.
             self.training = np.where(shares <= max(val_fraction, shares.min()), 0, sizes)
         if not 0 < self.training.sum() < sizes.sum():
-            raise ValueError("nothing can be held out for validation: the text is too short or all documents are equal")
+            raise ValueError("training or validation is empty: a short text, all documents equal, or --val_fraction")
 
     def sided(self) -> Iterator[tuple[int, str, bool]]:
         """As `pieces`, each with its side (1 for validation); a document that has both parts counts as two."""
@@ -2178,7 +2178,7 @@ def check_options(o: Options) -> None:
         order = "extract or chat first, tokenise last and not of chats, none twice"
         raise ValueError(f"--steps={o.steps}: choose from {','.join(known)}; {order}")
     if o.shard and o.merge or names == ["tokenise"] and (o.shard or o.merge):
-        raise ValueError("--shard and --merge are for steps before tokenise, --merge without --shard when all are done")
+        raise ValueError("--shard and --merge are for steps before tokenise, --merge without --shard, after all")
     if "decontaminate" in names and not o.eval_data:
         raise ValueError("the step decontaminate needs --eval_data, the evaluation sets")
     for name in ("val_fraction", "false_positives", "threshold"):

@@ -508,6 +508,7 @@ REFUSED = {
     "pattern": (["--input=corpus.txt", "--tokenizer=bpe", "--pattern=("], "pattern"),
     "pattern that drops text": (["--input=corpus.txt", "--tokenizer=bpe", "--pattern=a"], "pattern"),
     "fraction": (["--input=corpus.txt", "--val_fraction=0"], "--val_fraction"),
+    "all held out": (["--input=corpus.txt", f"--separator={END}", "--val_fraction=1"], "--val_fraction"),
     "workers": (["--input=corpus.txt", "--workers=-1"], "--workers"),
     "step": (["--input=corpus.txt", "--steps=tokenise,fly"], "tokenise,fly"),
 }
