@@ -25,7 +25,7 @@ from conftest import ROOT, tiny_documents
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
 CEILING = {
     "bpe.py": 784,
-    "data.py": 1737,
+    "data.py": 1749,
     "model.py": 1231,
     "train.py": 1001,
     "kernels.py": 1638,
