@@ -964,15 +964,17 @@ def from_letters(ids: dict, merges: Iterable, specials: dict, pattern: str, form
 def from_hugging_face(data: dict) -> Tokenizer:
     """The tokenizer of a tokenizer.json of the library `tokenizers`; ValueError names what is not byte-level BPE."""
     model, steps = data["model"], data["pre_tokenizer"] or {"type": "no pre_tokenizer"}
-    steps = {step["type"]: step for step in steps.get("pretokenizers", [steps])}
-    split, byte_level = steps.pop("Split", {}), steps.pop("ByteLevel", {})
-    lacking = [*steps, *(name for name in ("byte_fallback", "dropout", "end_of_word_suffix") if model.get(name))]
+    steps = steps.get("pretokenizers", [steps])
+    split, byte_level = [{}, *steps][-2:]
+    cuts = [step["type"] for step in steps] + ["use_regex"] * byte_level.get("use_regex", True)
+    usual = cuts in (["ByteLevel", "use_regex"], ["ByteLevel"], ["Split", "ByteLevel"])  # text is cut once
+    lacking = [] if usual else cuts
+    lacking += [name for name in ("byte_fallback", "dropout", "end_of_word_suffix") if model.get(name)]
     form = (data.get("normalizer") or {"type": ""})["type"]
     lacking += [name for name in (form, model["type"]) if name not in ("", "NFC", "BPE")]
     if lacking or byte_level.get("add_prefix_space"):
         raise ValueError(f"it is more than byte-level BPE: {', '.join(lacking) or 'add_prefix_space'}")
-    usual = PATTERNS["gpt2" if byte_level.get("use_regex", True) else "bytes"]
-    pattern = split["pattern"]["Regex"] if split else usual
+    pattern = split["pattern"]["Regex"] if split else PATTERNS["gpt2" if "use_regex" in cuts else "bytes"]
     specials = {token["content"]: token["id"] for token in data["added_tokens"]}
     merges = (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"])
     return from_letters(model["vocab"], merges, specials, pattern, form)

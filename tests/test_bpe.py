@@ -760,11 +760,14 @@ def test_tokenizer_json_of_hugging_face(style, tokenizer, library, tmp_path):
 def test_what_is_no_byte_level_bpe_is_refused_by_name(tokenizer, tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
     pre, models = tokenizers.pre_tokenizers, tokenizers.models
+    words = pre.Split(tokenizers.Regex(LLAMA3), "isolated")
     cases = {"WordPiece": dict(model=models.WordPiece({"[UNK]": 0}, unk_token="[UNK]")), "Unigram": dict(model=models.Unigram()),
              "Lowercase": dict(normalizer=tokenizers.normalizers.Lowercase()), "Metaspace": dict(pre_tokenizer=pre.Metaspace()),
              "Digits": dict(pre_tokenizer=pre.Sequence([pre.Digits(), pre.ByteLevel(add_prefix_space=False)])),
              "no pre_tokenizer": dict(pre_tokenizer=None), "add_prefix_space": dict(pre_tokenizer=pre.ByteLevel(add_prefix_space=True)),
-             "byte_fallback": dict(model=models.BPE(byte_fallback=True))}
+             "byte_fallback": dict(model=models.BPE(byte_fallback=True)),
+             "Split, Split, ByteLevel": dict(pre_tokenizer=pre.Sequence([words, words, pre.ByteLevel(False, use_regex=False)])),
+             "Split, ByteLevel, use_regex": dict(pre_tokenizer=pre.Sequence([words, pre.ByteLevel(False)]))}
     for name, change in cases.items():
         peer = hugging_face(tokenizer, "gpt2")
         for field, value in change.items():
