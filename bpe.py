@@ -217,7 +217,7 @@ def read_parts(files: Iterable[Path], separator: str, errors: dict) -> Iterator[
             raise ValueError(f"{path} is no text in UTF-8, but binary or UTF-16")
         with blaming(f"{path} is damaged"), opened(path, "rt", encoding="utf-8", errors="count", newline="\n") as file:
             if ".jsonl" in path.suffixes:
-                yield from ((json.loads(line)["text"] + "", True) for line in file)
+                yield from ((json.loads(line)["text"] + "", True) for line in file if line.strip())
                 continue
             rest = ""
             while block := file.read(CHUNK):

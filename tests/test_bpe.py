@@ -928,7 +928,7 @@ def test_read_parts(separator, tmp_path, monkeypatch):
 def test_lines_of_json_and_gzip_are_read(tmp_path):
     texts = ["one\ntext", "", "naïve \ud83d\ude00".encode("utf-16", "surrogatepass").decode("utf-16"), "a\0b"]
     lines = "".join(json.dumps({"id": 1, "text": text}) + "\n" for text in texts).encode()
-    (tmp_path / "a.jsonl").write_bytes(lines)
+    (tmp_path / "a.jsonl").write_bytes(lines + b"\n \n")  # blank lines are no documents
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines))
     (tmp_path / "c.txt.gz").write_bytes(gzip.compress("é one|two".encode()))
     (tmp_path / "d.gz").write_bytes(gzip.compress(b"\0binary"))
