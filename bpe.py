@@ -368,7 +368,7 @@ def cut(text: str, pattern: str) -> list[int]:
     except (regex.error, TimeoutError) as error:
         raise ValueError(f"pattern {pattern!r} is no regular expression, or takes too long: {error}") from None
     if found.end() < len(text):
-        raise ValueError(f"pattern {pattern!r} drops text; write |. at its end")
+        raise ValueError(f"pattern {pattern!r} drops text; write |(?s:.) at its end")
     return found.ends(found.re.groups)
 
 
