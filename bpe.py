@@ -1054,6 +1054,8 @@ def compare(o: Options) -> None:
     parts = read_parts(find_files(o.input), o.separator, {})
     text = "".join(part for part, _ in parts)
     size = len(text.encode())
+    if not size:
+        raise ValueError(f"there is no text in --input={o.input} to compare tokenizers on")
     words = len(regex.findall(r"\w+", text))
     print(f"{size:,} bytes, {words:,} words; unk: bytes that it hides\n"
           "embed: parameters of the embedding at width 768; s: of encoding\n"

@@ -1027,6 +1027,9 @@ def test_seeing(run_main, tmp_path):
     rows = [line.split() for line in done.stdout.splitlines()[3:]]
     assert [row[0] for row in rows] == ["char", "word", "257", "tokenizer.json"] and done.returncode == 0, done.stderr
     assert rows[2][3] == "1.000" and rows[0][3] == "1.000" and float(rows[3][3]) > 1.5
+    (tmp_path / "empty.txt").touch()
+    empty = run_main("bpe.py", "--input=empty.txt", "--compare=tokenizer.json", cwd=tmp_path)
+    assert empty.stderr == "bpe.py: there is no text in --input=empty.txt to compare tokenizers on\n"
     few = run_main("bpe.py", "--input=a.txt", "--compare=word", "--vocab_size=4", cwd=tmp_path)
     assert float(few.stdout.splitlines()[3].split()[6].rstrip("%")) > 50  # of the bytes are hidden by <|unk|>
 
