@@ -1036,7 +1036,8 @@ def visible(token: bytes) -> str:
 def show(tokenizer: Tokenizer, text: str) -> None:
     """Print each token of a text, with its id, and a bar behind the last one of each piece.
 
-    On a terminal the tokens are coloured in turn; a file or a pipe gets no codes of colours.
+    On a terminal the tokens are coloured in turn; a file or a pipe gets no codes of colours. Without all bytes each
+    token is a piece, and <|unk|> does not tell how long it is.
     """
     ends = piece_ends(well_formed(text, tokenizer.form), tokenizer.pattern).tolist()
     at, coloured = 0, sys.stdout.isatty()
@@ -1046,7 +1047,7 @@ def show(tokenizer: Tokenizer, text: str) -> None:
         shown = visible(token)
         if coloured:
             shown = f"\x1b[3{1 + number % 6}m{shown}\x1b[0m"
-        print(f"{i:7} {shown}{' |' * (at in ends)}")
+        print(f"{i:7} {shown}{' |' * (at in ends or tokenizer.unknown is not None)}")
 
 
 def compare(o: Options) -> None:
@@ -1098,7 +1099,7 @@ def train_on_files(o: Options) -> Tokenizer:
         counts,
         o.min_count, o.max_chunk_bytes)
     tokenizer.save(o.output)
-    train_bpe(counts, 256 + o.trace, trace=True)  # the first ones once more
+    train_bpe(counts, 256 + min(o.trace, len(tokenizer.merges)), trace=True)  # the first ones once more
     if errors:
         print(f"{sum(errors.values())} errors in UTF-8, replaced by U+FFFD: {', '.join(errors)}", file=sys.stderr)
     size = sum(len(piece) * number for piece, number in counts.items())

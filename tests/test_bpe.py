@@ -1034,6 +1034,18 @@ def test_seeing(run_main, tmp_path):
     assert float(few.stdout.splitlines()[3].split()[6].rstrip("%")) > 50  # of the bytes are hidden by <|unk|>
 
 
+def test_bars_stand_behind_pieces_that_are_unknown_too(capsys):
+    bpe.show(bpe.train("word", ["the cat"], 4), "a the cat the")
+    assert [line.endswith(" |") for line in capsys.readouterr().out.splitlines()] == [True] * 4
+
+
+def test_a_trace_shows_the_merges_of_the_tokenizer(run_main, tmp_path):
+    (tmp_path / "a.txt").write_text("the cat in the hat\n" * 20)
+    for words, merges in (["--vocab_size=259"], 2), (["--tokenizer=byte"], 0), (["--tokenizer=word"], 0):
+        done = run_main("bpe.py", "--input=a.txt", "--trace=9", *words, cwd=tmp_path)
+        assert done.stdout.count(" times") == merges, done.stdout
+
+
 def test_colours_are_for_a_terminal(monkeypatch, capsys):
     tokenizer = bpe.train("byte", ["a b"], 300)
     bpe.show(tokenizer, "a b")
