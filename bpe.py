@@ -922,6 +922,8 @@ class Tokenizer:
         """Write the tokenizer as JSON, for `load`; to a path in .tiktoken its ranks, as tiktoken reads them."""
         content = json.dumps(self.to_dict()).encode()
         if Path(path).suffix == ".tiktoken":
+            if self.unknown is not None:
+                raise ValueError(f"{path}: a .tiktoken file holds byte-level tokens alone, not those of {self.kind}")
             lines = (base64.b64encode(token) + b" %d\n" % rank for token, rank in self.index.items())
             content = b"".join(lines)
         with replacing(path) as file:

@@ -885,6 +885,13 @@ def test_a_truncated_or_foreign_file_is_refused(tmp_path):
             bpe.load(path)
 
 
+@pytest.mark.parametrize("kind", ["char", "word"])
+def test_ranks_hold_bytes(kind, tmp_path):
+    with pytest.raises(ValueError, match="byte-level"):
+        bpe.train(kind, ["the cat"], 9).save(tmp_path / "t.tiktoken")
+    assert not list(tmp_path.iterdir())
+
+
 def test_saving_keeps_the_old_file_when_it_fails(tmp_path):
     path = tmp_path / "t.json"
     path.write_text("old")
