@@ -636,7 +636,8 @@ class Ledger:
         shape = {name: options[name] for name in options if name in Config.__annotations__}
         N, sequence = self.price(tuple(sorted(shape.items())))
         step = sequence * options["batch_size"]
-        options.setdefault("max_iters", round(C / step))
+        require(step > 0 and options.get("max_iters", 1) > 0, "batch_size and max_iters of a run: 1 or more")
+        options.setdefault("max_iters", max(1, round(C / step)))
         C = options["max_iters"] * step
         return dict(key=key_of(options), N=N, D=C // sequence * options["block_size"], C=C, options=options)
 

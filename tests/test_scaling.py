@@ -458,6 +458,16 @@ def test_the_vocabulary_is_the_tokenizers(ledger, tmp_path):
         ledger()
 
 
+def test_no_run_is_without_a_step(ledger):
+    """train.py takes --max_iters=0 for its own choice, which would cost more than was asked for."""
+    book = ledger()
+    plan = book.plan(1.0, n_embd=32)
+    assert plan["options"]["max_iters"] == 1 and plan["C"] > 1
+    for none in ("max_iters", "batch_size"):
+        with pytest.raises(ValueError, match="1 or more"):
+            book.plan(1e9, **{none: 0})
+
+
 def test_the_training_api(ledger):
     """loss = run(hyperparameters): a float, inf where it diverged, both charged, both free the second time."""
     book = ledger()
