@@ -672,11 +672,19 @@ class Ledger:
         todo, cost, left = self.lacking(plans), self.cost(plans), self.left()
         reason = f"{len(todo)} runs cost {cost:.3g} FLOPs; of --total={self.o.total:g} {left:.3g} are left"
         require(cost <= left, reason)
+        queues: dict = {}
+        for plan in todo.values():
+            queues.setdefault(self.trunk(plan) if self.o.reuse else plan["key"], []).append(plan)
         # Threads that wait for processes. A terminal's Ctrl-C reaches these too: they save what they have, and --resume
         # goes on from it; those that have not begun are not started.
         with ThreadPoolExecutor(self.workers) as pool:
-            list(pool.map(self.settle, todo.values()))
+            list(pool.map(self.settle_all, queues.values()))
         return [self.rows[plan["key"]] for plan in plans]
+
+    def settle_all(self, plans: list[dict]) -> None:
+        """Settle one run after the other, the shortest first, as what branches off one stable run must."""
+        for plan in sorted(plans, key=lambda plan: plan["C"]):
+            self.settle(plan)
 
     def settle(self, plan: dict) -> None:
         """Train a planned run, and write its row."""
@@ -713,15 +721,19 @@ class Ledger:
             curve=np.stack((flops, losses), 1).tolist(),
         )
 
+    def trunk(self, plan: dict) -> str:
+        """A name for the stable run that this one branches off: all lengths of a model have the same."""
+        return key_of(plan["options"] | dict(max_iters="any"))
+
     def branch(self, plan: dict, folder: Path) -> tuple[dict, list[str]]:
         """Take the stable run of a model to where this run decays: what is paid for, and the words that branch there.
 
         The runs of a model come with rising length; one that comes too late is trained from its beginning.
         """
         steps = plan["options"]["max_iters"]
-        start = round(steps * (1 - self.o.reuse))
+        start = max(1, min(steps - 1, round(steps * (1 - self.o.reuse))))
         options = plan["options"] | dict(max_iters=start)
-        name = key_of(options | dict(max_iters="any"))
+        name = self.trunk(plan)
         starts = [row["start"] for row in self.rows.values() if row.get("trunk") == name]
         before = max(starts, default=0)
         trunk = self.folder / "runs" / name

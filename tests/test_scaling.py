@@ -616,6 +616,20 @@ def test_one_stable_run_for_all_lengths(ledger, tmp_path):
     assert again.o.total - again.left() == short["C"] + long["C"] * 125 / 200 + late["C"]
 
 
+def test_runs_of_one_stable_run_wait_for_each_other(ledger, tmp_path):
+    """--reuse with some workers, lengths asked for in any order: charged, and branched, as one after the other."""
+    found = []
+    for workers in (1, 4):
+        book = ledger(reuse=0.25, workers=workers, output=str(tmp_path / f"{workers}"))
+        book.ask([book.plan(n_embd=32, max_iters=steps) for steps in (400, 100, 200)])
+        found.append({row["options"]["max_iters"]: (row["start"], row["paid"] / row["C"]) for row in book.rows.values()})
+    assert found[0] == found[1] == {100: (75, 1), 200: (150, 125 / 200), 400: (300, 250 / 400)}
+    for share, start in ((0.99, 1), (0.01, 19)):  # a stable part and a decay of one step or more
+        book = ledger(reuse=share, output=str(tmp_path / f"{share}"))
+        book.launch = lambda *_: ""
+        assert book.branch(book.plan(n_embd=32, max_iters=20), tmp_path)[0]["start"] == start
+
+
 def test_a_table_plays_the_training_api(ledger, tmp_path, capsys):
     """A class's offline assignment: a table's rows are the answers, charged once, refused when the money is gone."""
     rows = [dict(n_layer=layers, learning_rate=rate, N=layers * 1e6, C=1e15, loss=3 + 0.1 * layers + rate)
