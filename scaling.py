@@ -981,7 +981,7 @@ def mup(o: Options, ledger: Ledger) -> None:
             rates = [row["options"]["learning_rate"] for row in rows]
             lines.append((f"width {width}", "o-", rates, list(map(loss_of, rows))))
             middle = min(max(near, 1), len(plans) - 2)
-            three = [min(99, loss_of(ledger.rows[plan["key"]])) for plan in plans[middle - 1:middle + 2]]
+            three = [min(99, loss_of(row)) for row in ledger.ask(plans[middle - 1:middle + 2])]
             bend, tilt, _ = np.polyfit((-1, 0, 1), three, 2)
             best_rates.append(RATES[middle] - tilt / 2 / bend)
             print(f"{init:5} width {width:4}: best learning rate {2 ** best_rates[-1]:.4f}, loss {loss_of(best):.4f},\n"

@@ -685,6 +685,18 @@ def test_mup_finds_each_width_its_best_rate(ledger, capsys):
     assert out.count("lost with that of width 32: 0.0000") == 8 and out.count("best learning rate 0.0200") == 8
 
 
+def test_mup_ends_where_the_money_does(ledger, monkeypatch, capsys):
+    """The best rate is the last of the five that are paid for: no parabola can be laid through it."""
+    prices = {width: (width * 1000, 6000 * width) for width in (32, 64, 128, 256)}
+    book = ledger()
+    price = book.plan(n_embd=32, n_layer=2, n_head=1, ngram=0, block_size=64, max_iters=150)["C"]
+    book = ledger(total=5.5 * price)
+    monkeypatch.setenv("PRICES", json.dumps(prices))
+    monkeypatch.setattr(scaling, "RATES", range(-16, -3))
+    with pytest.raises(ValueError, match="are left"):
+        scaling.mup(book.o, book)
+
+
 def has_matplotlib():
     return importlib.util.find_spec("matplotlib") is not None
 
