@@ -872,7 +872,8 @@ def outline(o: Options, ledger: Ledger) -> None:
     price = 0
     for i, C in enumerate(ledger.budgets()):
         plans = ledger.sizes(C)
-        require(len(plans) > 2, f"--budgets: {C:g} FLOPs are fewer than {LEAST} steps of three sizes")
+        reason = f"--budgets: a valley needs 3 sizes; {C:g} FLOPs have {len(plans)}, of {LEAST} steps or more"
+        require(len(plans) > 2, reason)
         low = around(nearest(plans, RATIO * C**0.5), o.sizes, len(plans))
         some = plans[low:low + o.sizes]
         first, last = some[0], some[-1]

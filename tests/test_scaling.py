@@ -573,7 +573,7 @@ def test_the_study_brackets_tunes_and_predicts(ledger, tmp_path, capsys):
 
 def test_a_study_without_a_plan_for_a_budget(ledger):
     book = ledger(budgets="1e6")
-    with pytest.raises(ValueError, match="20 steps of three sizes"):
+    with pytest.raises(ValueError, match="needs 3 sizes; 1e.06 FLOPs have 0, of 20 steps or more"):
         scaling.outline(book.o, book)
 
 
