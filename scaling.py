@@ -1023,6 +1023,14 @@ MACHINES = {  # peak of dense bfloat16 in FLOP/s, bytes of memory; NVIDIA's data
 }
 
 
+def devices(machine: str) -> tuple[int, float, float]:
+    """How many devices a --machine such as 8xh100 has, the peak of one and its memory. Raises ValueError."""
+    found = re.fullmatch(r"(?:([1-9][0-9]{0,9})x)?(\w+)", machine)
+    known = found and found[2] in MACHINES
+    require(known, f"--machine={machine}: write 8xh100 or such; there are {', '.join(MACHINES)}")
+    return int(found[1] or 1), *MACHINES[found[2]]
+
+
 def fold(text: str) -> str:
     """A text in lines of 80 columns, all but the first indented."""
     return textwrap.fill(text, 80, subsequent_indent="    ", break_on_hyphens=False)
@@ -1140,13 +1148,10 @@ def predict(fits: dict, o: Options, ledger: Ledger | None, sha256: str) -> str:
         said.append(fold(f"isoflop's N is {off:+.0%} from the parametric law's: its parabolas are symmetric and see "
                          "one budget at a time, the law's valleys are not and see all budgets"))
     # Days and memory are arithmetic, not measurements: 40% of the peak, and 16 bytes a parameter.
-    count, _, kind = o.machine.rpartition("x")
-    known = kind in MACHINES and (count or "1").isdigit()
-    require(known, f"--machine={o.machine}: write 8xh100 or such; there are {', '.join(MACHINES)}")
-    peak, memory = MACHINES[kind]
+    count, peak, memory = devices(o.machine)
     trained = o.predict - law.k * N * o.inference_tokens / 3
     require(trained > 0, "--inference_tokens cost more than --predict pays for")
-    seconds = trained / (int(count or 1) * peak * 0.4)
+    seconds = trained / (count * peak * 0.4)
     said.append(fold(f"{D / N:.3g} tokens a parameter; {duration(seconds)} on {o.machine} at 40% of its peak; weights, "
                      f"gradients and AdamW in float32 take {16 * N / 1e9:.3g} GB, one device has {memory / 1e9:.0f}"))
     # What will be trained has a width of WIDTHS, not the best N itself: the loss is that of the nearest such model.
@@ -1161,7 +1166,6 @@ def predict(fits: dict, o: Options, ledger: Ledger | None, sha256: str) -> str:
                     f"{continued(command)}")
     if o.preregister:
         path = Path(o.output) / "prediction.json"
-        require(not path.exists(), f"{path} is there already; a prediction is made once")
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         write(path, stored | dict(data_sha256=sha256, time=now))
         said.append(f"{path} holds this; next, which trains it in RUN if nothing is there:\n"
@@ -1243,6 +1247,7 @@ def picture(path: str, panels: list[tuple[str, str, str, list]]) -> None:
         axes.set(title=title, xlabel=x_name, ylabel=y_name, xscale="log", yscale=scale)
         axes.legend(fontsize=8)
         axes.grid(alpha=0.3)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     print(f"{path} written")
 
@@ -1345,11 +1350,19 @@ def main() -> None:
     require(o.resamples >= 20, "--resamples: an interval needs 20 or more")
     require(o.sizes >= 3, "--sizes: a valley needs 3 or more")
     require(min(o.n_seeds, o.batch_size, o.block_size) > 0, "--n_seeds, --batch_size, --block_size: 1 or more")
+    least = min(o.predict, o.inference_tokens, o.workers, o.seed)
+    require(least >= 0, "--predict, --inference_tokens, --workers, --seed: 0 or more")
+    require(0 <= o.reuse < 1, "--reuse is a share of the steps, below 1")
+    require(o.predict or not o.preregister, "--preregister needs --predict")
+    require(not (o.mup and o.plan), "--mup has no --plan: its runs follow from each other")
+    devices(o.machine)
     if o.runs:
         return compare_runs(o)
     measured = check(o) if o.check else ()
     if measured and not o.plot:
         return
+    path = Path(o.output) / "prediction.json"
+    require(not (o.preregister and path.exists()), f"{path} is there already; a prediction is made once")
     if measured:  # the picture of the study, with what came of its prediction
         o.fit = o.fit or str(Path(o.output) / "runs.jsonl")
     ledger: Any = None if o.fit else Table(o) if o.table else Ledger(o)

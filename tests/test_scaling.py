@@ -744,6 +744,27 @@ def test_served_tokens_are_not_trained(tmp_path, run_main):
     assert done.stderr == "scaling.py: --inference_tokens cost more than --predict pays for\n"
 
 
+@pytest.mark.parametrize("words, said", [
+    ("--machine=0xh100", "--machine=0xh100: write 8xh100"), ("--machine=8xtpu", "there are a100"), ("--reuse=1", "--reuse is a share"),
+    ("--predict=-1e20", "--predict, .*: 0 or more"), ("--seed=-1", "--seed: 0 or more"), ("--mup --plan", "--mup has no --plan"),
+    ("--preregister", "--preregister needs --predict")])
+def test_options_that_cannot_be_are_refused_before_the_study(words, said, tmp_path, run_main):
+    done = run_main("scaling.py", *words.split(), "--output=study", cwd=tmp_path)
+    assert done.returncode == 1 and re.search(said, done.stderr) and done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_machines():
+    assert scaling.devices("1024xh100") == (1024, 989e12, 80e9) and scaling.devices("b200") == (1, 2250e12, 192e9)
+
+
+@pytest.mark.skipif("not has_matplotlib()", reason="matplotlib is not installed")
+def test_a_picture_in_a_new_folder(tmp_path, run_main):
+    table(tmp_path / "runs.csv", made().rows)
+    done = run_main("scaling.py", "--fit=runs.csv", "--resamples=20", "--plot=new/study.png", cwd=tmp_path)
+    assert done.returncode == 0 and (tmp_path / "new/study.png").exists(), done.stderr
+
+
 def test_durations():
     said = [scaling.duration(seconds) for seconds in (0.0123, 59, 90, 7200, 86400, 2.47e7)]
     assert said == ["0.0123 seconds", "59 seconds", "1.5 minutes", "2 hours", "1 days", "286 days"]
