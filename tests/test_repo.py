@@ -24,13 +24,13 @@ from conftest import ROOT, tiny_documents
 
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
 CEILING = {
-    "bpe.py": 784,
+    "bpe.py": 790,
     "data.py": 1749,
     "model.py": 1231,
     "train.py": 1001,
     "kernels.py": 1638,
     "ddp.py": 1208,
-    "scaling.py": 992,
+    "scaling.py": 1012,
     "align.py": 1337,
     "sample.py": 1357,
 }
