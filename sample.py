@@ -1172,8 +1172,8 @@ class Exam:
     def run(self) -> Iterator[str]:
         """Grade all tasks; yields a line for each score.
 
-        o.output holds every item, answer and score. It is written as it grows; what it holds is not graded again, but
-        for that of another model under the same name. Under torchrun each process grades its share, and the first one
+        o.output holds every item, answer and score. It is written as it grows; an item that it holds is not graded
+        again, but for those of another model under the same name. Under torchrun each process grades its share, and the first one
         writes.
         """
         output, ckpt = Path(self.o.output), checkpoint_hash(self.o.ckpt)
@@ -1194,8 +1194,9 @@ class Exam:
             find, grade, *how = TASKS[name]
             told = find is Exam.passkeys or self.o.eval_data and Path(self.o.eval_data).is_dir()
             require(told, f"--eval={name} needs a folder of items: --eval_data={self.o.eval_data} is none")
-            records, items = held.setdefault(name, {}), dict(find(self, *how))
-            todo = {key: item for key, item in items.items() if key not in records}
+            records, items = held.setdefault(name, {}), {key: [*item] for key, item in find(self, *how)}
+            # of a file that was changed, or of another one of this name, an item is not the one that was graded
+            todo = {key: item for key, item in items.items() if records.get(key, {}).get("item") != item}
             size = 100 * len(ranks)
             for start in range(0, len(todo), size):
                 keys = [*todo][start:start + size]

@@ -1251,7 +1251,9 @@ def test_the_eval_option(ckpt, main, eval_data, tmp_path, monkeypatch):
 
 
 def test_results_are_of_this_model_and_these_items(ckpt, main, tmp_path):
-    """A model trained anew under the same name is graded anew; items that are gone do not count; files may share a name."""
+    """A model trained anew under the same name is graded anew, and so is a text that is another one under the same name;
+    items that are gone do not count; files may share a name.
+    """
     for name, text in (("a/x.txt", "the one"), ("b/x.txt", "and the other one")):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_text(text)
@@ -1262,6 +1264,11 @@ def test_results_are_of_this_model_and_these_items(ckpt, main, tmp_path):
     (tmp_path / "b/x.txt").unlink()
     one = main(*words)[1]
     assert one != both and "eval.json.old" not in one
+    (tmp_path / "a/x.txt").write_text("the two")
+    other = main(*words)[1]
+    assert other != one and other == main(*words[:3], f"--output={tmp_path / 'new.json'}")[1]
+    (tmp_path / "a/x.txt").write_text("the one")
+    assert main(*words)[1] == one
     weights = torch.load(ckpt, weights_only=True)
     weights["weights"]["norm.weight"] *= 2
     torch.save(weights, tmp_path / "own.pt")
