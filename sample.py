@@ -1007,6 +1007,7 @@ def read_results(path: str | os.PathLike) -> dict:
         results.get("found", {}).keys()
         for name in TASKS.keys() & results.keys():
             for record in results[name].values():
+                require(isinstance(record.get("item", []), list), "an item is no list")
                 scores = [record[metric] for metric in record.keys() - {"item", "answer"}]
                 [top + bottom + 0.0 for top, bottom in scores]  # raises where they are no pairs of numbers
     except (ValueError, TypeError, AttributeError) as error:
@@ -1212,7 +1213,12 @@ class Exam:
             yield from self.leaks(name, records)
             if self.o.compare:
                 others = read_results(self.o.compare).get(name, {})
-                yield from summaries(name, records, others, self.o.compare)
+                # what stands before may differ (--swap, --shots), what is graded may not: windows begin at tokens
+                same = {key: record for key, record in records.items()
+                        if key in others and others[key].get("item", [])[1:] == record["item"][1:]}
+                yield from summaries(name, same, others, self.o.compare)
+                if not same:
+                    yield f"{name}: {self.o.compare} has none of these items"
 
     def leaks(self, name: str, records: dict) -> Iterator[str]:
         """A line where a report of data.py, in or beside --eval_data or beside --ckpt, found items in training text."""

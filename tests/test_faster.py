@@ -408,6 +408,14 @@ def test_compare_swap_and_notes_on_leaks(ckpt, main, eval_data, tmp_path):
     assert "ppl bits_per_byte: +0.0000 (+0.0000 to +0.0000) over" in swapped
     assert "other settings" in grade("a.json", "--swap")[2] and "other settings" in grade("a.json", "--quantize=int8")[2]
     assert "other settings" in grade("a.json", "--dtype=bfloat16")[2]
+    whole = model.load_checkpoint(ckpt)
+    model.save_checkpoint(tmp_path / "half.pt", model.GPT(model.Config(**whole["config"] | {"block_size": 16})), tokenizer=whole["tokenizer"])
+    code, out, _ = grade("half.json", f"--ckpt={tmp_path / 'half.pt'}", "--eval=ppl", f"--compare={tmp_path / 'a.json'}")
+    windows = [json.loads((tmp_path / name).read_text())["ppl"] for name in ("half.json", "a.json")]
+    assert code == 0 and len(windows[0].keys() & windows[1].keys()) == 9
+    assert out.count(f"over {tmp_path / 'a.json'}, on 1 items") == 2, "of windows that are longer, only the last is the same"
+    (tmp_path / "few.json").write_text("{}")
+    assert f"ppl: {tmp_path / 'few.json'} has none of these items" in grade("a.json", f"--compare={tmp_path / 'few.json'}")[1]
     (tmp_path / "bad.json").write_text("{")
     for bad, message in (("bad.json", "no file of results"), ("none.json", "No such file")):
         code, _, err = grade("a.json", f"--compare={tmp_path / bad}")
