@@ -760,8 +760,9 @@ def quantise(model: GPT, kind: str) -> str:
             parent, _, own = name.rpartition(".")
             setattr(model.get_submodule(parent), own, Quantised(layer, 4 if fits else 8))
     if model.config.tie_embeddings:
+        dtype = model.embedding.weight.dtype  # of --dtype, which the norms have, too
         del model.embedding.weight
-        model.embedding.forward = model.head.restored
+        model.embedding.forward = lambda ids: model.head.restored(ids).to(dtype)
     after = sum(weight.nbytes for weight in model.parameters())
     return f"{kind}: {before / 1e6:,.1f} MB of weights now take {after / 1e6:,.1f} MB"
 

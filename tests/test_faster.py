@@ -245,6 +245,18 @@ def test_a_quantised_model(products, kind, share, gap):
         sample.quantise(gpt, "int5")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("norm", model.NORMS)
+def test_a_quantised_model_computes_in_its_own_type(dtype, norm):
+    """Tied embeddings are rows of the quantised head; torch's LayerNorm takes no other type than that of its gains."""
+    gpt = model.GPT(model.Config(vocab_size=40, block_size=8, n_layer=1, n_head=1, n_embd=32, norm=norm, bias=True, init="gpt2")).eval()
+    want, seen = gpt(torch.tensor([[1, 2]])).detach(), []
+    sample.quantise(gpt.to(dtype), "int8")
+    gpt.norm.register_forward_hook(lambda layer, x, y: seen.append((x[0].dtype, y.dtype)))
+    got = gpt(torch.tensor([[1, 2]])).float()
+    assert seen == [(dtype, dtype)] and (got - want).norm() < 0.03 * want.norm()
+
+
 def test_quantised_layers_that_do_not_fit_int4_take_int8():
     gpt = model.GPT(model.Config(vocab_size=40, block_size=8, n_layer=1, n_head=1, n_embd=20, n_expert=2)).eval()
     sample.quantise(gpt, "int4")
