@@ -1279,12 +1279,10 @@ class Server(http.server.ThreadingHTTPServer):
 
     request_queue_size = 128
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer | None, o: "Options"):
+    def __init__(self, engine: Engine, tokenizer: Tokenizer | None, o: "Options"):
         self.o, self.name = o, Path(o.ckpt).resolve().parent.name
+        self.engine = engine
         self.tokenizer = tokenizer or MUTE
-        self.engine = Engine(model, (), self.tokenizer.vocab_size, cache=o.cache_gb * 1e9 or math.inf, graphs=o.graphs)
-        if o.draft:
-            self.engine.draft = load_draft(o.draft, self.engine)
         self.key = os.environ.get("API_KEY", "")
         self.silent = {}  # connections that have sent no request, the oldest first
         self.statuses = collections.Counter()
@@ -1599,13 +1597,13 @@ at("fresh").onclick = () => [running?.abort(), messages = [], at("log").replaceC
 """
 
 
-def serve(model: GPT, tokenizer: Tokenizer | None, o: "Options") -> None:
+def serve(engine: Engine, tokenizer: Tokenizer | None, o: "Options") -> None:
     """Answer over HTTP until Ctrl-C or SIGTERM, which end the process in one line."""
     require(0 <= o.port < 1 << 16, f"--port={o.port} must be from 0 to {(1 << 16) - 1}")
     if tokenizer:
         render([], o.template, tokenizer)  # what it refuses is refused now
     try:
-        server = Server(model, tokenizer, o)
+        server = Server(engine, tokenizer, o)
     except OSError as error:
         where = f"--host={o.host} --port={o.port}"
         raise ValueError(f"{where} cannot be listened at: {error}; --port=0 takes a free port") from error
@@ -1663,8 +1661,8 @@ def copy_bandwidth(device: torch.device, clock: Callable = time.perf_counter) ->
     return 2 * source.nbytes / min(seconds)
 
 
-def bench_model(model: GPT, new_tokens: int = 64, graphs: bool = False) -> Iterator[str]:
-    """Greedy decoding of 1 to 64 texts together, each as long as the block: a row of speeds each.
+def bench_model(model: GPT, new_tokens: int = 64, **how) -> Iterator[str]:
+    """Greedy decoding of 1 to 64 texts together, each as long as the block: a row of speeds each; `how`: see Engine.
 
     Read is the share of a copy's bandwidth at which decoding gets what it must read, weights and state.
     """
@@ -1674,7 +1672,7 @@ def bench_model(model: GPT, new_tokens: int = 64, graphs: bool = False) -> Itera
     prompt = [0] * max(1, model.config.block_size - new_tokens)
     for batch in (1, 4, 16, 64):
         requests = [Request(prompt, new_tokens, Sampling(0)) for _ in range(batch)]
-        engine = Engine(model, requests, graphs=graphs)
+        engine = Engine(model, requests, **how)
         started = time.perf_counter()
         engine.step()
         first = time.perf_counter() - started
@@ -1785,15 +1783,16 @@ def main() -> None:
         print(quantise(model, o.quantize), file=sys.stderr)
     elif not o.draft and model.head.weight.is_cpu:  # a draft's guesses make several vectors of one
         by_columns(model)
-    if o.bench:
-        return print(*bench_model(model, graphs=o.graphs), sep="\n")
-    if o.serve:
-        return serve(model, tokenizer, o)
-    prompt = o.prompt or "\n"
-    requests = ask(tokenizer, prompt, **wishes(o))
-    engine = Engine(model, (), tokenizer.vocab_size, cache=o.cache_gb * 1e9 or math.inf, graphs=o.graphs)
+    known = (tokenizer or MUTE).vocab_size
+    engine = Engine(model, (), known, cache=o.cache_gb * 1e9 or math.inf, graphs=o.graphs)
     if o.draft:
         engine.draft = load_draft(o.draft, engine)
+    if o.bench:
+        return print(*bench_model(model, draft=engine.draft, graphs=o.graphs), sep="\n")
+    if o.serve:
+        return serve(engine, tokenizer, o)
+    prompt = o.prompt or "\n"
+    requests = ask(tokenizer, prompt, **wishes(o))
     if o.profile:
         return print(*profile_steps(engine, requests[0]), sep="\n")
     if o.eval:

@@ -441,7 +441,7 @@ def test_compare_swap_and_notes_on_leaks(ckpt, main, eval_data, tmp_path):
 
 # ---------------------------------------------------------------------------------------------------------- command line
 
-def test_quantize_draft_bench_and_profile(ckpt, main, tmp_path):
+def test_quantize_draft_bench_and_profile(ckpt, main, tmp_path, monkeypatch):
     words = f"--ckpt={ckpt}", "--prompt=the tokens, the tokens", "--max_new_tokens=90", "--top_k=2"
     plain = main(*words, "--seed=1")
     code, out, err = main(*words, "--draft=lookup", "--seed=1")
@@ -455,6 +455,9 @@ def test_quantize_draft_bench_and_profile(ckpt, main, tmp_path):
     assert all(f"forward {kind} " in out for kind in ("embedding", "mixer", "ffn", "norm", "head"))
     code, out, err = main(f"--ckpt={ckpt}", "--bench")
     assert code == 0 and out.count("%") == 4 and "GB/s" in out
+    asked = []
+    monkeypatch.setattr(sample, "look_up", lambda request, count: asked.append(count) or [])
+    assert main(f"--ckpt={ckpt}", "--bench", "--draft=lookup")[0] == 0 and asked, "--bench measures with the draft"
 
 
 def test_drafts_that_are_refused(ckpt, main, tmp_path):

@@ -3,6 +3,7 @@ import concurrent.futures
 import contextlib
 import http.client
 import json
+import math
 import os
 import re
 import shutil
@@ -52,10 +53,11 @@ def gpt(tokenizer):
 
 
 @contextlib.contextmanager
-def serving(gpt, tokenizer, **options):
+def serving(gpt, tokenizer, cache=math.inf, **options):
     """A server of this process; leaves with nothing in the making."""
     o = sample.Options(**{"port": 0, "ckpt": "somewhere/ckpt.pt", "temperature": 0.0, "top_k": 0, "max_new_tokens": 8, **options})
-    with sample.Server(gpt, tokenizer, o) as server:
+    engine = Engine(gpt, (), tokenizer.vocab_size if tokenizer else 0, cache=cache)
+    with sample.Server(engine, tokenizer, o) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs=dict(poll_interval=0.02))
         thread.start()
         try:
@@ -397,7 +399,7 @@ def test_requests_wait_for_memory(gpt, tokenizer):
     """In room for 120 tokens the last prompt takes 60, and of four texts of 30 two are in the making at a time."""
     fixed, each = sample.row_bytes(gpt)
     assert fixed == 0 and each == 2 * 2 * 8 * 8  # a key and a value of two heads of width 8, in double precision
-    with serving(gpt, tokenizer, cache_gb=(120 * each + 1) / 1e9) as server:
+    with serving(gpt, tokenizer, cache=120 * each + 1) as server:
         assert server.engine.capacity == 60
         step, sizes = server.engine.step, []
 
@@ -705,7 +707,7 @@ def test_what_cannot_be_served_is_an_error(gpt, tokenizer, monkeypatch, options,
     """ValueError and OSError are one line of the command"""
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises((ValueError, OSError), match=re.escape(said)):
-        sample.serve(gpt, tokenizer, sample.Options(**dict(port=taken.getsockname()[1]) | options))
+        sample.serve(Engine(gpt), tokenizer, sample.Options(**dict(port=taken.getsockname()[1]) | options))
 
 
 # ------------------------------------------------------------------------------------------------------ a browser, for real
