@@ -1687,9 +1687,10 @@ def bench_model(model: GPT, new_tokens: int = 64, **how) -> Iterator[str]:
                f"{read / bandwidth:6.0%}")
 
 
-def profile_steps(engine: Engine, request: Request, steps: int = 32) -> Iterator[str]:
+def profile_steps(engine: Engine, requests: list[Request], steps: int = 32) -> Iterator[str]:
     """Where the time of decoding goes: a line for each kind of layer, and one for all of it."""
-    engine.submit(request)
+    for request in requests:
+        engine.submit(request)
     engine.step()
     marks = []
     for name, part in engine.model.named_modules():
@@ -1794,7 +1795,7 @@ def main() -> None:
     prompt = o.prompt or "\n"
     requests = ask(tokenizer, prompt, **wishes(o))
     if o.profile:
-        return print(*profile_steps(engine, requests[0]), sep="\n")
+        return print(*profile_steps(engine, requests), sep="\n")
     if o.eval:
         return print(*Exam(engine, tokenizer, o).run(), sep="\n")
     sys.stdout.reconfigure(errors="replace")  # for a terminal that is not UTF-8

@@ -453,6 +453,9 @@ def test_quantize_draft_bench_and_profile(ckpt, main, tmp_path, monkeypatch):
     code, out, err = main(f"--ckpt={ckpt}", "--profile")
     assert code == 0 and {line.split()[0] for line in out.splitlines()} == {"all", "forward"}
     assert all(f"forward {kind} " in out for kind in ("embedding", "mixer", "ffn", "norm", "head"))
+    batches = []
+    monkeypatch.setattr(sample, "pick", lambda logits, requests, pick=sample.pick: batches.append(len(requests)) or pick(logits, requests))
+    assert main(f"--ckpt={ckpt}", "--profile", "--n_samples=3")[0] == 0 and max(batches) == 3, "all samples are decoded together"
     code, out, err = main(f"--ckpt={ckpt}", "--bench")
     assert code == 0 and out.count("%") == 4 and "GB/s" in out
     asked = []
