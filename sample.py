@@ -1100,7 +1100,9 @@ class Exam:
     def solution(self, item: tuple) -> dict:
         """Is the number at the end of one text, or of any of all, the right one?"""
         context, [right], _ = item
-        requests = ask(self.tokenizer, context, **wishes(self.o) | dict(stop=["Question:"]))
+        how = wishes(self.o)
+        how["stop"].append("Question:")
+        requests = ask(self.tokenizer, context, **how)
         for request in requests:
             self.engine.submit(request)
         texts = complete(self.engine, self.tokenizer, requests)

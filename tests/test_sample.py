@@ -1193,6 +1193,9 @@ def test_gsm8k_right_and_wrong(byte_tokenizer, eval_data):
             grade = sample.Exam(Engine(script, (), 257), byte_tokenizer, o).solution(item)
             assert grade["pass@1"] == grade["pass@3"] == [want, 1]
             assert grade["answer"] == [said.split("Question:")[0]] * 3
+    script.start = len(byte_tokenizer.encode(item[0]))
+    o = sample.Options(eval_data=str(eval_data), shots=0, stop="00")
+    assert sample.Exam(Engine(script, (), 257), byte_tokenizer, o).solution(item)["answer"] == ["1"], "--stop counts, too"
 
 
 def test_summary():
