@@ -1227,7 +1227,8 @@ class Exam:
         """A line where a report of data.py, in or beside --eval_data or beside --ckpt, found items in training text."""
         files = {Path(key.rpartition(" ")[0]).name for key in records}
         data = Path(self.o.eval_data or ".")
-        for path in (folder / "contamination.json" for folder in (data, data.parent, Path(self.o.ckpt).parent)):
+        folders = dict.fromkeys((data, data.parent, Path(self.o.ckpt).parent))  # each once
+        for path in (folder / "contamination.json" for folder in folders):
             found = read_results(path).get("found", {}) if path.exists() else {}
             count = sum(passage.rsplit(" ", 2)[0] in files for passage in found)
             if count:
