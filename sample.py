@@ -1032,7 +1032,8 @@ def summaries(name: str, records: dict, others: dict | None = None, over: str = 
             own, other = ([of[key][metric] for key in keys] for of in (records, theirs))
             value, low, high = summary(own, other if sign else ())
             line = f"{name} {metric}: {value:{sign}.4f} ({low:{sign}.4f} to {high:{sign}.4f})"
-            line += f", perplexity {math.exp(value):,.1f}" * (metric == "nats_per_token" and not sign)
+            if metric == "nats_per_token" and not sign:
+                line += f", perplexity {torch.tensor(value, dtype=torch.float64).exp():,.1f}"  # inf of a diverged model
             yield line + f" over {over}, on {len(keys)} items" * bool(sign)
 
 
@@ -1061,8 +1062,12 @@ class Exam:
         """
         past = self.engine.past
         B = len(ends)
-        room = max(1, past.capacity - max(map(len, ends)))
-        first = past.take_in(context[-room:])  # (1, 1, C)
+        longest = max(map(len, ends))
+        context = context[-max(1, self.engine.block - longest):]
+        needed = len(context) + longest
+        require(needed <= past.capacity, f"an item of {needed} tokens, there is room for {past.capacity}"
+                " (the model's block, or --cache_gb)")
+        first = past.take_in(context)  # (1, 1, C)
         rest = run_on(past.model, ends, past.state.fork([0] * B))[:, :-1]  # (B, T - 1, C)
         hidden = torch.cat((first.expand(B, -1, -1), rest), 1)  # (B, T, C)
         T = hidden.shape[1]
@@ -1147,7 +1152,7 @@ class Exam:
 
     def windows(self) -> Iterator[tuple]:
         """Items of half a block behind half a block, of each *.txt, with their names."""
-        stride, folder = self.engine.block // 2, Path(self.o.eval_data)
+        stride, folder = max(1, self.engine.block // 2), Path(self.o.eval_data)
         for path in sorted(folder.rglob("*.txt")):
             text = path.read_bytes().decode("utf-8", "replace")
             ids = [self.tokenizer.special_tokens[END], *self.tokenizer.encode(text)]
@@ -1177,8 +1182,8 @@ class Exam:
         """Grade all tasks; yields a line for each score.
 
         o.output holds every item, answer and score. It is written as it grows; an item that it holds is not graded
-        again, but for those of another model under the same name. Under torchrun each process grades its share, and the first one
-        writes.
+        again, but for those of another model under the same name. Under torchrun each process grades its share, and the
+        first one writes.
         """
         output, ckpt = Path(self.o.output), checkpoint_hash(self.o.ckpt)
         settings = dict(ckpt=self.o.ckpt, shots=self.o.shots, **wishes(self.o))
@@ -1211,7 +1216,8 @@ class Exam:
                     with replacing(output) as file:
                         file.write(json.dumps(held).encode())
             records = {key: records[key] for key in items}  # there may be some of files that are gone
-            require(records, f"--eval_data={self.o.eval_data} has no files for {name}")
+            short = f"a block of {self.engine.block} tokens is too short"
+            require(records, f"--eval_data={self.o.eval_data} has no files for {name}, or {short}")
             yield from summaries(name, records)
             yield from self.leaks(name, records)
             if self.o.compare:

@@ -1283,6 +1283,34 @@ def test_results_are_of_this_model_and_these_items(ckpt, main, tmp_path):
         assert code == 1 and f"--eval_data={missing} is none" in err
 
 
+def test_what_an_item_needs_and_does_not_get(ckpt, main, tmp_path):
+    """Less memory than a block takes cuts no context, which would be another score; nor does an answer beyond the block."""
+    (tmp_path / "text.txt").write_text("the model returns the tokens, the model" * 5)
+    words = f"--ckpt={ckpt}", f"--eval_data={tmp_path}", f"--output={tmp_path / 'eval.json'}"
+    _, each = sample.row_bytes(sample.load(ckpt, "cpu")[0])
+    code, out, err = main(*words, "--eval=ppl", f"--cache_gb={2 * 31.5 * each / 1e9}")
+    assert code == 1 and "an item of 32 tokens, there is room for 31" in err and err.count("\n") == 1
+    assert main(*words, "--eval=ppl", f"--cache_gb={2 * 32.5 * each / 1e9}")[0] == 0
+    (tmp_path / "hellaswag_val.jsonl").write_text(json.dumps(HELLASWAG[0] | dict(endings=["x" * 40] * 4)))
+    code, out, err = main(*words, "--eval=hellaswag")
+    assert code == 1 and "there is room for 32" in err and err.count("\n") == 1
+    code, out, err = main(*words, "--eval=passkey")
+    assert code == 1 and "a block of 32 tokens is too short" in err and err.count("\n") == 1
+
+
+def test_perplexity_of_the_smallest_block_and_of_a_diverged_model(main, tmp_path, tokenizer):
+    (tmp_path / "text.txt").write_text("the model returns")
+    gpt = make_model(vocab_size=tokenizer.vocab_size, block_size=2, mixer="attention")
+    gpt.head.weight.data *= 1e4
+    code, out, err = main(f"--ckpt={save(tmp_path / 'ckpt.pt', gpt, tokenizer)}", "--eval=ppl", f"--eval_data={tmp_path}",
+                          f"--output={tmp_path / 'eval.json'}")
+    assert code == 0 and out.endswith("perplexity inf\n"), err
+    gpt = make_model(vocab_size=tokenizer.vocab_size, block_size=1, mixer="attention")
+    code, out, err = main(f"--ckpt={save(tmp_path / 'one.pt', gpt, tokenizer)}", "--eval=ppl", f"--eval_data={tmp_path}",
+                          f"--output={tmp_path / 'one.json'}")
+    assert code == 1 and "an item of 2 tokens, there is room for 1" in err
+
+
 def test_processes_share_the_items(ckpt, main, eval_data, tmp_path, monkeypatch, run_ranks):
     """Two processes go on from an interrupted file, and one of them writes and says what one process alone does."""
     def words(name):
