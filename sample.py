@@ -450,8 +450,7 @@ class Engine:
             self.capacity = max(0, int(spare / max(each, 1)))
         self.spent = {"prefill": [0, 0.0], "decode": [0, 0.0]}  # prompt tokens computed, later tokens; seconds
         self.clear()
-        for request in requests:
-            self.submit(request)
+        self.submit(*requests)
 
     def clear(self) -> None:
         """Forget all requests, and what memory they hold."""
@@ -466,15 +465,16 @@ class Engine:
         """The requests that are going on."""
         return [request for request in self.rows if not request.done]
 
-    def submit(self, request: Request) -> None:
-        """Queue a request. Raises ValueError for an empty prompt, unknown ids, more tokens than the state has room."""
-        ids = request.prompt
-        known = ids and 0 <= min(ids) <= max(ids) < self.vocab_size
-        require(known, f"a prompt is one token or more, each from 0 to {self.vocab_size - 1}")
-        needed = min(self.block, len(ids) + request.max_new_tokens)
-        require(needed <= self.capacity, f"a request of {needed} tokens, the engine has room for {self.capacity}")
-        request.context = ids[-self.block:]
-        self.waiting.append(request)
+    def submit(self, *requests: Request) -> None:
+        """Queue requests. Raises ValueError for an empty prompt, unknown ids, more tokens than the state has room."""
+        for request in requests:
+            ids = request.prompt
+            known = ids and 0 <= min(ids) <= max(ids) < self.vocab_size
+            require(known, f"a prompt is one token or more, each from 0 to {self.vocab_size - 1}")
+            needed = min(self.block, len(ids) + request.max_new_tokens)
+            require(needed <= self.capacity, f"a request of {needed} tokens, the engine has room for {self.capacity}")
+            request.context = ids[-self.block:]
+            self.waiting.append(request)
 
     def room(self, group: list[Request]) -> int:
         """Tokens that a row of the state needs room for where these requests are together."""
@@ -1108,8 +1108,7 @@ class Exam:
         how = wishes(self.o)
         how["stop"].append("Question:")
         requests = ask(self.tokenizer, context, **how)
-        for request in requests:
-            self.engine.submit(request)
+        self.engine.submit(*requests)
         texts = complete(self.engine, self.tokenizer, requests)
         gold, *answers = map(final_number, [right, *texts])
         scores: dict = {"answer": texts}
@@ -1490,8 +1489,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             with server.lock:
                 failures, going = server.failures, len(server.engine.active) + len(server.engine.waiting)
                 insist(going + len(requests) <= QUEUE, 429, f"{going} texts are in the making, try again later")
-                for request in requests:
-                    server.engine.submit(request)
+                server.engine.submit(*requests)
             server.wake.set()
             if streaming:
                 self.reply("", "text/event-stream")
@@ -1698,8 +1696,7 @@ def bench_model(model: GPT, new_tokens: int = 64, **how) -> Iterator[str]:
 
 def profile_steps(engine: Engine, requests: list[Request], steps: int = 32) -> Iterator[str]:
     """Where the time of decoding goes: a line for each kind of layer, and one for all of it."""
-    for request in requests:
-        engine.submit(request)
+    engine.submit(*requests)
     engine.step()
     marks = []
     for name, part in engine.model.named_modules():
@@ -1810,10 +1807,10 @@ def main() -> None:
     sys.stdout.reconfigure(errors="replace")  # for a terminal that is not UTF-8
     if o.chat:
         return chat(engine, tokenizer, o)
-    for request in requests:
-        engine.submit(request)
-    if len(request.prompt) > engine.block:
-        print(f"the prompt has {len(request.prompt)} tokens, the model sees the last {engine.block}: "
+    engine.submit(*requests)
+    length = len(requests[0].prompt)
+    if length > engine.block:
+        print(f"the prompt has {length} tokens, the model sees the last {engine.block}: "
               "train.py --init_from, --block_size, --rope_base make it see more", file=sys.stderr)
     try:
         print(prompt, end="", flush=True)

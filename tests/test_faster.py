@@ -355,7 +355,7 @@ def test_the_vote_and_the_likeliest_text(byte_tokenizer):
         means = iter([-3.0, -2.0, -5.0, -1.0, -9.0])
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sample, "complete", answer)
-            patch.setattr(exam.engine, "submit", lambda request: None)
+            patch.setattr(exam.engine, "submit", lambda *requests: None)
             scores = exam.solution(("x", [f"#### {gold}"], 0))
         assert (scores["maj@5"], scores["best@5"]) == ([right[0], 1], [right[1], 1])
         assert scores["pass@5"] == [1, 1] and scores["pass@1"] == [pytest.approx(said.count(gold) / 5), 1]
