@@ -1232,8 +1232,8 @@ class Exam:
         """A line where a report of data.py, in or beside --eval_data or beside --ckpt, found items in training text."""
         files = {Path(key.rpartition(" ")[0]).name for key in records}
         data = Path(self.o.eval_data or ".")
-        folders = dict.fromkeys((data, data.parent, Path(self.o.ckpt).parent))  # each once
-        for path in (folder / "contamination.json" for folder in folders):
+        for folder in dict.fromkeys((data, data.parent, Path(self.o.ckpt).parent)):  # each once
+            path = folder / "contamination.json"
             found = read_results(path).get("found", {}) if path.exists() else {}
             count = sum(passage.rsplit(" ", 2)[0] in files for passage in found)
             if count:
@@ -1702,10 +1702,7 @@ def profile_steps(engine: Engine, requests: list[Request], steps: int = 32) -> I
     for name, part in engine.model.named_modules():
         kind = re.search(r"^[^.]*\.?\d*\.?(embedding|ngrams|mixer|ffn|norm|head)\d*$", name)
         if kind:
-            def enter(*_, name=f"forward {kind[1]}"):
-                marks.append(torch.profiler.record_function(name).__enter__())
-            part.register_forward_pre_hook(enter)
-            part.register_forward_hook(lambda *_: marks.pop().__exit__(None, None, None))
+            part.forward = torch.profiler.record_function(f"forward {kind[1]}")(part.forward)
     with torch.profiler.profile() as profiler, torch.profiler.record_function("all"):
         for _ in range(steps):
             engine.step()
