@@ -1764,7 +1764,8 @@ def run(main: Callable[[], None]) -> None:
 def main() -> None:
     o = options(Options, sys.argv[1:])
     if o.prune:
-        require(not (o.quantize or o.eval), f"--output={o.output} is for --prune alone, not for --quantize or --eval")
+        alone = not o.quantize and not o.eval and o.dtype == Options.dtype
+        require(alone, f"--output={o.output} is for --prune alone, not for --quantize, --dtype or --eval")
         require(o.output.endswith(".pt"), f"--output={o.output}: what --prune leaves is written to a FILE.pt")
         require(Path(o.output).resolve() != Path(o.ckpt).resolve(), "--output would take the place of --ckpt")
         checkpoint = pruned(load_checkpoint(o.ckpt), o.prune)

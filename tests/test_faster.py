@@ -322,7 +322,7 @@ def test_prune_from_the_command_line(ckpt, main, tmp_path):
                       ("0.0", "above 0 and below 1")):
         code, _, err = main(*words, f"--prune={how}", f"--output={tmp_path / 'bad.pt'}")
         assert code == 1 and said in err and len(err.strip().splitlines()) == 1, err
-    for more in ("--quantize=int8", "--eval=mmlu"):  # would not be in the file
+    for more in ("--quantize=int8", "--dtype=bfloat16", "--eval=mmlu"):  # would not be in the file
         code, _, err = main(*words, "--prune=0.5", f"--output={tmp_path / 'more.pt'}", more)
         assert code == 1 and "for --prune alone" in err and not (tmp_path / "more.pt").exists(), err
     code, _, err = main(*words, "--prune=0.5", f"--output={tmp_path / 'small'}")
