@@ -1065,8 +1065,7 @@ class Exam:
         longest = max(map(len, ends))
         context = context[-max(1, self.engine.block - longest):]
         needed = len(context) + longest
-        require(needed <= past.capacity, f"an item of {needed} tokens, there is room for {past.capacity}"
-                " (the model's block, or --cache_gb)")
+        require(needed <= past.capacity, f"an item of {needed} tokens, block or --cache_gb hold {past.capacity}")
         first = past.take_in(context)  # (1, 1, C)
         rest = run_on(past.model, ends, past.state.fork([0] * B))[:, :-1]  # (B, T - 1, C)
         hidden = torch.cat((first.expand(B, -1, -1), rest), 1)  # (B, T, C)
@@ -1788,8 +1787,7 @@ def main() -> None:
         print(quantise(model, o.quantize), file=sys.stderr)
     elif not o.draft and model.head.weight.is_cpu:  # a draft's guesses make several vectors of one
         by_columns(model)
-    known = (tokenizer or MUTE).vocab_size
-    engine = Engine(model, (), known, cache=o.cache_gb * 1e9 or math.inf, graphs=o.graphs)
+    engine = Engine(model, (), (tokenizer or MUTE).vocab_size, cache=o.cache_gb * 1e9 or math.inf, graphs=o.graphs)
     if o.draft:
         engine.draft = load_draft(o.draft, engine)
     if o.bench:

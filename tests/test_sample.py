@@ -1289,11 +1289,11 @@ def test_what_an_item_needs_and_does_not_get(ckpt, main, tmp_path):
     words = f"--ckpt={ckpt}", f"--eval_data={tmp_path}", f"--output={tmp_path / 'eval.json'}"
     _, each = sample.row_bytes(sample.load(ckpt, "cpu")[0])
     code, out, err = main(*words, "--eval=ppl", f"--cache_gb={2 * 31.5 * each / 1e9}")
-    assert code == 1 and "an item of 32 tokens, there is room for 31" in err and err.count("\n") == 1
+    assert code == 1 and "an item of 32 tokens, block or --cache_gb hold 31" in err and err.count("\n") == 1
     assert main(*words, "--eval=ppl", f"--cache_gb={2 * 32.5 * each / 1e9}")[0] == 0
     (tmp_path / "hellaswag_val.jsonl").write_text(json.dumps(HELLASWAG[0] | dict(endings=["x" * 40] * 4)))
     code, out, err = main(*words, "--eval=hellaswag")
-    assert code == 1 and "there is room for 32" in err and err.count("\n") == 1
+    assert code == 1 and "--cache_gb hold 32" in err and err.count("\n") == 1
     code, out, err = main(*words, "--eval=passkey")
     assert code == 1 and "a block of 32 tokens is too short" in err and err.count("\n") == 1
 
@@ -1308,7 +1308,7 @@ def test_perplexity_of_the_smallest_block_and_of_a_diverged_model(main, tmp_path
     gpt = make_model(vocab_size=tokenizer.vocab_size, block_size=1, mixer="attention")
     code, out, err = main(f"--ckpt={save(tmp_path / 'one.pt', gpt, tokenizer)}", "--eval=ppl", f"--eval_data={tmp_path}",
                           f"--output={tmp_path / 'one.json'}")
-    assert code == 1 and "an item of 2 tokens, there is room for 1" in err
+    assert code == 1 and "an item of 2 tokens, block or --cache_gb hold 1" in err
 
 
 def test_processes_share_the_items(ckpt, main, eval_data, tmp_path, monkeypatch, run_ranks):
