@@ -1697,7 +1697,6 @@ def profile_steps(engine: Engine, requests: list[Request], steps: int = 32) -> I
     """Where the time of decoding goes: a line for each kind of layer, and one for all of it."""
     engine.submit(*requests)
     engine.step()
-    marks = []
     for name, part in engine.model.named_modules():
         kind = re.search(r"^[^.]*\.?\d*\.?(embedding|ngrams|mixer|ffn|norm|head)\d*$", name)
         if kind:
