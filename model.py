@@ -1594,10 +1594,10 @@ def import_hf(folder: str | os.PathLike) -> GPT:
 
 def export_hf(gpt: GPT, folder: str | os.PathLike) -> str:
     """Write a folder that HuggingFace's libraries read; returns the kind. Raises ValueError where none is the same."""
-    def full(c):  # without what training alone asks for, and with nothing left to be derived
-        training = "init dropout ahead ahead_loss counts_weight balance_loss router_z recompute".split()
+    def full(c):  # without what says something of training, counts or tables alone, and with nothing left to be derived
+        idle = "init base_width dropout ahead ahead_loss balance_loss router_z recompute counts_weight ngram_rows"
         derived = dict(n_kv_head=c.n_kv_head or c.n_head, head_dim=c.head_width, n_inner=c.inner)
-        return vars(c) | dict.fromkeys(training) | derived | dict(rope_base=(c.position == "rope") * c.rope_base)
+        return vars(c) | dict.fromkeys(idle.split()) | derived | dict(rope_base=(c.position == "rope") * c.rope_base)
     own, found = full(gpt.config), []
     for kind in HF_KINDS:
         theirs = {name: own[key] or None for key, name in column(HF_OPTIONS, kind).items()}
