@@ -537,7 +537,9 @@ def refuse(o: Options, sources: list[Source]):
     tables: dict = dict(optimizer=OPTIMIZERS, schedule=SCHEDULES, dtype=DTYPES)
     for name, table in tables.items():
         require(getattr(o, name) in table, f"--{name}={getattr(o, name)}: choose from {', '.join(table)}")
-    least = dict(batch_size=1 if o.parallel else ranks()[1], max_iters=1, eval_interval=1, eval_tokens=2)
+    # a row for each rank; --noise_scale compares a part of a batch with the whole
+    rows = max(1 if o.parallel else ranks()[1], 1 + o.noise_scale)
+    least = dict(batch_size=rows, max_iters=1, eval_interval=1, eval_tokens=2)
     for name in ("seed", "micro_batch", "warmup_iters", "learning_rate", "weight_decay", "grad_clip", "z_loss",
                  "decay_from", *least):
         value = getattr(o, name)
@@ -845,7 +847,7 @@ class Run:
         count = max(1.0, count)  # a batch may have no target
         with torch.profiler.record_function("update"):
             self.update(count)
-        if o.noise_scale:
+        if o.noise_scale and math.isfinite(p.grad_norm):  # float16 may overflow
             self.compare(self.part, o.micro_batch * o.block_size, o.batch_size * o.block_size)
         experts = [part for part in self.gpt.modules() if type(part) is model.Experts]
         sum_over_ranks([part.bias for part in experts])  # each rank moved its own, by its own tokens

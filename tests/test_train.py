@@ -1183,11 +1183,11 @@ def test_the_noise_scale_of_known_noise(monkeypatch, double):
 
 def test_float16_leaves_out_steps_that_overflow(launch, tmp_path):
     """The scale halves until gradients are finite, and the loss falls; without a scale to halve the run stops."""
-    run = shaken(make(dtype="float16"))
+    run = shaken(make(dtype="float16", noise_scale=True))
     before = {name: weight.detach().clone() for name, weight in run.weights.items()}
     run.progress.scale = 2.0**40
     run.train_step([source(random_ids(3000))], False)
-    assert run.progress.scale == 2.0**39 and run.progress.step == 1
+    assert run.progress.scale == 2.0**39 and run.progress.step == 1 and run.progress.noise == [0, 0]
     assert all(torch.equal(weight, before[name]) for name, weight in run.weights.items())
     run.progress.scale = 1.0
     run.train_step([source(random_ids(3000))], False)
@@ -1688,7 +1688,7 @@ def refused(done, *words):
     (["--norm=other"], ["--norm=other", "rmsnorm, layernorm"]),
     (["--n_head=3"], ["--n_embd=16", "--n_head=3"]),
     (["--block_size=3000"], ["3000", "--block_size=3000"]),
-    (["--max_iters=-1"], ["--max_iters=-1"]), (["--batch_size=-2"], ["--batch_size=-2"]),
+    (["--max_iters=-1"], ["--max_iters=-1"]), (["--noise_scale", "--batch_size=1"], ["--batch_size=1 must be at least 2"]), (["--batch_size=-2"], ["--batch_size=-2"]),
     (["--learning_rate=-0.1"], ["--learning_rate=-0.1"]), (["--eval_interval=-3"], ["--eval_interval=-3"]),
     *(([word], [word]) for word in ("--eval_tokens=0", "--eval_tokens=1", "--micro_batch=-1", "--warmup_iters=-1", "--seed=-1",
                                     "--weight_decay=-0.1", "--grad_clip=-1.0")),
