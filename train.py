@@ -1066,12 +1066,12 @@ def begin(o: Options | SimpleNamespace, step: int, corpus: str):
     begins with the records of the run that it leaves.
     """
     folder, log = Path(o.output), Path(o.output) / "log.jsonl"
-    if log.exists() and (not step or o.ckpt):
-        set_aside(folder)
     versions = [sys.version, torch.__version__]
     about = dict(options=vars(o), command=sys.argv, versions=versions, source=source_texts(), corpus=corpus)
     old = Path(o.ckpt).parent / "log.jsonl" if o.ckpt else log
     lines = old.read_bytes().splitlines() if step and old.exists() else [json.dumps(about).encode()]
+    if log.exists() and (not step or o.ckpt):  # and `old` may be the log that this one takes the place of
+        set_aside(folder)
     with replacing(log) as file:
         for line in filter(lambda line: line.endswith(b"}"), lines):  # the last one may have been cut short
             found = re.match(rb'{"step": (\d+)', line)  # a damaged line stays

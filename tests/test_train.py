@@ -922,6 +922,15 @@ def test_a_branch_decays_from_a_stable_checkpoint(launch, tmp_path):
     assert (tmp_path / "a/ckpt.pt").read_bytes() == kept
 
 
+def test_a_branch_from_the_run_before(launch, tmp_path):
+    """Its log begins with the records of the run that was set aside, not with those of the one that it sets aside now."""
+    assert launch("--max_iters=4", "--eval_interval=2").code == launch("--max_iters=3", "--eval_interval=1").code == 0
+    records = read_log(tmp_path / "out/previous")
+    done = launch("--resume", f"--ckpt={tmp_path / 'out/previous/ckpt.pt'}", "--max_iters=5", shape=[])
+    assert done.code == 0, done.message
+    assert read_log(tmp_path / "out")[:2] == records[:2] and [record["step"] for record in read_log(tmp_path / "out")[1:]] == [2, 4, 5]
+
+
 def test_a_stage_with_a_longer_context_and_another_mixture(launch, folder, tmp_path):
     """Mid-training: a branch on other sources, whose positions reach further."""
     other = tmp_path / "other"
