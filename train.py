@@ -862,17 +862,10 @@ class Run:
         told = torch.tensor([time.perf_counter() - began, stop], device=self.device if dist.is_initialized() else "cpu")
         sum_over_ranks([told])
         took, stop = told.tolist()
-        self.follow_clock(took / ranks()[1])
-        return loss / count, stop > 0
-
-    def follow_clock(self, took):
-        """Count a step's seconds; with --minutes, max_iters is the step at which they will be over."""
-        o, p = self.o, self.progress
+        took /= ranks()[1]
         p.seconds += took
         p.pace = 0.9 * p.pace + 0.1 * took if p.pace else took
-        if o.minutes:
-            left = max(0.0, 60 * o.minutes - p.seconds)
-            o.max_iters = p.step + round(left / p.pace)
+        return loss / count, stop > 0
 
     def compare(self, part, few, many):
         """Take in what |gradient|^2 of `few` tokens and of `many` say about the noise (McCandlish et al. 2018).
@@ -1140,6 +1133,9 @@ def train_loop(training: Run, sources: list, val: list, mix: list, peak: float) 
         signal.signal(number, lambda *_: wishes.append(True))
     ckpt = Path(o.output) / "ckpt.pt"
     while True:
+        if o.minutes and p.pace:  # the step at which they will be over
+            left = max(0.0, 60 * o.minutes - p.seconds)
+            o.max_iters = p.step + round(left / p.pace)
         last = p.step >= o.max_iters
         if p.step and p.step % o.eval_interval == 0 or last:
             training.save("ckpt.pt")
@@ -1254,7 +1250,10 @@ def take_up(o: Options, words: list[str]) -> tuple[Options, dict]:
         stored = checkpoint["train"]
         if o.ckpt and (ckpt.parent / "train.npy").exists():
             stored["data"] = str(ckpt.parent)
-    fresh = ("output", "ckpt")  # the folder may have moved; what this version does not know is left out
+    given = {word.strip("-").partition("=")[0] for word in words}
+    ends = ("minutes", "flops", "tokens", "max_iters")  # a new one is in place of the old, of whatever kind
+    # the folder may have moved; what this version does not know is left out
+    fresh = ("output", "ckpt") if given.isdisjoint(ends) else ("output", "ckpt", *ends)
     known = [f"--{key}={value}" for key, value in stored.items() if key not in fresh and hasattr(Options, key)]
     own = options(Options, known + words)
     if o.init_from:

@@ -1257,6 +1257,27 @@ def test_resume_of_a_finished_run_and_longer(launch, tmp_path):
     assert not (tmp_path / "out/previous").exists()
 
 
+@pytest.mark.parametrize("first, then, steps", [
+    ("--tokens=640", "--tokens=1280", 20), ("--tokens=640", "--max_iters=15", 15), ("--max_iters=10", "--tokens=1280", 20),
+    ("--minutes=0.25", "--minutes=0.5", 30), ("--minutes=0.25", "--max_iters=40", 40), ("--minutes=0.25", "--tokens=1280", 20)])
+def test_resume_with_another_end(first, then, steps, launch, tmp_path, monkeypatch):
+    """A finished run goes on to the budget or the step that is given now, of whatever kind the first was; a step takes 1 s."""
+    now = [0.0]
+    usual = train.Run.update
+
+    def update(run, count):
+        now[0] += 1
+        usual(run, count)
+    monkeypatch.setattr(train.Run, "update", update)
+    monkeypatch.setattr(train.time, "perf_counter", lambda: now[0])
+    assert launch(first).code == 0
+    early = model.load_checkpoint(tmp_path / "out/ckpt.pt")["step"]
+    assert launch("--resume", shape=[]).code == 0
+    assert model.load_checkpoint(tmp_path / "out/ckpt.pt")["step"] == early == 10 + 5 * ("minutes" in first)
+    assert launch("--resume", then, shape=[]).code == 0
+    assert model.load_checkpoint(tmp_path / "out/ckpt.pt")["step"] == steps == read_log(tmp_path / "out")[-1]["step"]
+
+
 def test_resume_to_an_earlier_end_stops(launch, tmp_path, monkeypatch):
     """A run that has passed max_iters ends, with one line or at once: it does not train on."""
     assert launch(*RESUME).code == 0
