@@ -1225,6 +1225,7 @@ def run(main: Callable[[], None]) -> None:
 
 def take_up(o: Options, words: list[str]) -> tuple[Options, dict]:
     """The checkpoint of --resume or --init_from, and the options with its own where `words` give none."""
+    tokenizer = Path(o.output) / "init-tokenizer.json"  # of --init_from, for text, which data.py is to encode with it
     if o.init_from:
         require(not o.resume, "--init_from begins a new run, --resume goes on with one: give one of them")
         checkpoint = model.load_checkpoint(o.init_from)
@@ -1233,10 +1234,10 @@ def take_up(o: Options, words: list[str]) -> tuple[Options, dict]:
             checkpoint.pop(name, None)
         for name in [name for name in checkpoint["weights"] if name.startswith("counts.")]:
             del checkpoint["weights"][name]  # of another text, or the same: it is counted anew
-        if checkpoint.get("tokenizer"):  # for text, which data.py is to encode with it
-            stored["tokenizer"] = f"{o.output}/init-tokenizer.json"
+        if checkpoint.get("tokenizer"):
+            stored["tokenizer"] = tokenizer
             if ranks()[0] == 0:
-                with replacing(stored["tokenizer"]) as file:
+                with replacing(tokenizer) as file:
                     file.write(json.dumps(checkpoint["tokenizer"]).encode())
     else:
         ckpt = Path(o.ckpt or f"{o.output}/ckpt.pt")
@@ -1248,6 +1249,8 @@ def take_up(o: Options, words: list[str]) -> tuple[Options, dict]:
         checkpoint = model.load_checkpoint(ckpt)
         require("progress" in checkpoint, f"{ckpt} is a checkpoint of weights alone; there is no run to resume")
         stored = checkpoint["train"]
+        if stored.get("init_from") and tokenizer.exists():
+            stored["tokenizer"] = tokenizer
         if o.ckpt and (ckpt.parent / "train.npy").exists():
             stored["data"] = str(ckpt.parent)
     given = {word.strip("-").partition("=")[0] for word in words}

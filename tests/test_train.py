@@ -1069,6 +1069,9 @@ def test_init_from_begins_a_new_run_with_old_weights(launch, folder, corpus, tmp
     new = model.load_checkpoint(tmp_path / "b/ckpt.pt")
     assert new["config"] == base["config"] and new["tokenizer"] == base["tokenizer"] and new["step"] == 2
     assert all((weight - new["weights"][name]).abs().max() < 1e-20 for name, weight in base["weights"].items())
+    os.rename(tmp_path / "b", tmp_path / "moved")
+    assert launch("--resume", "--max_iters=3", data=corpus, output=tmp_path / "moved", shape=[]).code == 0
+    os.rename(tmp_path / "moved", tmp_path / "b")
     np.save(tmp_path / "b/train.npy", np.load(tmp_path / "b/train.npy"))  # ready tokens do as well
     assert launch(init, "--max_iters=1", data=tmp_path / "b", output=tmp_path / "c", shape=[]).code == 0
     bpe.train("char", ["abc"], 50).save(folder / "tokenizer.json")
