@@ -672,6 +672,8 @@ def open_teacher(o: Options, config: Config, tokenizer: Any, device: torch.devic
     """What Objective takes of --teacher; nothing where there is none. Raises OSError or ValueError."""
     if not o.teacher:
         return ()
+    own = [Path(o.output, name).resolve() for name in ("ckpt.pt", "best.pt")]
+    require(Path(o.teacher).resolve() not in own, f"--teacher={o.teacher} would be replaced: give another --output")
     require(0 <= o.teacher_weight <= 1, f"--teacher_weight={o.teacher_weight} must be from 0 to 1")
     checkpoint = model.load_checkpoint(o.teacher)
     checkpoint["config"]["counts"] = 0  # which know the training text by heart

@@ -528,6 +528,7 @@ def test_a_copy_of_the_teacher_has_nothing_to_learn(launch, tmp_path):
     assert abs(one["train_loss"]) < 1e-6 and one["val_loss"] > 1  # of the tokens, as ever
     assert launch(*words, output=tmp_path / "other").code == 0
     assert read_log(tmp_path / "other")[1]["train_loss"] > 1
+    refused(launch(*words, output=tmp_path / "t"), "--teacher", "give another --output")  # a resumed run would learn from itself
     refused(launch(*words, "--teacher_weight=1.5"), "--teacher_weight=1.5 must be from 0 to 1")
     refused(launch(*words, f"--block_size={2 * T}"), f"takes {T} tokens")
     checkpoint = torch.load(ckpt, weights_only=True)
