@@ -696,6 +696,10 @@ def corpus_hash(sources: list[Source]) -> str:
 
 # ---- the run
 
+# options of a model with which its weights mean the same: a run may go on with others
+FREE = "block_size rope_base dropout recompute balance_loss balance_bias router_z ahead_loss counts_weight".split()
+
+
 def whole_model(run: "Run") -> SimpleNamespace:
     """What a run has in the place of ddp.py's Split, which explains the calls, where each rank has the whole model."""
     return SimpleNamespace(
@@ -733,7 +737,7 @@ class Run:
         torch.manual_seed(o.seed)
         self.gpt = GPT(config)
         if checkpoint:
-            shape = vars(Config()) | checkpoint["config"] | dict(block_size=o.block_size, rope_base=o.rope_base)
+            shape = vars(Config()) | checkpoint["config"] | {name: getattr(o, name) for name in FREE}
             trained = checkpoint["train"]["optimizer"] if "progress" in checkpoint else o.optimizer
             same = shape == vars(config) and trained == o.optimizer
             require(same, "the checkpoint has another shape, vocabulary or optimizer; resume with its own")
@@ -1262,7 +1266,7 @@ def take_up(o: Options, words: list[str]) -> tuple[Options, dict]:
     known = [f"--{key}={value}" for key, value in stored.items() if key not in fresh and hasattr(Options, key)]
     own = options(Options, known + words)
     if o.init_from:
-        checkpoint["config"] |= dict(counts=own.counts, counts_weight=own.counts_weight)
+        checkpoint["config"]["counts"] = own.counts
     return own, checkpoint
 
 

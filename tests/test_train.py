@@ -1831,6 +1831,17 @@ def test_resume_with_another_shape(words, launch, tmp_path):
     assert (tmp_path / "out/ckpt.pt").read_bytes() == old
 
 
+def test_what_training_alone_asks_for_may_change(launch, tmp_path):
+    """What says nothing about the weights, such as dropout, may be another in a new run, and in one that goes on."""
+    assert launch("--max_iters=2", "--n_expert=2", "--ahead=1").code == 0
+    words = ["--dropout=0.2", "--balance_loss=0.1", "--router_z=0", "--ahead_loss=0.1"]
+    for way in ("--resume", f"--init_from={tmp_path / 'out/ckpt.pt'}"):
+        done = launch(way, "--max_iters=4", *words, shape=[])
+        assert done.code == 0, done.message
+        config = model.load_checkpoint(tmp_path / "out/ckpt.pt")["config"]
+        assert [config[name] for name in ("dropout", "balance_loss", "router_z", "ahead_loss")] == [0.2, 0.1, 0, 0.1]
+
+
 def test_resume_with_tokens_of_another_vocabulary(launch, tmp_path, folder, monkeypatch):
     assert launch("--max_iters=2").code == 0
     bpe.train("char", ["abc" * 30], 300).save(folder / "tokenizer.json")
