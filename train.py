@@ -856,9 +856,8 @@ class Run:
         if o.noise_scale and math.isfinite(p.grad_norm):  # float16 may overflow
             self.compare(self.part, o.micro_batch * o.block_size, o.batch_size * o.block_size)
         experts = [part for part in self.gpt.modules() if type(part) is model.Experts]
-        sum_over_ranks([part.bias for part in experts])  # each rank moved its own, by its own tokens
-        for part in experts:
-            part.bias /= ranks()[1]
+        for part in experts if o.balance_bias else ():  # each rank has moved its own by the tokens that it saw
+            sum_over_ranks([part.bias.div_(ranks()[1])])
         p.expert_tokens = [part.counts.long().tolist() for part in experts]
         p.step += 1
         p.loss += loss

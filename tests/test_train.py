@@ -1412,6 +1412,18 @@ def test_twenty_kills(folder, tmp_path, launch):
 
 # ------------------------------------------------------------------------------------------------------------------ ranks
 
+def test_ranks_share_the_bias_of_experts(monkeypatch, double):
+    """Each moves it by the tokens that it saw; after a step all have the mean. The other rank, a pretended one, has 3 everywhere."""
+    alone, run = (make(n_expert=3, balance_bias=0.5) for _ in range(2))
+    alone.train_step([source(random_ids(3000))], False)
+    own, bias = (one.gpt.blocks[0].ffn.bias for one in (alone, run))
+    assert own.abs().max() == 0.5
+    monkeypatch.setattr(train, "sum_over_ranks", lambda tensors: [x.add_(1.5) for x in tensors if x is bias])
+    monkeypatch.setattr(train, "ranks", lambda: (0, 2))
+    run.train_step([source(random_ids(3000))], False)
+    assert torch.equal(bias, own / 2 + 1.5)
+
+
 def torchrun(n, name, *words, cwd):
     """As run_ranks, by torch's launcher."""
     return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", str(ROOT / name), *words],
