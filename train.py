@@ -1258,10 +1258,10 @@ def take_up(o: Options, words: list[str]) -> tuple[Options, dict]:
             stored["tokenizer"] = tokenizer
         if o.ckpt and (ckpt.parent / "train.npy").exists():
             stored["data"] = str(ckpt.parent)
-    given = {word.strip("-").partition("=")[0] for word in words}
-    ends = ("minutes", "flops", "tokens", "max_iters")  # a new one is in place of the old, of whatever kind
-    # the folder may have moved; what this version does not know is left out
-    fresh = ("output", "ckpt") if given.isdisjoint(ends) else ("output", "ckpt", *ends)
+    fresh, ends = ["output", "ckpt"], ["minutes", "flops", "tokens", "max_iters"]  # the folder may have moved
+    if any(getattr(o, name) for name in ends):  # a new end is in place of the old, of whatever kind
+        fresh += ends
+    # what this version does not know is left out
     known = [f"--{key}={value}" for key, value in stored.items() if key not in fresh and hasattr(Options, key)]
     own = options(Options, known + words)
     if o.init_from:
@@ -1288,7 +1288,8 @@ def main():
     shape_of(plan, 2**31).check()  # before the work of tokenising
     folders = prepare_tokens(o)
     held = [Path(word) for word in o.eval_data.split(",")] if o.eval_data else folders
-    sources, val = ([open_source(folder, side) for folder in of] for of, side in ((folders, "train"), (held, "val")))
+    sources = [open_source(folder, "train") for folder in folders]
+    val = [open_source(folder, "val") for folder in held]
     agree(token_files=corpus_hash(sources + val)[:12])
     tokenizer = open_tokenizer([*folders, *held])
     own = len(tokenizer.vocab) or o.vocab_size or 1 + max(int(source.tokens.max()) for source in sources + val)
