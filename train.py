@@ -853,7 +853,7 @@ class Run:
         count = max(1.0, count)  # a batch may have no target
         with torch.profiler.record_function("update"):
             self.update(count)
-        if o.noise_scale and math.isfinite(p.grad_norm):  # float16 may overflow
+        if o.noise_scale and math.isfinite(self.part + p.grad_norm):  # float16 may overflow, a part be without targets
             self.compare(self.part, o.micro_batch * o.block_size, o.batch_size * o.block_size)
         experts = [part for part in self.gpt.modules() if type(part) is model.Experts]
         for part in experts if o.balance_bias else ():  # each rank has moved its own by the tokens that it saw
@@ -974,7 +974,8 @@ class Run:
             n_bytes += int(self.bytes_of[source.tokens[1:]] @ (source.mask[1:] > 0))
         self.objective.train()
         nats, count = totals.tolist()
-        further = dict(noise_scale=p.noise[0] / p.noise[1]) if o.noise_scale else {}
+        measured = p.noise[0] / p.noise[1] if p.noise[1] else -1.0
+        further = dict(noise_scale=measured) if o.noise_scale else {}
         if p.expert_tokens:
             further["expert_tokens"] = p.expert_tokens
         return dict(

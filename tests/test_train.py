@@ -1194,6 +1194,17 @@ def test_the_noise_scale_of_known_noise(monkeypatch, double):
     assert seen == [(pytest.approx(expected, rel=1e-9), 4 * T, 8 * T)]
 
 
+def test_the_noise_scale_without_targets(launch, folder, monkeypatch):
+    """A part of a batch with no target says nothing about noise; where no step says anything, that is what is printed."""
+    run, tokens = make(noise_scale=True), random_ids(3000)
+    run.train_step([source(tokens, np.zeros(3000, bool))], False)
+    assert run.progress.noise == [0, 0]
+    run.train_step([source(tokens)], False)
+    assert np.isfinite(run.progress.noise).all() and run.progress.noise[0]
+    np.save(folder / "train_mask.npy", np.zeros(3000, bool))
+    assert "not measurable yet" in launch("--noise_scale", "--max_iters=2").out
+
+
 def test_float16_leaves_out_steps_that_overflow(launch, tmp_path):
     """The scale halves until gradients are finite, and the loss falls; without a scale to halve the run stops."""
     run = shaken(make(dtype="float16", noise_scale=True))
