@@ -493,7 +493,7 @@ def advantages(samples: list[dict], o: Options):
     above = ADVANTAGES[o.advantage](rewards).flatten().tolist()
     for s, final in zip(samples, above):
         along = torch.zeros_like(s["old"])
-        if o.kl_reward:
+        if o.kl and o.kl_reward:
             along -= o.kl * KL[o.kl_kind](s["old"] - s["ref"])
         along[-1] += final
         value = s["value"] if o.critic else torch.zeros_like(along)

@@ -572,6 +572,11 @@ def test_resuming_repeats_the_run(words, start, capsys):
     assert steps == [None, 0, 2, 4]
 
 
+def test_ppo_without_its_kl(start, capsys):
+    words = f"--algorithm=ppo --data=prompts.jsonl --verifier=regex --output=out {COMMON} --kl=0"
+    assert "kl" not in align.align(words.split())[1]
+
+
 @pytest.mark.parametrize("name", ["sft", "dpo", "grpo"])
 def test_counts_of_ngrams_stay_behind(name, start, tokenizer, capsys):
     """A model with --counts is aligned as the same without them, and comes out without them."""
