@@ -1124,6 +1124,9 @@ class Trainer:
         self.policy = Policy(gpt, tokenizer.vocab_size, o.lora).to(self.device)
         self.policy.head.requires_grad_(o.critic or o.loss == "reward")
         if checkpoint:
+            for name in ("algorithm", "optimizer", "lora"):  # what its weights and their state are of
+                given, stored = getattr(o, name), checkpoint["train"][name]
+                require(given == stored, f"--{name}={given}: the run that --resume goes on with has {stored}")
             weights = {} if o.lora else {f"gpt.{name}": weight for name, weight in checkpoint["weights"].items()}
             self.policy.load_state_dict(weights | checkpoint["trained"], strict=False)
         self.weights = {name: weight for name, weight in self.policy.named_parameters() if weight.requires_grad}

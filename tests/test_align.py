@@ -577,6 +577,16 @@ def test_ppo_without_its_kl(start, capsys):
     assert "kl" not in align.align(words.split())[1]
 
 
+@pytest.mark.parametrize("word", ["--algorithm=expert", "--optimizer=soap", "--lora=2"])
+def test_resuming_refuses_what_its_weights_are_not_of(word, start, capsys):
+    words = f"--data=prompts.jsonl --verifier=regex --output=out {COMMON}".split()
+    align.align(["--algorithm=grpo", *words])
+    before = Path("out/ckpt.pt").read_bytes()
+    with pytest.raises(ValueError, match=f"{word}: the run that --resume goes on with has (grpo|adamw|0)$"):
+        align.align([*words, "--resume", "--max_iters=8", word])
+    assert Path("out/ckpt.pt").read_bytes() == before
+
+
 @pytest.mark.parametrize("name", ["sft", "dpo", "grpo"])
 def test_counts_of_ngrams_stay_behind(name, start, tokenizer, capsys):
     """A model with --counts is aligned as the same without them, and comes out without them."""
