@@ -1137,10 +1137,12 @@ class Trainer:
         self.progress = SimpleNamespace(**checkpoint.get("progress", start))
         self.seen, self.spent = {}, Counter()  # since the last record: [sum, count] of what is logged, seconds
         if self.objective is policy_loss:
+            alone = o.advantage in ("none", "right", "mean")
+            require(alone or o.group > 1, f"--group=1 leaves --advantage={o.advantage} nothing to compare with")
             require(o.batch_size % o.group == 0, f"--batch_size={o.batch_size} is no multiple of --group={o.group}")
             self.score = scorer(o, tokenizer)
-        if o.verifier:
-            self.held_score = scorer(dataclasses.replace(o, verifier=o.held_verifier or o.verifier), tokenizer)
+        held = o.held_verifier or o.verifier
+        self.held_score = scorer(dataclasses.replace(o, verifier=held), tokenizer) if held else None
 
     @contextlib.contextmanager
     def timed(self, what):
@@ -1294,7 +1296,7 @@ class Trainer:
                 loss, log = self.loss(item)
                 sums.update(log, loss=loss.item())
             out = {key: sums[key] / sums["count"] for key in sums if key not in ("count", "padding")}
-        if self.o.verifier:
+        if self.held_score:
             out |= grade(self.policy.gpt, self.tokenizer, held, self.o, self.held_score)
         return {f"val_{key}": value for key, value in out.items()}
 

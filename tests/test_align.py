@@ -577,6 +577,12 @@ def test_ppo_without_its_kl(start, capsys):
     assert "kl" not in align.align(words.split())[1]
 
 
+def test_a_verifier_of_the_held_out_rows_needs_no_other(start, capsys):
+    start("chats.jsonl", [dict(prompt=f"say {i}", response=f"{i}!", pattern="(?s).*") for i in range(30)])
+    _, last = align.align(f"--algorithm=sft --data=chats.jsonl --held_verifier=regex --output=out {COMMON}".split())
+    assert last["val_strict"] == 1
+
+
 @pytest.mark.parametrize("word", ["--algorithm=expert", "--optimizer=soap", "--lora=2"])
 def test_resuming_refuses_what_its_weights_are_not_of(word, start, capsys):
     words = f"--data=prompts.jsonl --verifier=regex --output=out {COMMON}".split()
@@ -625,6 +631,8 @@ def test_bad_preferences_are_counted(start, capsys):
     ("--algorithm=grop", "choose from sft"), ("--algorithm=sft --loss=nil", "choose from nll"),
     ("--algorithm=sft --data=none.jsonl", "none.jsonl"), ("--algorithm=sft --ckpt=none.pt", "none.pt"),
     ("--algorithm=grpo --data=prompts.jsonl --verifier=regex --group=3", "no multiple"),
+    ("--algorithm=rloo --data=prompts.jsonl --verifier=regex --group=1", "--group=1 leaves --advantage=leave_one_out nothing"),
+    ("--algorithm=grpo --data=prompts.jsonl --verifier=regex --group=1", "--group=1 leaves --advantage=group nothing"),
     ("--algorithm=sft --template=chatty", "choose from"), ("--algorithm=sft --template=llama3", "special tokens"),
     ("--algorithm=sft --data=broken.jsonl", "broken.jsonl, row 1 (prompt, respons): there is no response"),
     ("--algorithm=grpo --data=prompts.jsonl", "--verifier"), ("--algorithm=grpo --data=prompts.jsonl --verifier=exakt", "--verifier=exakt"),
