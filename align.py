@@ -162,7 +162,8 @@ def conversation(row: dict) -> list[dict]:
     turns = [*turns, row["response"]] if "response" in row else turns
     messages = []
     for turn in turns:
-        role = "assistant" if len(messages) % 2 else "user"
+        begins = not messages or messages[-1]["role"] in ("assistant", "system")
+        role = "user" if begins else "assistant"
         messages.append(turn if isinstance(turn, dict) else dict(role=role, content=turn))
     return messages
 
@@ -190,7 +191,14 @@ def preference(row: dict) -> list[list[dict]]:
 def asked(row: dict) -> list[list[dict]]:
     """The conversation up to the response, which is empty."""
     messages = conversation({key: value for key, value in row.items() if key != "response"})
+    if messages[-1]["role"] == "assistant":  # the response of `messages`
+        messages = messages[:-1]
     return [messages + [dict(role="assistant", content="")]]
+
+
+def request_of(row: dict) -> str:
+    """All that is said before the response, as one text."""
+    return "\n\n".join(message["content"] for message in asked(row)[0][:-1])
 
 
 def load(path: str | Path, device: str) -> tuple[GPT, bpe.Tokenizer]:
@@ -1007,7 +1015,7 @@ def scorer(o: Options, tokenizer: bpe.Tokenizer) -> Callable:
         def score(samples, rows):
             scores = []
             for s, row in zip(samples, rows):
-                asked = o.judge, o.judge_model, f"{row['prompt']}", s["text"], f"{row['response']}"
+                asked = o.judge, o.judge_model, request_of(row), s["text"], f"{row['response']}"
                 if asked not in known:
                     known[asked] = judge.compare(*asked[2:])
                     with open(path, "a") as file:
@@ -1057,7 +1065,8 @@ def read_items(o: Options, tokenizer: bpe.Tokenizer, block: int) -> list:
     def read(number, row):
         where = f"{o.data}, row {number} ({', '.join(row):.80})"
         try:
-            require(o.verifier != "judge" or "response" in row, "there is no response for the judge to compare with")
+            known = "response" in row or "judge" not in (o.verifier, o.held_verifier)
+            require(known, "there is no response for the judge to compare with")
             return [tokenised(tokenizer, messages, o) | dict(row=row) for messages in form(row)]
         except KeyError as error:  # the row is sound, but written for another program
             raise ValueError(f"{where} has no field {error.args[0]}") from None
@@ -1484,8 +1493,8 @@ def label(o: Options):
     path.parent.mkdir(parents=True, exist_ok=True)
     for number, [q] in enumerate(items):
         a, b = respond(gpt, tokenizer, [q["prompt"]] * 2, o, f"label {o.seed} {number}")
-        history = conversation(q["row"])
-        print(f"\n{history[-1]['content']}\n--- a\n{a['text']}\n--- b\n{b['text']}\n---\na, b or tie?", flush=True)
+        history = asked(q["row"])[0][:-1]
+        print(f"\n{request_of(q['row'])}\n--- a\n{a['text']}\n--- b\n{b['text']}\n---\na, b or tie?", flush=True)
         lines = map(str.strip, sys.stdin)
         chosen = next((line for line in lines if line in ("a", "b", "tie")), "")
         if not chosen:

@@ -87,6 +87,9 @@ def test_forms_of_demonstrations():
     assert align.demonstration(dict(prompt="q", response=" ")) == []
     assert align.asked(dict(prompt="q", response="r")) == [[want[0], dict(role="assistant", content="")]]
     assert align.asked(dict(messages=want[:1])) == [[want[0], dict(role="assistant", content="")]]
+    assert align.asked(dict(messages=want)) == align.asked(dict(messages=want[:1]))
+    system = dict(role="system", content="s")
+    assert align.demonstration(dict(history=[system, "q"], response="r")) == [[system, *want]]
 
 
 def test_forms_of_preferences():
@@ -642,6 +645,7 @@ def test_bad_preferences_are_counted(start, capsys):
     ("--algorithm=dpo --loss=ipo --data=", "--algorithm=dpo needs --data=FILE.jsonl"),
     ("--eval=verify --data=", "--eval=verify needs --data=FILE.jsonl"), ("--label=none.jsonl", "none.jsonl"),
     ("--algorithm=grpo --data=prompts.jsonl --verifier=start.pt", "no reward model"),
+    ("--algorithm=grpo --data=prompts.jsonl --verifier=regex --held_verifier=judge --judge=start.pt", "no response for the judge"),
     ("--eval=winrate", "--judge"), ("--eval=nothing", "choose from verify"),
     ("--algorithm=grpo --data=prompts.jsonl --verifier=regex --advantage=no", "choose from"),
     ("--algorithm=sft --learning_rate=1e30 --max_iters=9", "smaller --learning_rate"),
@@ -818,6 +822,15 @@ def test_winrate_keeps_what_was_judged(endpoint, start, capsys, monkeypatch):
     assert "win rate 50.0%" in capsys.readouterr().out and "sesame" not in open("out/judged.jsonl").read()
 
 
+def test_a_judge_is_shown_conversations_of_any_form(start, monkeypatch):
+    rows = [dict(prompt="q", response="r"), dict(history=["p", "o", "q"], response="r"), dict(response="r", messages=[dict(role="user", content="q")])]
+    start("forms.jsonl", rows)
+    seen = []
+    monkeypatch.setattr(align.Judge, "compare", lambda self, *texts: seen.append(texts) or 0.5)
+    align.examine(options_of(f"--eval=winrate --judge=start.pt --data=forms.jsonl --output=out {COMMON}"))
+    assert [(asked, of) for asked, _, of in seen] == [("q", "r"), ("p\n\no\n\nq", "r")]  # the third is the first, again
+
+
 def test_a_judge_in_a_checkpoint_and_as_a_reward(start, capsys, tokenizer):
     judge = align.Judge(options_of("--judge=start.pt --template=bare"))
     assert judge.compare("q", "a", "b") == 0.5  # an untrained judge says nothing clear
@@ -841,6 +854,16 @@ def test_labels_are_preferences(start, monkeypatch, capsys):
     rows = [json.loads(line) for line in open("out/preferences.jsonl")]
     assert [row["chosen"] for row in rows] == ["b", "a", "tie"] and "--- a" in capsys.readouterr().out
     assert [len(align.preference(row)) for row in rows] == [2, 2, 0]
+
+
+def test_labels_are_of_other_responses_than_the_rows(start, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", iter(["a\n"] * 2))
+    turns = [dict(role="user", content="say x"), dict(role="assistant", content="x!")]
+    start("both.jsonl", [dict(prompt="say x", response="x!"), dict(messages=turns)])
+    align.label(options_of(f"--label=both.jsonl --output=out {COMMON}"))
+    for line in open("out/preferences.jsonl"):
+        assert json.loads(line)["history"] == turns[:1]
+    assert capsys.readouterr().out.count("\nsay x\n--- a") == 2
 
 
 def test_refusals_are_counted(start, tokenizer, monkeypatch):
