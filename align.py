@@ -269,8 +269,8 @@ class LoRA(nn.Module):
     def __init__(self, weight, rank):
         super().__init__()
         n_out, n_in = weight.shape
-        self.a = nn.Parameter(torch.randn(rank, n_in) / n_in**0.5)
-        self.b = nn.Parameter(torch.zeros(n_out, rank))
+        self.a = nn.Parameter(torch.randn(rank, n_in, device=weight.device) / n_in**0.5)
+        self.b = nn.Parameter(torch.zeros(n_out, rank, device=weight.device))
         self.scale = 32 / rank
 
     def forward(self, weight):
@@ -283,7 +283,7 @@ class Policy(nn.Module):
     def __init__(self, gpt: GPT, vocab_size: int, rank: int = 0):
         super().__init__()
         self.gpt, self.vocab_size, self.rank = gpt, vocab_size, rank
-        self.head = nn.Linear(gpt.config.n_embd, 1)
+        self.head = nn.Linear(gpt.config.n_embd, 1, device=gpt.head.weight.device)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
         if rank:
@@ -328,7 +328,7 @@ def annotate(policy: Policy, samples: list[dict], micro: int, **names: str):
         some = samples[i:i + micro]
         out = policy(some)
         for key, name in names.items():
-            parts = vars(out)[name].split(out.counts)
+            parts = vars(out)[name].cpu().split(out.counts)  # beside what the engine wrote
             for s, part in zip(some, parts):
                 s[key] = part
 
@@ -1129,8 +1129,8 @@ class Trainer:
         distant = self.objective is policy_loss and (o.kl or o.max_kl)
         self.reference = None
         if o.loss in ("dpo", "ipo") or distant:
-            self.reference = Policy(copy.deepcopy(gpt), tokenizer.vocab_size).to(self.device)
-        self.policy = Policy(gpt, tokenizer.vocab_size, o.lora).to(self.device)
+            self.reference = Policy(copy.deepcopy(gpt), tokenizer.vocab_size)
+        self.policy = Policy(gpt, tokenizer.vocab_size, o.lora)
         self.policy.head.requires_grad_(o.critic or o.loss == "reward")
         if checkpoint:
             for name in ("algorithm", "optimizer", "lora"):  # what its weights and their state are of
@@ -1139,7 +1139,8 @@ class Trainer:
             weights = {} if o.lora else {f"gpt.{name}": weight for name, weight in checkpoint["weights"].items()}
             self.policy.load_state_dict(weights | checkpoint["trained"], strict=False)
         self.weights = {name: weight for name, weight in self.policy.named_parameters() if weight.requires_grad}
-        self.state = {name: [] for name in self.weights} | checkpoint.get("optimizer", {})
+        state = checkpoint.get("optimizer", {})
+        self.state = {name: [x.to(self.device) for x in state.get(name, [])] for name in self.weights}
         self.queue = checkpoint.get("queue", [])  # batches of responses that wait, with --staleness
         # steps, changes of the weights, batches of responses
         start = dict(step=0, updates=0, rolled=0, tokens=0, seconds=0.0)

@@ -14,6 +14,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import align
 import bpe
@@ -399,6 +400,24 @@ def test_micro_batches_add_up_to_the_batch(tokenizer, words):
     assert torch.allclose(results[0], results[1], atol=2e-6) and torch.allclose(results[0], results[2], atol=2e-6)
     before = torch.cat([w.detach().flatten() for w in prepared(tokenizer, words)[0].weights.values()])
     assert (results[0] - before).abs().max() > 1e-5
+
+
+def test_what_is_added_to_a_model_is_on_its_device(tokenizer):
+    """A device that is there everywhere, meta, stands for a GPU, which its head, adapters and optimizer share."""
+    o = options_of("sft --lora=2 --template=bare")
+    names = [name for name, _ in align.Policy(tiny(tokenizer), tokenizer.vocab_size, 2).named_parameters() if "weight.0" in name]
+    checkpoint = dict(train=vars(o), trained={}, optimizer={name: [torch.zeros(2)] for name in names})
+    trainer = align.Trainer(o, tiny(tokenizer).to("meta"), tokenizer, checkpoint)
+    tensors = [*trainer.policy.parameters(), *sum(trainer.state.values(), [])]
+    assert len(names) == 16 and len(tensors) > 32 and {x.device.type for x in tensors} == {"meta"}
+
+
+def test_what_a_model_on_a_gpu_says_joins_what_its_engine_said():
+    with FakeTensorMode():  # tensors of any device, of which no number is known
+        samples = [dict(old=torch.zeros(2)), dict(old=torch.zeros(1))]
+        out = SimpleNamespace(counts=[2, 1], logp=torch.zeros(3, device="cuda"))
+        align.annotate(lambda some: out, samples, 2, ref="logp")
+        assert [(s["old"] - s["ref"]).device.type for s in samples] == ["cpu"] * 2
 
 
 def test_lora_trains_little_and_merges_exactly(tokenizer):
