@@ -1024,8 +1024,11 @@ def scorer(o: Options, tokenizer: bpe.Tokenizer) -> Callable:
             return scores, scores
     elif o.verifier.endswith(".pt"):
         checkpoint = load_checkpoint(o.verifier)
-        require("trained" in checkpoint, f"--verifier={o.verifier} is no reward model: --algorithm=reward makes one")
-        policy = Policy(sample.load(o.verifier, o.device)[0], tokenizer.vocab_size)
+        rewards = checkpoint.get("train", {}).get("loss") == "reward"
+        require(rewards, f"--verifier={o.verifier} is no reward model: --algorithm=reward makes one")
+        gpt, its = load(o.verifier, o.device)
+        require(its.to_dict() == tokenizer.to_dict(), f"--verifier={o.verifier} has another tokenizer than --ckpt")
+        policy = Policy(gpt, tokenizer.vocab_size)
         policy.load_state_dict(checkpoint["trained"], strict=False)
 
         def score(samples, rows):

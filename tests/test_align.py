@@ -866,6 +866,16 @@ def test_a_reward_model_can_be_the_verifier(start, capsys):
     assert math.isfinite(last["reward"])
 
 
+def test_no_reward_model_is_taken_for_one(start, capsys, tokenizer):
+    other = bpe.train("char", [LETTERS], 111, special_tokens=(END,), workers=1)
+    save_checkpoint("other.pt", tiny(other), tokenizer=other.to_dict())
+    align.align(f"--algorithm=sft --data=chats.jsonl --output=sft {COMMON}".split())
+    align.align(f"--algorithm=reward --data=pairs.jsonl --output=rm {COMMON} --ckpt=other.pt".split())
+    for verifier, message in (("sft/ckpt.pt", "no reward model"), ("rm/ckpt.pt", "has another tokenizer than --ckpt")):
+        with pytest.raises(ValueError, match=f"--verifier={verifier} .*{message}"):
+            align.align(f"--algorithm=rloo --data=prompts.jsonl --output=out {COMMON} --verifier={verifier}".split())
+
+
 def test_labels_are_preferences(start, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", iter(["b\n", "what\n", "a\n", "tie\n"]))
     o = options_of(f"--label=prompts.jsonl --output=out {COMMON}")
