@@ -935,7 +935,7 @@ def test_a_countdown_is_solved_by_another_expression_too():
     assert align.solves("####2*3+1", "1 2 3=7") == 1 and align.solves("####1+3*2", "1 2 3=7") == 1
     assert align.solves("####3+3+1", "1 2 3=7") == 0 and align.solves("so 2*3+1", "1 2 3=7") == 0
     assert align.solves("so 2*3+1", "1 2 3=7", lenient=True) == 1
-
+    assert align.solves("2*3+1", "1 2 3=7") == 0, "the mark is part of the form"
 
 def short_demonstration(monkeypatch, *names):
     """The demonstration with few rows and steps; with the algorithms named (none: all)."""

@@ -354,6 +354,20 @@ def test_own_verifier_that_is_not_there(tmp_path):
             align.verify(spec, [], [])
     with pytest.raises(OSError, match="nowhere.py"):
         align.verify("nowhere.py:f", ["a"], [{}])
+    file = tmp_path / "own.py"
+    file.write_text("there = 1\n")
+    for name in ("there", "f"):
+        with pytest.raises(ValueError, match=f"own.py:{name}: the file has no such function"):
+            align.verify(f"{file}:{name}", [], [], unsafe=True)
+
+
+@needs_sandbox
+def test_own_verifier_that_is_no_text(tmp_path):
+    file = tmp_path / "own.py"
+    file.write_bytes(b"def f(response, **row): return 1  # caf\xe9")
+    assert align.verify(f"{file}:f", ["a"], [{}]) == ([1.0], [])
+    file.write_bytes(b"\x80\x00")
+    assert align.verify(f"{file}:f", ["a"], [{}])[1][0].startswith(f"{file}:f: ")
 
 
 @needs_sandbox
