@@ -1062,6 +1062,7 @@ def read_items(o: Options, tokenizer: bpe.Tokenizer, block: int) -> list:
     """What --data holds, a list of samples a row, each with its `row` and `prompt`; prints what was left out or cut."""
     forms = {imitation_loss: demonstration, preference_loss: preference, policy_loss: asked}
     items, notes = [], Counter()
+    check_numbers(o)
     form = forms[objective(o)]
 
     def read(number, row):
@@ -1414,7 +1415,6 @@ def align(words: list[str]) -> tuple[dict, dict]:
     o = options(Options, ALGORITHMS[o.algorithm].split() + words)
     require(o.data, f"--algorithm={o.algorithm} needs --data=FILE.jsonl")
     o.verifier = o.verifier or "refuse" * (o.task == "refuse")
-    check_numbers(o)
     gpt, tokenizer = load(o.ckpt, o.device)
     gpt.config.counts = 0
     gpt.counts = Counts(gpt.config)  # none, for those of the text know nothing of what is learned here

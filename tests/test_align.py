@@ -662,6 +662,7 @@ def test_bad_preferences_are_counted(start, capsys):
     ("--algorithm=sft --data=numbers.jsonl", "numbers.jsonl, row 1 (prompt, response) is damaged"),
     ("--algorithm=grpo --verifier=regex --data=", "--algorithm=grpo needs --data=FILE.jsonl"),
     ("--algorithm=dpo --loss=ipo --data=", "--algorithm=dpo needs --data=FILE.jsonl"),
+    ("--eval=verify --data=prompts.jsonl --verifier=regex --max_new_tokens=-1", "--max_new_tokens=-1 must be 1 or more"),
     ("--eval=verify --data=", "--eval=verify needs --data=FILE.jsonl"), ("--label=none.jsonl", "none.jsonl"),
     ("--algorithm=grpo --data=prompts.jsonl --verifier=start.pt", "no reward model"),
     ("--algorithm=grpo --data=prompts.jsonl --verifier=regex --held_verifier=judge --judge=start.pt", "no response for the judge"),
