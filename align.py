@@ -29,6 +29,7 @@ import operator
 import os
 import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -1388,8 +1389,9 @@ def listed(parts: list[str]) -> str:
 
 def continued(command: str) -> str:
     """A command in lines of 80 columns that a shell reads as one."""
-    lines = textwrap.wrap(command, 78, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
-    return " \\\n".join(lines)
+    whole = shlex.join(word.replace(" ", "\0") for word in shlex.split(command))  # a quoted space breaks no line
+    lines = textwrap.wrap(whole, 78, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+    return " \\\n".join(lines).replace("\0", " ")
 
 
 def check_numbers(o: Options) -> None:
@@ -1699,22 +1701,22 @@ def demonstrate(o: Options):
     table, folders = {}, [Path(o.output) / f"{o.task}-{seed}" for seed in range(o.seed, o.seed + o.seeds)]
     for seed, folder in enumerate(folders, o.seed):
         folder.mkdir(parents=True, exist_ok=True)
-        verifier = TASKS[o.task][1]
+        verifier, place = TASKS[o.task][1], shlex.quote(str(folder))
         common = f"{COMMON} --seed={seed} --device={o.device}"
-        own = f"{common} --task={o.task} --loss=plain --verifier={verifier} --data={folder}/test.jsonl"
-        own = options(Options, own.split())
+        own = f"{common} --task={o.task} --loss=plain --verifier={verifier} --data={place}/test.jsonl"
+        own = options(Options, shlex.split(own))
         material(own, folder)
         for name, (data, start, words) in DEMO.items():
             if name == "dpo" and not (folder / "preferences.jsonl").exists():
                 prefer(own, folder)
-            words = f"{common} {words} --data={folder}/{data}.jsonl --ckpt={folder}/{start}/ckpt.pt"
-            words += f" --output={folder}/{name} --resume"
+            words = f"{common} {words} --data={place}/{data}.jsonl --ckpt={place}/{start}/ckpt.pt"
+            words += f" --output={place}/{name} --resume"
             if name != "base":
                 words += f" --verifier={verifier}"
             if o.base_iters and start != "sft":
                 words += f" --max_iters={o.base_iters}"
             print(f"\n{continued(f'python align.py {words}')}", flush=True)
-            _, last = align(words.split())
+            _, last = align(shlex.split(words))
             if name != "base":
                 cost = dict(tokens=last["tokens"], seconds=last["seconds"])
                 table.setdefault(name, []).append(standing(own, folder, name, start) | cost)

@@ -722,6 +722,8 @@ def test_an_echoed_command_can_be_copied():
     assert text.count("\n") > 3 and max(map(len, text.splitlines())) <= 80
     said = subprocess.run(["sh", "-c", f"printf '%s\\n' {text}"], capture_output=True, text=True, check=True).stdout
     assert said.split("\n") == [*command.split(), ""]
+    text = align.continued("python align.py --output='my  runs; all of them'")
+    assert subprocess.run(["sh", "-c", f"printf %s, {text}"], capture_output=True, text=True).stdout == "python,align.py,--output=my  runs; all of them,"
 
 
 def test_equal_rewards_and_nan_are_counted(start, tokenizer, capsys):
@@ -989,9 +991,9 @@ def test_a_picture_without_matplotlib_ends_in_one_line(monkeypatch):
 def test_the_demonstration_at_tiny_size(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     short_demonstration(monkeypatch)
-    align.demonstrate(options_of("--task=refuse --output=out"))
+    align.demonstrate(options(Options, ["--task=refuse", "--output=my runs"]))
     lines = capsys.readouterr().out.splitlines()
     table = lines[-5:]
     assert [line.split()[0] for line in table] == ["sft", "dpo", "ppo", "grpo", "expert"]
     assert all(line.split()[1].endswith("%") for line in table)
-    assert "val_strict" in open("out/refuse-0/dpo/log.jsonl").read().splitlines()[-1]  # of pairs, too
+    assert "val_strict" in open("my runs/refuse-0/dpo/log.jsonl").read().splitlines()[-1]  # of pairs, too
