@@ -1052,11 +1052,12 @@ def scorer(o: Options, tokenizer: bpe.Tokenizer) -> Callable:
 
 def drawn(seed: int, step: int, n: int, size: int) -> list[int]:
     """The n of `size` rows that a step takes: each once an epoch, in an order of (seed, epoch) alone."""
-    out = []
-    for number in range(step * n, (step + 1) * n):
-        epoch, place = divmod(number, size)
-        out.append(int(np.random.default_rng((seed, epoch)).permutation(size)[place]))
-    return out
+    epoch, place = divmod(step * n, size)
+    order = []
+    while len(order) < place + n:
+        order += np.random.default_rng((seed, epoch)).permutation(size).tolist()
+        epoch += 1
+    return order[place:place + n]
 
 
 def read_items(o: Options, tokenizer: bpe.Tokenizer, block: int) -> list:

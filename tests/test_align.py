@@ -615,6 +615,16 @@ def test_resuming_refuses_what_its_weights_are_not_of(word, start, capsys):
     assert Path("out/ckpt.pt").read_bytes() == before
 
 
+def test_each_row_is_drawn_once_an_epoch(monkeypatch):
+    rows = sum((align.drawn(3, step, 4, 6) for step in range(6)), [])
+    orders = [np.random.default_rng((3, epoch)).permutation(6).tolist() for epoch in range(4)]
+    assert rows == sum(orders, []) and align.drawn(3, 1, 10, 3) == sum((align.drawn(3, epoch, 3, 3) for epoch in range(3, 7)), [])[1:11]
+    made, make = [], np.random.default_rng
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: made.append(seed) or make(seed))
+    align.drawn(0, 5, 64, 1000)
+    assert len(made) == 1, "the order of an epoch is made once a step, not once a row"
+
+
 @pytest.mark.parametrize("name", ["sft", "dpo", "grpo"])
 def test_counts_of_ngrams_stay_behind(name, start, tokenizer, capsys):
     """A model with --counts is aligned as the same without them, and comes out without them."""
