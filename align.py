@@ -1044,7 +1044,8 @@ def scorer(o: Options, tokenizer: bpe.Tokenizer) -> Callable:
             strict, why = verify(o.verifier, texts, rows, False, o.unsafe)
             if why:
                 print(f"{len(why)} of {len(rows)} responses could not be graded, so 0: {why[0]}", file=sys.stderr)
-            return strict, verify(o.verifier, texts, rows, True, o.unsafe)[0]
+            ours = o.verifier in VERIFIERS  # another one has no lenient reading
+            return strict, verify(o.verifier, texts, rows, True, o.unsafe)[0] if ours else strict
     return score
 
 

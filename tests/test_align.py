@@ -615,6 +615,13 @@ def test_resuming_refuses_what_its_weights_are_not_of(word, start, capsys):
     assert Path("out/ckpt.pt").read_bytes() == before
 
 
+def test_an_own_verifier_is_asked_once_a_response(tokenizer, tmp_path):
+    file, asked = tmp_path / "own.py", tmp_path / "asked"
+    file.write_text(f"def score(response, **row):\n    open({str(asked)!r}, 'a').write(response)\n    return 0.25\n")
+    score = align.scorer(options_of(f"--unsafe --verifier={file}:score"), tokenizer)
+    assert score([dict(text="a"), dict(text="b")], [{}] * 2) == ([0.25] * 2, [0.25] * 2) and asked.read_text() == "ab"
+
+
 def test_each_row_is_drawn_once_an_epoch(monkeypatch):
     rows = sum((align.drawn(3, step, 4, 6) for step in range(6)), [])
     orders = [np.random.default_rng((3, epoch)).permutation(6).tolist() for epoch in range(4)]
