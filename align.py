@@ -908,7 +908,10 @@ def own_verifier(spec: str, seconds: float, unsafe: bool) -> Callable:
         function = runpy.run_path(path).get(name)
         require(callable(function), f"--verifier={spec}: the file has no such function")
         return function
-    program = Path(path).read_text(encoding="utf-8", errors="replace")  # what is no program fails in the sandbox
+    try:
+        program = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--verifier: {path} is no text: {error}") from error
 
     def call(response: str, **row):
         values = sandbox(program, [f"{name}(given[0], **given[1])"], [response, row], seconds)
