@@ -1394,9 +1394,8 @@ def listed(parts: list[str]) -> str:
 
 def continued(command: str) -> str:
     """A command in lines of 80 columns that a shell reads as one."""
-    whole = shlex.join(word.replace(" ", "\0") for word in shlex.split(command))  # a quoted space breaks no line
-    lines = textwrap.wrap(whole, 78, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
-    return " \\\n".join(lines).replace("\0", " ")
+    lines = textwrap.wrap(command, 78, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+    return " \\\n".join(lines)
 
 
 def check_numbers(o: Options) -> None:

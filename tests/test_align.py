@@ -739,8 +739,6 @@ def test_an_echoed_command_can_be_copied():
     assert text.count("\n") > 3 and max(map(len, text.splitlines())) <= 80
     said = subprocess.run(["sh", "-c", f"printf '%s\\n' {text}"], capture_output=True, text=True, check=True).stdout
     assert said.split("\n") == [*command.split(), ""]
-    text = align.continued("python align.py --output='my  runs; all of them'")
-    assert subprocess.run(["sh", "-c", f"printf %s, {text}"], capture_output=True, text=True).stdout == "python,align.py,--output=my  runs; all of them,"
 
 
 def test_equal_rewards_and_nan_are_counted(start, tokenizer, capsys):
