@@ -965,7 +965,7 @@ def flash_twin(
     scores = tile_scores(qs, ks, slice(None), slice(None), causal, first)  # (B, H_kv, group, T, S)
     lse = scores.logsumexp(-1)
     chances = (scores - lse.masked_fill(lse == -math.inf, 0)[..., None]).exp()
-    out = torch.empty_like(q)  # lies in memory as q does: heads before or behind tokens
+    out = torch.empty_like(lying(q))  # lies in memory as q does: heads before or behind tokens
     out.copy_((chances @ vs).flatten(1, 2))
     return out, lse.flatten(1, 2)
 
@@ -1355,9 +1355,9 @@ def flash_launch(
         )
 
 
-def lying(*tensors: Tensor) -> list[Tensor]:
-    """The tensors as they lie in memory; those whose last stride is not 1 are copied"""
-    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
+def lying(x: Tensor) -> Tensor:
+    """x as it lies in memory; a copy where its last stride is not 1"""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def flash(
@@ -1382,7 +1382,7 @@ def flash(
         first is None or first.shape == (B, T),
         f"flash: first of another shape than {[B, T]}, one key for each query",
     )
-    q, k, v = lying(q, k, v)
+    q, k, v = map(lying, (q, k, v))
     first = None if first is None else first.contiguous()
     out, lse = torch.empty_like(q), q.new_empty(B, H, T, dtype=torch.float32)
     flash_launch(flash_kernel, 0, q, k, [q, k, v, out, lse, first], causal)
@@ -1405,7 +1405,7 @@ def flash_backward(
     Each computes the scores again, seven products instead of five; in return no program adds to
     what another wrote, and every run gives the same bits.
     """
-    dout, q, k, v, out = lying(dout, q, k, v, out)
+    dout, q, k, v, out = map(lying, (dout, q, k, v, out))
     dq, dk, dv, delta = *(torch.empty_like(x) for x in (q, k, v)), torch.empty_like(lse)
     last, dlse = None, None if dlse is None else dlse.contiguous()
     if first is not None:
@@ -1478,7 +1478,8 @@ class Kernel:
     like: str = ""  # names of parameters of `backward` that its results look like
     replaced: dict = dataclasses.field(default_factory=dict)  # input -> output that is kept instead, unless empty
     mutates: tuple = ()  # names of inputs that change in place
-    strided: bool = False  # takes inputs as they lie in memory, and gradients lie so too
+    strided: bool = False  # takes inputs as they lie in memory
+    layout: Callable = Tensor.contiguous  # of an input or the like: the tensor whose memory layout its gradient has
     passes: tuple = (1, 2)  # work of the forward and of the backward pass, in plain forward passes
     library: Callable | None = None  # the best call that torch has for it
 
@@ -1508,8 +1509,7 @@ class Kernel:
     def fake_backward(self, *inputs):
         """Gradients of the right shapes and layout, for torch.compile"""
         values = dict(zip(self.needs, inputs))
-        layout = torch.preserve_format if self.strided else torch.contiguous_format
-        found = [torch.empty_like(values[name], memory_format=layout) for name in self.like.split()]
+        found = [torch.empty_like(self.layout(values[name])) for name in self.like.split()]
         return tuple(found) if len(found) > 1 else found[0]
 
     def values(self, inputs, output):
@@ -1702,7 +1702,7 @@ KERNELS = {kernel.name: kernel for kernel in (
            ((1, 4, 2, 33, 16), (2, 12, 12, 512, 64), (2, 16, 16, 8192, 128)),
            outputs="out lse", passes=(1, 2.5),  # scores are computed again
            backward=flash_backward, gradients=dict(q=0, k=1, v=2), like="q k v",
-           strided=True, library=attention),
+           strided=True, layout=lying, library=attention),
 )} if triton else {}
 
 

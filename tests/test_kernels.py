@@ -190,6 +190,28 @@ def test_custom_op_is_sound_and_compiles_whole(name):
         assert torch.equal(mine, other)
 
 
+@pytest.mark.parametrize("name", [name for name in KERNELS if KERNELS[name].strided])
+def test_results_lie_in_memory_where_torch_compile_is_told(name):
+    """Its code addresses them by these strides, also where inputs and slopes are views."""
+    kernel = KERNELS[name]
+    torch.manual_seed(0)
+    inputs = kernel.example(SHAPES[name](lambda low, high: min(low + 4, high)), torch.float32, DEVICE)
+
+    def turned(value):  # the last two dimensions the other way round in memory
+        matrix = isinstance(value, torch.Tensor) and value.dim() > 1
+        return value.transpose(-1, -2).contiguous().transpose(-1, -2) if matrix else value
+
+    inputs = tuple(map(turned, inputs))
+    made = [(kernel.run(*inputs), kernel.fake(*inputs))]
+    if kernel.backward:
+        values = kernel.values(inputs, made[0][0])
+        values |= {f"d{output}": turned(values[output]) for output in kernel.outputs.split()}
+        needed = [values[need] for need in kernel.needs]
+        made.append((kernel.backward(*needed), kernel.fake_backward(*needed)))
+    for mine, told in made:
+        assert [(y.shape, y.stride(), y.dtype) for y in kernels.flat([mine])] == [(y.shape, y.stride(), y.dtype) for y in kernels.flat([told])]
+
+
 @pytest.mark.parametrize("compiled", (False, pytest.param(True, marks=pytest.mark.slow)))  # each kernel is compiled by itself, too
 def test_a_model_trains_on_kernels_as_without(compiled, monkeypatch):
     import model
