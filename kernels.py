@@ -403,7 +403,7 @@ def rmsnorm_slope_kernel(
 
 
 def rmsnorm(
-    x: Tensor, weight: Tensor, residual: Optional[Tensor], eps: float
+    x: Tensor, weight: Tensor, residual: Optional[Tensor] = None, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
     """(y, total) of rmsnorm_twin in one pass: x and residual are read once, total and y written once.
 
@@ -866,7 +866,7 @@ def product(
     return y
 
 
-def matmul(x: Tensor, weight: Tensor, bias: Tensor, activation: str) -> Tensor:
+def matmul(x: Tensor, weight: Tensor, bias: Tensor, activation: str = "none") -> Tensor:
     """activation(x W^T + b), with bias and activation applied before a tile of the result leaves the registers."""
     require(
         activation in ACTIVATIONS,
@@ -1541,9 +1541,9 @@ class Kernel:
             for name, wanted in zip(self.inputs, ctx.needs_input_grad)
         )
 
-    def __call__(self, *inputs):
+    def __call__(self, *inputs, **named):
         """Check types and devices, and launch."""
-        tensors = flat(inputs)
+        tensors = flat([*inputs, *named.values()])
         kinds, places = {t.dtype for t in tensors}, {t.device for t in tensors}
         require(
             len(places) <= 1, f"{self.name}: tensors on {' and '.join(sorted(map(str, places)))}"
@@ -1555,9 +1555,15 @@ class Kernel:
         runs = INTERPRETED.value or all(place.type == "cuda" for place in places)
         require(runs, f"{self.name}: a kernel runs on a GPU; on a CPU its twin does the work")
         if not self.strided and not self.mutates:
-            inputs = [value.contiguous() if isinstance(value, Tensor) else value for value in inputs]
-        found = self.op(*inputs)
+            inputs = [whole(value) for value in inputs]
+            named = {name: whole(value) for name, value in named.items()}
+        found = self.op(*inputs, **named)
         return found[0] if self.hidden else found
+
+
+def whole(value: Any) -> Any:
+    """A tensor is made contiguous, what is none stays as it is."""
+    return value.contiguous() if isinstance(value, Tensor) else value
 
 
 def flat(values: tuple | list) -> list[Tensor]:

@@ -1,5 +1,6 @@
 """kernels.py against its plain twins in float64, torch's own calls, and real compilation for three cards."""
 import copy
+import inspect
 import json
 import math
 import os
@@ -334,6 +335,26 @@ def test_gradient_scale_reaches_cross_entropy():
     once, = torch.autograd.grad(loss, x, retain_graph=True)
     thrice, = torch.autograd.grad(3 * loss, x)
     torch.testing.assert_close(thrice, 3 * once)
+
+
+def test_a_kernel_takes_what_its_twin_takes():
+    """By place, by name, and with the same defaults: what runs on a CPU runs on a GPU."""
+    for name, kernel in KERNELS.items():
+        mine, other = (inspect.signature(function).parameters.values() for function in (kernel.run, kernel.twin))
+        assert [(p.name, p.default) for p in mine] == [(p.name, p.default) for p in other], name
+    torch.manual_seed(0)
+    x, bias = torch.randn(4, 8, device=DEVICE), torch.randn(4, device=DEVICE)
+    q, last = x.view(1, 2, 2, 8), torch.ones(1, 2, dtype=torch.int32, device=DEVICE)
+    for name, inputs, words in (("rmsnorm", (x, x[0]), {}), ("rmsnorm", (x, x[0]), dict(eps=0.1)), ("rmsnorm", (x,), dict(weight=x.view(-1)[::4])),
+                                ("matmul", (x, x, bias), {}), ("matmul", (x,), dict(bias=bias, weight=x, activation="gelu")),
+                                ("flash", (q, q, q), dict(causal=False)), ("flash", (q, q, q), dict(first=last)), ("softmax", (), dict(x=x.mT))):
+        found = []
+        for function in (KERNELS[name], KERNELS[name].twin):
+            leaf = x.clone().requires_grad_()
+            given = [leaf.view_as(value) if value is x or value is q else value for value in inputs]
+            y = kernels.flat([function(*given, **words)])[0]
+            found.append((y.detach(), *(torch.autograd.grad(y.square().sum(), leaf) if inputs else ())))
+        torch.testing.assert_close(*found)
 
 
 # ---- bad input
