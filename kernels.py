@@ -1548,8 +1548,9 @@ class Kernel:
         require(
             len(places) <= 1, f"{self.name}: tensors on {' and '.join(sorted(map(str, places)))}"
         )
+        numbers = all(t.is_floating_point() for t in tensors[:1])  # whole ones only come after those, as targets do
         require(
-            kinds <= {*HALF.values(), torch.int8, torch.int32, torch.int64},
+            numbers and kinds <= {*HALF.values(), torch.int8, torch.int32, torch.int64},
             f"{self.name}: no kernel for {', '.join(sorted(map(str, kinds)))}",
         )
         runs = INTERPRETED.value or all(place.type == "cuda" for place in places)

@@ -364,6 +364,9 @@ def test_what_is_refused():
     cases = [
         ("add", (x, torch.empty(4, 8, device="meta")), "tensors on "),
         ("gelu", (x.double(),), "no kernel for torch.float64"),
+        ("gelu", (torch.arange(5, device=DEVICE),), "no kernel for torch.int64"),
+        ("add", (torch.arange(5, device=DEVICE),) * 2, "no kernel for torch.int64"),
+        ("int8", (x.to(torch.int8), x.to(torch.int8), x[:, 0]), "no kernel for torch"),
         ("add", (x, x[:2]), "shape"),
         ("rmsnorm", (x, x[0, :5], None, 1e-6), "weight"),
         ("rmsnorm", (x, x[0], x[:2], 1e-6), "residual"),
