@@ -2232,6 +2232,7 @@ def main() -> None:
         require(name in KERNELS, f"--only={name}: there are {', '.join(KERNELS)}")
     require(not o.dtype or o.dtype in HALF, f"--dtype={o.dtype}: there are {', '.join(HALF)}")
     require(o.seconds > 0, f"--seconds={o.seconds}: wanted some")
+    require(o.roofline or not o.plot, "--plot draws what --roofline finds: give both")
     drawn = not o.plot or importlib.util.find_spec("matplotlib")
     require(drawn, "--plot needs matplotlib: pip install matplotlib")
     if o.compile_report:

@@ -619,6 +619,7 @@ def test_script_ends_with_an_error_where_a_kernel_is_wrong(tmp_path):
     (["--only=flesh"], "--only=flesh: there are add, gelu"),
     (["--roofline", "--shape=1,2,3,4"], "no multiple of the heads"),
     (["--roofline", "--shape=1,2"], "--shape=1,2"),
+    (["--only=add", "--plot=roof.png"], "--plot draws what --roofline finds"),
     (["--dtype=float64"], "--dtype=float64: there are bfloat16, float16, float32"),
     (["--device=mps"], "--device=mps"),
     (["--device=quantum"], "--device=quantum"),
