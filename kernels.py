@@ -130,50 +130,39 @@ def read(at, here, other):
 
 
 @jit
-def map_kernel(y, a, b, n, stride, f: tl.constexpr, BLOCK: tl.constexpr):
-    """y = f(a, b), or f(a, a) without b, in rows of n numbers.
+def map_kernel(y, a, b, da, db, n, stride, f: tl.constexpr, BLOCK: tl.constexpr):
+    """y = f(a, b), or f(a, a) without b, in rows of n numbers; where da is given, its slopes: da, db = f(y, a, b).
 
-    Rows lie n apart in y, and `stride` apart in a and b, which may be halves of wider rows. A program takes BLOCK
-    numbers of one row. Offsets of rows have 64 bits, for a tensor may hold more than 2^31 numbers.
+    Rows lie n apart in y, and `stride` apart in a and b, which may be halves of wider rows, and in da and db. A program
+    takes BLOCK numbers of one row. Offsets of rows have 64 bits, for a tensor may hold more than 2^31 numbers.
     """
     row = tl.program_id(0) // tl.cdiv(n, BLOCK)
     at = tl.program_id(0) % tl.cdiv(n, BLOCK) * BLOCK + tl.arange(0, BLOCK)
     far = row.to(tl.int64) * stride + at
+    y += row.to(tl.int64) * n + at
     u = read(a + far, at < n, 0.0)
     v = u if b is None else read(b + far, at < n, 0.0)
-    tl.store(y + row.to(tl.int64) * n + at, f(u, v), at < n)
+    if da is None:
+        tl.store(y, f(u, v), at < n)
+    else:
+        du, dv = f(read(y, at < n, 0.0), u, v)
+        tl.store(da + far, du, at < n)
+        if db is not None:
+            tl.store(db + far, dv, at < n)
 
 
-@jit
-def slope_kernel(da, db, dy, a, b, n, stride, f: tl.constexpr, BLOCK: tl.constexpr):
-    """da, db = f(dy, a, b) of the same rows: da and db lie as a and b do, dy as y does."""
-    row = tl.program_id(0) // tl.cdiv(n, BLOCK)
-    at = tl.program_id(0) % tl.cdiv(n, BLOCK) * BLOCK + tl.arange(0, BLOCK)
-    far = row.to(tl.int64) * stride + at
-    u = read(a + far, at < n, 0.0)
-    v = u if b is None else read(b + far, at < n, 0.0)
-    du, dv = f(read(dy + row.to(tl.int64) * n + at, at < n, 0.0), u, v)
-    tl.store(da + far, du, at < n)
-    if b is not None:
-        tl.store(db + far, dv, at < n)
-
-
-def launch(kernel: Any, f: Any, y: Tensor, a: Tensor, *pointers: Tensor | None) -> None:
-    """Start map_kernel or slope_kernel for tensors of one shape.
+def launch_map(f: Any, y: Tensor, a: Tensor, b: Tensor | None = None, *slopes: Tensor | None) -> Tensor:
+    """y = f(a, b), or of y, which is dy then, the slopes da and db; all of one shape. Returns y.
 
     Contiguous tensors are one long row. Else the rows of a and its like (their last dimension) may
     lie apart, as the two halves of wider rows do, and y's lie side by side.
     """
-    flat = a.is_contiguous()
-    n, stride = (a.numel(), a.numel()) if flat else (a.shape[-1], a.stride(-2))
-    grid = (y.numel() // max(n, 1) * triton.cdiv(n, MAP["BLOCK"]),)
     if y.numel():
-        kernel[grid](*pointers, n, stride, f, **MAP)
-
-
-def launch_map(f: Any, y: Tensor, a: Tensor, b: Tensor | None = None) -> Tensor:
-    """y = f(a, b)"""
-    launch(map_kernel, f, y, a, y, a, b)
+        one = a.is_contiguous()
+        n, stride = (a.numel(), a.numel()) if one else (a.shape[-1], a.stride(-2))
+        da, db = slopes or (None, None)
+        grid = (y.numel() // n * triton.cdiv(n, MAP["BLOCK"]),)
+        map_kernel[grid](y, a, b, da, db, n, stride, f, **MAP)
     return y
 
 
@@ -201,7 +190,7 @@ def gelu(x: Tensor) -> Tensor:
 def gelu_backward(dy: Tensor, x: Tensor) -> Tensor:
     """dx from dy and x; what lies between is computed again, which is cheaper than to store and read it."""
     dx, dy = torch.empty_like(x), dy.contiguous()
-    launch(slope_kernel, gelu_slope, dy, x, dx, None, dy, x, None)
+    launch_map(gelu_slope, dy, x, None, dx, None)
     return dx
 
 
@@ -221,7 +210,7 @@ def swiglu_backward(dy: Tensor, x: Tensor) -> Tensor:
     """dx (..., 2 F) from dy (..., F) and x: both halves are written in place, so no concatenation follows."""
     dx = torch.empty_like(x)
     dy, gate, up = dy.contiguous(), *x.chunk(2, -1)
-    launch(slope_kernel, swiglu_slope, dy, gate, *dx.chunk(2, -1), dy, gate, up)
+    launch_map(swiglu_slope, dy, gate, up, *dx.chunk(2, -1))
     return dx
 
 
@@ -1516,8 +1505,7 @@ class Kernel:
         """What the backward pass may ask for, by name: inputs and outputs. An input whose place an
         output has taken is None.
         """
-        found = output if isinstance(output, tuple) else (output,)
-        values = dict(zip(self.inputs, inputs)) | dict(zip(self.outputs.split(), found))
+        values = dict(zip(self.inputs, inputs)) | dict(zip(self.outputs.split(), flat([output])))
         gone = [name for name, output in self.replaced.items() if values[output].numel()]
         return values | dict.fromkeys(gone)
 
@@ -1534,8 +1522,7 @@ class Kernel:
         kept = [
             rest if saved is None else saved for saved, rest in zip(ctx.saved_tensors, ctx.rest)
         ]
-        found = self.back(*(slopes.get(name, value) for name, value in zip(self.needs, kept)))
-        found = found if isinstance(found, tuple) else (found,)
+        found = flat([self.back(*(slopes.get(name, value) for name, value in zip(self.needs, kept)))])
         return tuple(
             found[self.gradients[name]] if wanted and name in self.gradients else None
             for name, wanted in zip(self.inputs, ctx.needs_input_grad)
