@@ -1404,6 +1404,7 @@ def check_numbers(o: Options) -> None:
         require(getattr(o, name) > 0, f"--{name}={getattr(o, name)} must be 1 or more")
     for name in ("micro_batch", "eval_rows", "lora", "staleness", "overlong", "seed", "warmup_iters", "decay_from"):
         require(getattr(o, name) >= 0, f"--{name}={getattr(o, name)} must not be negative")
+    require(o.beta > 0, f"--beta={o.beta} must be above 0")
 
 
 def align(words: list[str]) -> tuple[dict, dict]:
@@ -1481,7 +1482,8 @@ def examine(o: Options):
     require(o.eval in ("verify", "ifeval", "winrate"), f"--eval={o.eval}: choose from verify, ifeval, winrate")
     require(o.data, f"--eval={o.eval} needs --data=FILE.jsonl")
     gpt, tokenizer = load(o.ckpt, o.device)
-    verifier = {"ifeval": "ifeval", "winrate": "judge"}.get(o.eval, o.verifier)
+    own = o.verifier or "refuse" * (o.task == "refuse")
+    verifier = {"ifeval": "ifeval", "winrate": "judge"}.get(o.eval, own)
     o = dataclasses.replace(o, loss="plain", verifier=verifier)
     items = read_items(o, tokenizer, gpt.config.block_size)
     score = scorer(o, tokenizer)

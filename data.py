@@ -1433,6 +1433,15 @@ def letters_of(text: str) -> str:
     return " ".join(re.findall(r"\w+", text.lower()))
 
 
+def strings_in(value: Any) -> Iterator[str]:
+    """The strings of a value of JSON, from the first to the last, however deep they lie."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | dict):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from strings_in(part)
+
+
 def read_evaluation(path: Path) -> Iterator[tuple[str, str]]:
     """(name, text) of each field of a file of an evaluation set: rows of jsonl, of csv as MMLU has them, paragraphs."""
     csv.field_size_limit(1 << 30)  # else a long field, or one that no quote closes, is an error
@@ -1445,8 +1454,7 @@ def read_evaluation(path: Path) -> Iterator[tuple[str, str]]:
             rows = ({"text": text} for text in file.read().split("\n\n"))
         for number, row in enumerate(rows):
             for field, value in row.items():
-                texts = value if isinstance(value, list) else [value]
-                yield from ((f"{path.name} {number} {field}", text) for text in texts if isinstance(text, str))
+                yield from ((f"{path.name} {number} {field}", text) for text in strings_in(value))
 
 
 def set_of(name: str) -> str:
@@ -2184,8 +2192,8 @@ def check_options(o: Options) -> None:
     for name in ("val_fraction", "false_positives", "threshold"):
         if not 0 < getattr(o, name) <= 1:
             raise ValueError(f"--{name} must lie between 0 and 1")
-    if o.workers < 0:
-        raise ValueError("--workers must not be negative")
+    if min(o.workers, o.seed) < 0:
+        raise ValueError("--workers and --seed must not be negative")
     if o.tokenizer not in bpe.TRAINERS and not os.path.exists(o.tokenizer):
         raise ValueError(f"--tokenizer={o.tokenizer} is neither a file nor a kind ({', '.join(bpe.TRAINERS)})")
     for name in {*FILTERS}.intersection(names):  # opens its model

@@ -1883,7 +1883,7 @@ def least_bytes(kernel: Kernel, inputs: tuple) -> tuple[int, int]:
     """What a forward and a backward pass must move: each input read once, each result written once.
 
     For the backward pass: the gradients of the results, what was kept, and the gradients of the
-    inputs.
+    inputs. What is for the backward pass alone counts in both.
     """
     size = lambda values: sum(t.numel() * t.element_size() for t in flat(values))  # noqa: E731
     named = dict(zip(kernel.inputs, inputs))
@@ -1892,8 +1892,8 @@ def least_bytes(kernel: Kernel, inputs: tuple) -> tuple[int, int]:
     leaves = {place: named[name] for name, place in kernel.gradients.items()}
     values = kernel.values(inputs, tuple(found))
     kept = [values.get(name) for name in getattr(kernel, "needs", ())]
-    forward = size(inputs) + size(found)
-    return forward, size(found) + size(kept) + size([*leaves.values()])
+    hidden = size([named[name] for name in kernel.hidden.split()])
+    return size(inputs) + size(found) + hidden, size(found) + size(kept) + hidden + size([*leaves.values()])
 
 
 def peak(call: Callable, device: torch.device) -> float:
@@ -2203,7 +2203,10 @@ def pick_device(name: str) -> torch.device:
     """The device of this name, or the best there is. Raises ValueError where it cannot be used."""
     try:
         best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-        return torch.zeros(1, device=name or best).device
+        device = torch.zeros(1, device=name or best).device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # the one on which Triton launches, and of which figures are printed
+        return device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device={name} cannot be used: {str(error).splitlines()[0]}") from error
 

@@ -1668,6 +1668,7 @@ def main() -> None:
     preset = options(Options, words).preset
     require(preset in PRESETS, f"--preset={preset}: choose from {', '.join(filter(None, PRESETS))}")
     o = options(Options, PRESETS[preset].split() + words)
+    require(not (o.ckpt and preset), "--ckpt has a shape of its own: give it or --preset")
     require(o.coord_check or not o.plot, "--plot draws what --coord_check finds: give both")
     if o.coord_check:
         require(not o.plot or importlib.util.find_spec("matplotlib"), "--plot needs matplotlib: pip install matplotlib")

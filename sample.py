@@ -1196,11 +1196,15 @@ class Exam:
             yield f"{output} was of another {self.o.ckpt}: it is now {output}.old"
             if rank == 0:
                 os.replace(output, f"{output}.old")
-        for name in self.o.eval.split(","):
+        require(self.o.shots >= 0, f"--shots={self.o.shots} must not be negative")
+        names, compared = self.o.eval.split(","), read_results(self.o.compare) if self.o.compare else {}
+        for name in names:
             require(name in TASKS, f"--eval={name}: choose from {', '.join(TASKS)}")
-            find, grade, *how = TASKS[name]
-            told = find is Exam.passkeys or self.o.eval_data and Path(self.o.eval_data).is_dir()
+            told = name == "passkey" or self.o.eval_data and Path(self.o.eval_data).is_dir()
             require(told, f"--eval={name} needs a folder of items: --eval_data={self.o.eval_data} is none")
+        output.parent.mkdir(parents=True, exist_ok=True)
+        for name in names:
+            find, grade, *how = TASKS[name]
             records, items = held.setdefault(name, {}), {key: [*item] for key, item in find(self, *how)}
             # of a file that was changed, or of another one of this name, an item is not the one that was graded
             todo = {key: item for key, item in items.items() if records.get(key, {}).get("item") != item}
@@ -1219,7 +1223,7 @@ class Exam:
             yield from summaries(name, records)
             yield from self.leaks(name, records)
             if self.o.compare:
-                others = read_results(self.o.compare).get(name, {})
+                others = compared.get(name, {})
                 # what stands before may differ (--swap, --shots), what is graded may not: windows begin at tokens
                 same = {key: record for key, record in records.items()
                         if key in others and others[key].get("item", [])[1:] == record["item"][1:]}

@@ -1196,7 +1196,8 @@ def check(o: Options) -> tuple[float, float]:
         require(not error, error)
     # A run of other FLOPs would say nothing of the prediction, however good its loss.
     used, loss = evaluations(o.check, ("flops", "val_loss"))[:, -1]
-    require(abs(used / wanted - 1) < 0.05, f"{o.check} took {used:.3g} FLOPs; the prediction is for {wanted:.3g}")
+    reason = f"{o.check} took {used:.3g} FLOPs; the prediction is for {wanted:.3g}"
+    require(abs(used / wanted - 1) < 0.05, reason + f" (stopped? train.py --resume --output={o.check} goes on)")
     inside = "inside" if low <= loss <= high else "outside"
     print(f"predicted {value:.4f} ({low:.4f} to {high:.4f}) on {stored.get('time')}")
     print(f"measured  {loss:.4f}, {loss / value - 1:+.2%}, {inside} the interval")

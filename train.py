@@ -580,7 +580,10 @@ def pick_device(name: str) -> torch.device:
     """The device of this name, or the best there is. Raises ValueError where it cannot be used."""
     try:
         best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-        return torch.zeros(1, device=name or best).device
+        device = torch.zeros(1, device=name or best).device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # the one on which Triton launches, and of which figures are printed
+        return device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device={name} cannot be used: {str(error).splitlines()[0]}") from error
 

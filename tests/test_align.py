@@ -680,6 +680,7 @@ def test_bad_preferences_are_counted(start, capsys):
     ("--algorithm=grpo --verifier=regex --data=", "--algorithm=grpo needs --data=FILE.jsonl"),
     ("--algorithm=dpo --loss=ipo --data=", "--algorithm=dpo needs --data=FILE.jsonl"),
     ("--eval=verify --data=prompts.jsonl --verifier=regex --max_new_tokens=-1", "--max_new_tokens=-1 must be 1 or more"),
+    ("--algorithm=ipo --data=prompts.jsonl --beta=0", "--beta=0.0 must be above 0"),
     ("--eval=verify --data=", "--eval=verify needs --data=FILE.jsonl"), ("--label=none.jsonl", "none.jsonl"),
     ("--algorithm=grpo --data=prompts.jsonl --verifier=start.pt", "no reward model"),
     ("--algorithm=grpo --data=prompts.jsonl --verifier=regex --held_verifier=judge --judge=start.pt", "no response for the judge"),

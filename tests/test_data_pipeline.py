@@ -230,7 +230,7 @@ def evaluation(tmp_path):
     (folder / "gsm8k_test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8-sig")
     with open(folder / "astronomy_test.csv", "w", newline="") as file:
         csv.writer(file).writerow([SHORT, "Mercury", "Venus", "Earth", "Mars", "x" * 200_000])
-    (folder / "hellaswag val.jsonl").write_text(json.dumps({"ctx": "he", "endings": ["no", " ".join(f"ending{i}" for i in range(20))]}))
+    (folder / "hellaswag val.jsonl").write_text(json.dumps({"ctx": "he", "endings": [{"text": ["no", " ".join(f"ending{i}" for i in range(20))]}]}))
     return folder
 
 

@@ -551,6 +551,10 @@ def test_least_bytes_by_hand():
         assert kernels.least_bytes(KERNELS[name], inputs) == (forward, backward), name
     inputs = KERNELS["rmsnorm"].example((10, 10), torch.float16, DEVICE)  # x, residual, y, total; dy, dtotal, total, dx
     assert kernels.least_bytes(KERNELS["rmsnorm"], inputs) == ((400 + 10) * half, (400 + 20) * half)
+    inputs = KERNELS["cross_entropy"].example((10, 20, 30), torch.float32, DEVICE)
+    x, weight, targets, loss = 4 * 10 * 20, 4 * 20 * 30, inputs[2].nbytes, 4  # and dx and dw, which are kept on the way forward
+    least = 2 * x + 2 * weight + targets + loss, 2 * x + 2 * weight + loss
+    assert kernels.least_bytes(KERNELS["cross_entropy"], inputs) == least
     inputs = KERNELS["adamw"].example((2, 100), torch.float32, DEVICE)
     assert kernels.least_bytes(KERNELS["adamw"], inputs)[0] == 7 * 4 * 215  # reads four, writes three
 

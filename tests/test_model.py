@@ -1248,6 +1248,8 @@ def test_coordinate_check_is_drawn(single, tmp_path, monkeypatch):
 def test_pictures_that_cannot_be_drawn(run_main, tmp_path, monkeypatch):
     done = run_main("model.py", "--plot=x.png", cwd=tmp_path)
     assert done.returncode == 1 and done.stderr.endswith("--plot draws what --coord_check finds: give both\n")
+    done = run_main("model.py", "--ckpt=x.pt", "--preset=gpt2", cwd=tmp_path)
+    assert done.returncode == 1 and done.stderr.endswith("--ckpt has a shape of its own: give it or --preset\n")
     monkeypatch.setattr(model.importlib.util, "find_spec", lambda name: None)
     done = run_main("model.py", "--coord_check", "--plot=x.png", cwd=tmp_path)
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "--plot needs matplotlib: pip install matplotlib" in done.stderr

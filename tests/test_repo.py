@@ -25,14 +25,14 @@ from conftest import ROOT, tiny_documents
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
 CEILING = {
     "bpe.py": 790,
-    "data.py": 1749,
-    "model.py": 1231,
-    "train.py": 1009,
-    "kernels.py": 1636,
+    "data.py": 1754,
+    "model.py": 1232,
+    "train.py": 1012,
+    "kernels.py": 1639,
     "ddp.py": 1208,
-    "scaling.py": 1012,
-    "align.py": 1357,
-    "sample.py": 1364,
+    "scaling.py": 1013,
+    "align.py": 1359,
+    "sample.py": 1368,
 }
 # Who may import whom: at the top of the file, and on demand inside a function.
 OURS = {"bpe.py": ("", ""), "data.py": ("bpe", ""), "model.py": ("", "kernels"), "train.py": ("model", "bpe data ddp kernels"),

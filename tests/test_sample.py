@@ -1296,6 +1296,11 @@ def test_what_an_item_needs_and_does_not_get(ckpt, main, tmp_path):
     assert code == 1 and "--cache_gb hold 32" in err and err.count("\n") == 1
     code, out, err = main(*words, "--eval=passkey")
     assert code == 1 and "a block of 32 tokens is too short" in err and err.count("\n") == 1
+    new = f"--output={tmp_path / 'new' / 'eval.json'}"
+    for wrong, told in (("--eval=ppl,no", "--eval=no: choose from"), ("--compare=no.json", "no.json"), ("--shots=-1", "must not be negative")):
+        code, out, err = main(*words[:2], "--eval=ppl", wrong, new)
+        assert code == 1 and told in err and not out and not (tmp_path / "new").exists()
+    assert main(*words[:2], "--eval=ppl", new)[0] == 0 and (tmp_path / "new/eval.json").exists()
 
 
 def test_perplexity_of_the_smallest_block_and_of_a_diverged_model(main, tmp_path, tokenizer):
