@@ -905,9 +905,9 @@ def own_verifier(spec: str, seconds: float, unsafe: bool) -> Callable:
     require(path.endswith(".py") and name.isidentifier(),
             f"--verifier={spec}: choose from {', '.join(VERIFIERS)}, or name file.py:function")
     if unsafe:
-        function = runpy.run_path(path).get(name)
-        require(callable(function), f"--verifier={spec}: the file has no such function")
-        return function
+        names = runpy.run_path(path)
+        require(callable(names.get(name)), f"--verifier={spec}: the file has no such function")
+        return names[name]
     try:
         program = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

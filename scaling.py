@@ -1025,10 +1025,10 @@ MACHINES = {  # peak of dense bfloat16 in FLOP/s, bytes of memory; NVIDIA's data
 
 def devices(machine: str) -> tuple[int, float, float]:
     """How many devices a --machine such as 8xh100 has, the peak of one and its memory. Raises ValueError."""
-    found = re.fullmatch(r"(?:([1-9][0-9]{0,9})x)?(\w+)", machine)
-    known = found and found[2] in MACHINES
+    count, _, kind = machine.rpartition("x")
+    known = kind in MACHINES and (count or "1").isdecimal() and int(count or 1)
     require(known, f"--machine={machine}: write 8xh100 or such; there are {', '.join(MACHINES)}")
-    return int(found[1] or 1), *MACHINES[found[2]]
+    return int(count or 1), *MACHINES[kind]
 
 
 def fold(text: str) -> str:
