@@ -9,6 +9,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -250,6 +251,36 @@ def test_train_with_kernels_makes_the_same_steps(monkeypatch, tmp_path):
         train.main()
         losses.append(json.loads((folder / "log.jsonl").read_text().splitlines()[-1])["val_loss"])
     assert abs(losses[0] - losses[1]) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype, optimizer", [("float32", "adamw"), ("float32", "muon"), ("bfloat16" if CUDA else "float16", "adamw")])
+def test_loss_curves_are_equal_within_noise(dtype, optimizer, monkeypatch):
+    """Forty steps with kernels, without, and (the noise) without and in smaller micro-batches: sums in another order, all else equal.
+
+    The offender learns by twice the rate.
+    """
+    import numpy as np
+
+    import model
+    import train
+    usual, text = kernels.use, np.frombuffer((ROOT / "kernels.py").read_bytes(), np.uint8)
+    monkeypatch.setattr(kernels, "runs", lambda name, device="": True)
+
+    def curve(**changes):
+        monkeypatch.setattr(kernels, "use", (lambda name, device="": KERNELS[name]) if "kernels" in changes else usual)
+        monkeypatch.setattr(model, "ops", model.Fast)
+        shape = dict(n_layer=1, n_head=2, n_embd=32, block_size=32, vocab_size=256, ngram=0)
+        budget = dict(batch_size=4, max_iters=300, learning_rate=0.01)
+        o = train.Options(**shape, **budget | changes, dtype=dtype, optimizer=optimizer, device=str(DEVICE))
+        run = train.Run(train.recipe(o, len(text), 256, 1e15), 256, SimpleNamespace(vocab=[], special_tokens={}, to_dict=dict), {})
+        sources = [train.Source(text, np.broadcast_to(np.True_, text.shape))]
+        return np.array([run.train_step(sources, False)[0] for _ in range(40)])
+
+    plain, mine, cut, wrong = curve(), curve(kernels=True), curve(micro_batch=2), curve(learning_rate=0.02)
+    apart, noise, offender = (abs(losses - plain).mean() for losses in (mine, cut, wrong))
+    print(f"{dtype}, {optimizer}: from {plain[0]:.3f} to {plain[-1]:.3f} nats; apart {apart:.1e}, noise {noise:.1e}, offender {offender:.1e}")
+    assert plain[-1] < plain[0] - 1 and apart <= 4 * noise < offender
 
 
 def test_rmsnorm_without_residual_and_with_unused_total():
