@@ -1008,8 +1008,8 @@ def from_ranks(lines: bytes) -> Tokenizer:
 
 
 def load(path: str | Path) -> Tokenizer:
-    """Read what `save` wrote, a tokenizer.json of Hugging Face, a .tiktoken file, or a folder with vocab.json and
-    merges.txt.
+    """Read what `save` wrote, a tokenizer.json of Hugging Face, a .tiktoken file, or a folder with tokenizer.json, or
+    with vocab.json and merges.txt alone.
 
     ValueError says what is wrong with the file.
     """
@@ -1017,7 +1017,7 @@ def load(path: str | Path) -> Tokenizer:
     with blaming(f"{path} is not a tokenizer that bpe.py can read, or a damaged one"):
         if path.suffix == ".tiktoken":
             return from_ranks(path.read_bytes())
-        if (path / "merges.txt").exists():
+        if (path / "merges.txt").exists() and not (path / "tokenizer.json").exists():  # which knows pattern and specials
             ids = json.loads((path / "vocab.json").read_bytes())
             lines = (path / "merges.txt").read_text("utf-8").split("\n")
             merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]

@@ -747,8 +747,9 @@ def hugging_face(tokenizer, style):
 def test_tokenizer_json_of_hugging_face(style, tokenizer, library, tmp_path):
     peer = hugging_face(tokenizer, style)
     peer.save(str(tmp_path / "tokenizer.json"))
+    peer.model.save(str(tmp_path))  # as downloads have it: vocab.json and merges.txt beside it, which know no pattern
     ours = bpe.load(tmp_path / "tokenizer.json")
-    assert ours.special_tokens == {END: 1999, "<|im_start|>": 2000} == bpe.load(tmp_path).special_tokens
+    assert ours.special_tokens == {END: 1999, "<|im_start|>": 2000} and ours.to_dict() == bpe.load(tmp_path).to_dict()
     rng = random.Random(10)
     texts = library[:20] + [random_text(rng, 200) + random_unicode(rng, 30) for _ in range(400)]
     assert [ids.tolist() for ids in ours.encode_batch(texts, 1)] == [peer.encode(text).ids for text in texts]
