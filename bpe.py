@@ -217,7 +217,8 @@ def read_parts(files: Iterable[Path], separator: str, errors: dict) -> Iterator[
             raise ValueError(f"{path} is no text in UTF-8, but binary or UTF-16")
         with blaming(f"{path} is damaged"), opened(path, "rt", encoding="utf-8", errors="count", newline="\n") as file:
             if ".jsonl" in path.suffixes:
-                yield from ((json.loads(line)["text"] + "", True) for line in file if line.strip())
+                rows = (json.loads(line.removeprefix("\ufeff")) for line in file if line.strip())
+                yield from ((well_formed(row["text"]), True) for row in rows)
                 continue
             rest = ""
             while block := file.read(CHUNK):
@@ -1017,7 +1018,7 @@ def load(path: str | Path) -> Tokenizer:
     with blaming(f"{path} is not a tokenizer that bpe.py can read, or a damaged one"):
         if path.suffix == ".tiktoken":
             return from_ranks(path.read_bytes())
-        if (path / "merges.txt").exists() and not (path / "tokenizer.json").exists():  # which knows pattern and specials
+        if (path / "merges.txt").exists() and not (path / "tokenizer.json").exists():  # which also has the pattern
             ids = json.loads((path / "vocab.json").read_bytes())
             lines = (path / "merges.txt").read_text("utf-8").split("\n")
             merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]

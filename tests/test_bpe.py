@@ -936,13 +936,15 @@ def test_read_parts(separator, tmp_path, monkeypatch):
 def test_lines_of_json_and_gzip_are_read(tmp_path):
     texts = ["one\ntext", "", "naïve \ud83d\ude00".encode("utf-16", "surrogatepass").decode("utf-16"), "a\0b"]
     lines = "".join(json.dumps({"id": 1, "text": text}) + "\n" for text in texts).encode()
-    (tmp_path / "a.jsonl").write_bytes(lines + b"\n \n")  # blank lines are no documents
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + lines + b"\n \n")  # a byte order mark; blank lines are no documents
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines))
     (tmp_path / "c.txt.gz").write_bytes(gzip.compress("é one|two".encode()))
     (tmp_path / "d.gz").write_bytes(gzip.compress(b"\0binary"))
     files = bpe.find_files(str(tmp_path))
     assert [path.name for path in files] == ["a.jsonl", "b.jsonl.gz", "c.txt.gz"]
     assert documents_of(files, "|") == texts + texts + ["é one", "two"]
+    (tmp_path / "a.jsonl").write_text('{"text": "half \\ud800"}')  # of a surrogate pair, which no file could hold
+    assert documents_of([tmp_path / "a.jsonl"], "") == ["half \ufffd"]
 
 
 def test_newlines_are_not_translated(tmp_path):
