@@ -752,10 +752,11 @@ def is_public(address: str) -> bool:
 
 
 def is_phone(number: str) -> bool:
-    """Whether digits in groups are written as telephone numbers are, and not as dates or amounts are."""
+    """Whether digits in groups are written as telephone numbers are, and not as dates, amounts or ZIP codes are."""
     sizes, gaps = [*map(len, re.findall(r"\d+", number))], set(re.findall("[ .-]", number))
     american = sizes[-3:] == [3, 3, 4] and number[0] in "123456789" and sum(sizes) <= 11
     national = number[0] == "0" and len(gaps) == 1 and sum(sizes) >= 9
+    national &= not re.fullmatch(r"0\.\d+|\d{5}-\d{4}", number)  # a share, a ZIP code as in "Boston, MA 02110-1301"
     return 8 <= sum(sizes) <= 15 and (number[0] in "+(" or american or national)
 
 
@@ -764,11 +765,11 @@ def is_phone(number: str) -> bool:
 PERSONAL = {
     "key": (r"""-----BEGIN[ ][A-Z ]{0,20}PRIVATE[ ]KEY-----(?:[^-]|-(?!----)){0,9999}(?:-----END[A-Z ]{0,30}-----)?
         | (?<![\w-])(?:(?:AKIA|ASIA)[A-Z\d]{16} | gh[pousr]_[A-Za-z\d]{36,255} | github_pat_\w{22,255} | AIza[\w-]{35}
-        | (?:sk|rk|pk)[-_][\w-]{20,255} | xox[abeprs]-[\w-]{10,255} | hf_[A-Za-z]{34} | glpat-[\w-]{20,64}
-        | eyJ[\w-]{10,2000}\.[\w-]{10,4000}\.[\w-]{10,2000})(?![\w-])""", bool),
+        | (?:sk|rk|pk)[-_](?=[A-Za-z_-]{0,254}\d)[\w-]{20,255} | xox[abeprs]-[\w-]{10,255} | hf_[A-Za-z]{34}
+        | glpat-[\w-]{20,64} | eyJ[\w-]{10,2000}\.[\w-]{10,4000}\.[\w-]{10,2000})(?![\w-])""", bool),
     "email": (r"(?<![\w.+%-])[\w.+%-]{1,64}@(?:[\w-]{1,63}\.){1,8}[A-Za-z]{2,24}(?!\w)", bool),
     "card": (r"(?<![\w.-])(?:\d{4}([ -])\d{4}\1\d{4}\1\d{4}|\d{4}[ -]\d{6}[ -]\d{5}|\d{13,19})(?![\w-])", luhn),
-    "ip": (r"(?<![\w.:])(?:(?:\d{1,3}\.){3}\d{1,3}|(?:[\da-fA-F]{0,4}:){2,7}[\da-fA-F]{0,4})(?![\w:]|\.\d)", is_public),
+    "ip": (r"(?<![\w.:])(?:(?:\d{1,3}\.){3}\d{1,3}|(?i:[\da-f]{0,4}:){2,7}[\da-fA-F]{0,4}(?!:))(?!\w|\.\d)", is_public),
     "phone": (r"""(?<![\w.+-])(?:\+\d{1,3}[ .-]?)?(?:\(\d{1,5}\)[ .-]?)?
         \d{1,12}(?:[ .-]\d{2,8}){0,5}(?![\w-]|[.,]\d)""", is_phone),
 }
