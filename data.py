@@ -1430,8 +1430,8 @@ def normal_url(url: str) -> str:
 
 
 def letters_of(text: str) -> str:
-    """Letters and digits alone, in small letters: what is compared with evaluation sets."""
-    return " ".join(re.findall(r"\w+", text.lower()))
+    """Letters and digits alone, in small letters: what is compared with evaluation sets. What needs no spaces gets some."""
+    return " ".join(re.findall(r"\w+", SPACELESS.sub(r" \g<0> ", text.lower())))
 
 
 def strings_in(value: Any) -> Iterator[str]:

@@ -258,6 +258,17 @@ def test_real_evaluation_sets(test_data, tmp_path):
     assert steps["decontaminate"]["found"] == {"gsm8k_test_400.jsonl 7 question": 1, "gsm8k_test_400.jsonl 7 answer": 1}
 
 
+def test_items_in_a_script_without_spaces_are_found(tmp_path, evaluation):
+    """Their words are characters: no item is too short for being one word."""
+    long, short = "下列关于光合作用的说法中，哪一项是正确的并且能够被实验证明的？", "地球离太阳有多远呢"
+    (evaluation / "zh.jsonl").write_text(json.dumps({"q": long}) + "\n" + json.dumps({"q": short, "a": "很远"}), encoding="utf-8")
+    misses = [f"前言。{long[:13]}。后记。", f"前言。{short[:-1]}。"]
+    kept, steps = through(tmp_path, [f"前言{long}后记。", f"前言{short}后记。", *misses], "decontaminate", eval_data=str(evaluation / "zh.jsonl"))
+    assert [row["text"] for row in kept] == misses
+    report = json.loads((tmp_path / "out/contamination.json").read_text())
+    assert report == {"found": {"zh.jsonl 0 q": 1, "zh.jsonl 1 q": 1}, "too_short": {"zh.jsonl": 1}}
+
+
 def test_a_damaged_evaluation_set_is_told_in_one_line(tmp_path, evaluation):
     (evaluation / "bad.jsonl").write_text("{")
     with pytest.raises(ValueError, match="bad.jsonl is damaged"):
