@@ -1430,7 +1430,7 @@ def normal_url(url: str) -> str:
 
 
 def letters_of(text: str) -> str:
-    """Letters and digits alone, in small letters: what is compared with evaluation sets. What needs no spaces gets some."""
+    """Letters and digits alone, in small letters: what is compared with evaluation sets. Any script gets spaces."""
     return " ".join(re.findall(r"\w+", SPACELESS.sub(r" \g<0> ", text.lower())))
 
 
@@ -1673,6 +1673,8 @@ def to_messages(row: dict) -> list[dict]:
         turns += [dict(role=role, content=value)] if isinstance(value, str) else value
     for turn in turns:
         role, text = ROLES.get(turn.get("role") or turn.get("from")), turn_text(turn)
+        if role == "system" and not text.strip():
+            continue
         if not role or not text.strip():
             return []
         if messages and role == messages[-1]["role"] and role in ("user", "system"):
@@ -2188,8 +2190,10 @@ def check_options(o: Options) -> None:
         raise ValueError(f"--steps={o.steps}: choose from {','.join(known)}; {order}")
     if o.shard and o.merge or names == ["tokenise"] and (o.shard or o.merge):
         raise ValueError("--shard and --merge are for steps before tokenise, --merge without --shard, after all")
-    if "decontaminate" in names and not o.eval_data:
-        raise ValueError("the step decontaminate needs --eval_data, the evaluation sets")
+    if ("decontaminate" in names) != bool(o.eval_data):
+        raise ValueError("the step decontaminate and --eval_data, the evaluation sets, need each other")
+    if o.language and "language" not in names:
+        raise ValueError("--language is for the step language")
     for name in ("val_fraction", "false_positives", "threshold"):
         if not 0 < getattr(o, name) <= 1:
             raise ValueError(f"--{name} must lie between 0 and 1")

@@ -374,7 +374,8 @@ def test_steps_that_cannot_be(steps, message, tmp_path):
 
 
 @pytest.mark.parametrize("options", [dict(threshold=0.0), dict(threshold=1.5), dict(false_positives=0.0), dict(steps="tokenise", shard="0/2"), dict(steps="tokenise", merge=True), dict(shard="0/2", merge=True),
-                                     dict(shard="2/2"), dict(shard="x"), dict(shard="1"), dict(eval_data="nowhere")])
+                                     dict(shard="2/2"), dict(shard="x"), dict(shard="1"), dict(eval_data="nowhere", steps="decontaminate"), dict(eval_data="data.py"),
+                                     dict(language="en")])
 def test_options_that_cannot_be(options, tmp_path):
     with pytest.raises((ValueError, OSError)) as caught:
         through(tmp_path, ["a text"], **{"steps": "exact", **options})
@@ -707,6 +708,7 @@ LAYOUTS = [
     ({"prompt": "q", "completion": "r"}, SAID), ({"prompt": "q", "response": "r", "source": "s"}, SAID),
     ({"prompt": [{"role": "user", "content": "q"}], "completion": [{"role": "assistant", "content": "r"}]}, SAID),
     ({"question": "q", "answer": "r"}, SAID),
+    ({"messages": [{"role": "system", "content": ""}, {"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}]}, SAID),
     ({"messages": [{"role": "developer", "content": "s"}, {"role": "user", "content": [{"type": "text", "text": "q"}]},
                    {"role": "assistant", "content": "r"}], "prompt": "q", "completion": "other"}, (("system", "s"), *SAID)),
     ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}], "system": "s"}, (("system", "s"), *SAID)),
