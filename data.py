@@ -1782,12 +1782,15 @@ def drop_seen(name: str, record: dict, flags: np.ndarray) -> str:
     """Drop what was seen before, as the flags of a document's keys say: lines, or the whole."""
     if name != "lines":
         return {"dedup": "near copy"}.get(name, "seen before") * bool(flags.any())
+    new = False
     for holder, key in places(record):
         lines = holder[key].split("\n")
         fresh = [line for line, seen in zip(lines, flags) if not seen or not line.strip()]
-        holder[key] = "\n".join(fresh).strip("\n")
+        text = "\n".join(fresh).strip("\n")
+        holder[key] = text if text.strip() or key == "text" else holder[key]  # no turn of a conversation gets empty
+        new |= bool(text.strip())
         flags = flags[len(lines):]
-    return "" if text_of(record).strip() else "all lines seen before"
+    return "" if new else "all lines seen before"
 
 
 def drop_filtered(name: str, record: dict, o: Options) -> str:

@@ -362,6 +362,10 @@ def test_conversations_keep_their_fields(tmp_path):
     assert steps["read"]["dropped"] == {"no JSON with a text or messages": 2} and steps["length"]["kept"] == 1
     kept, _ = through(tmp_path, rows[:1], "lines", "out2")
     assert kept[0]["messages"][1]["content"] == "Hi." and kept[0]["messages"][0] == talk["messages"][0]
+    again = {"messages": [talk["messages"][0], {"role": "assistant", "content": "Hi.\nNew."}]}
+    kept, steps = through(tmp_path, [talk, again, again], "lines", "out3")  # a turn without a new line stays, else nobody would have asked
+    assert [turn["content"] for turn in kept[1]["messages"]] == [talk["messages"][0]["content"], "New."]
+    assert len(kept) == 2 and steps["lines"]["dropped"] == {"all lines seen before": 1}
 
 
 @pytest.mark.parametrize("steps, message", [
