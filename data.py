@@ -1713,6 +1713,8 @@ def read_record(record: dict, o: Options, counts: Counter) -> str:
         return "longer than --max_document_bytes"
     if b"\0" in raw[:1024] and not raw.startswith((b"\xff\xfe", b"\xfe\xff", b"%PDF-")):
         return "binary"
+    if kind != "row" and "chat" in o.steps.split(","):
+        return "no row of .jsonl"
     if kind != "row":
         record["text"] = decode(raw, headers.get("http", ""))
         record["url"] = headers.get("WARC-Target-URI", "")

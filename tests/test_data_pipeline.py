@@ -736,6 +736,8 @@ def test_conversations_in_common_layouts_become_messages_that_align_reads(tmp_pa
     """Each layout; what is none is counted by reason; in = kept + dropped."""
     rows = [row for row, _ in LAYOUTS + MALFORMED]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "{broken\n", encoding="utf-8-sig")
+    (tmp_path / "b.json").write_text(json.dumps(rows[:2]))  # one array, as ShareGPT came: its text is no conversation
+    assert prepare(tmp_path / "b.json", tmp_path / "out", "chat")["steps"]["read"]["dropped"] == {"no row of .jsonl": 1}
     manifest = prepare(tmp_path / "a.jsonl", tmp_path / "out", "chat,pii", workers=1)
     found = [tuple((turn["role"], turn["content"]) for turn in row["messages"]) for row in documents_of(tmp_path / "out")]
     assert found == [tuple(said) for _, said in LAYOUTS]
