@@ -238,7 +238,7 @@ class Corpus:
                 digest, size = salt.copy(), 0
         if not hashes:
             bad, names = self.counts["bad_lines"], ", ".join(map(str, self.files[:3]))
-            raise ValueError(f"the input ({names}) holds no document; {bad} lines are not JSON with a text")
+            raise ValueError(f"the input ({names}) holds no document, or the steps keep none; {bad} lines have no text")
         shares, sizes = np.array(hashes) / 2**32, np.array(sizes)
         if len(sizes) < FEW:
             print(f"fewer than {FEW} documents ({len(sizes)}): the last tenth of the text is for validation")

@@ -353,6 +353,11 @@ def test_order_and_fields_are_those_of_the_input(tmp_path):
     assert kept[7]["origin"] == f"{tmp_path}/in.jsonl#7"
 
 
+def test_steps_that_keep_nothing_are_told(tmp_path):
+    with pytest.raises(ValueError, match="or the steps keep none"):
+        through(tmp_path, ["short"], "length,tokenise")
+
+
 def test_conversations_keep_their_fields(tmp_path):
     talk = {"messages": [{"role": "user", "content": "I am joe@example.com, hello " + "there " * 60}, {"role": "assistant", "content": "Hi.\nHi."}], "id": 3}
     rows = [talk, {"messages": [{"role": "user", "content": "short"}]}, {"messages": "no"}, {"messages": [{"role": "user"}]}]
