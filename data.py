@@ -273,6 +273,7 @@ LENGTH = re.compile(rb"^content-length:[ \t]*(\d{1,15})\s*$", re.I | re.M)
 FIELD = re.compile(r"^([^:\s]+):[ \t]*(.*?)\s*$", re.M)
 CODED = re.compile(rb"(?im)^(?:transfer-encoding: *(chunked)|content-encoding: *(gzip|deflate)|content-length:).*\n")
 CHUNK = re.compile(rb"\s*([\da-f]{1,8})\b.*\n", re.I)
+NO_PAGE = re.compile(r"(?im)^content-type:[ \t]*((?:image|audio|video|font)/|text/css|\S*(?:javascript|json|font))")
 PACKED = re.compile(rb"\x1f\x8b\x08|BZh[1-9]1AY&SY|\xfd7zXZ\0|\x28\xb5\x2f\xfd")  # how gzip, bz2, xz and zstd begin
 HEAD = 1 << 16  # bytes of the longest header of a record; as many of a file are read at a time
 
@@ -1709,6 +1710,10 @@ def read_record(record: dict, o: Options, counts: Counter) -> str:
         return "damaged"
     if headers.get("WARC-Type") not in (None, "response", "resource", "conversion"):
         return "record of another type"
+    if failed := re.match(r"HTTP/\S+ ([013-9]\d\d)", headers.get("http", "")):
+        return f"HTTP status {failed[1]}"
+    if NO_PAGE.search(headers.get("http", "")):  # wget saves the styles and scripts of a page, too
+        return "no page, by its content type"
     if len(raw) >= o.max_document_bytes:
         return "longer than --max_document_bytes"
     if b"\0" in raw[:1024] and not raw.startswith((b"\xff\xfe", b"\xfe\xff", b"%PDF-")):

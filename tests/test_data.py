@@ -905,6 +905,17 @@ def site(folder, count=60):
     return [*documents[:10], "A text of no page.", *documents[10:15], "plain text <of@two>\nlines with 1 < 2", *documents[15:]]
 
 
+def test_what_a_crawl_saves_beside_pages_is_dropped(tmp_path):
+    """Styles, scripts, pictures and pages of errors, as `wget --warc-file` stores them."""
+    page, kinds = b"<html><p>Some words of a page.</p></html>", ["text/css", "application/javascript; charset=utf-8", "application/ld+json", "image/svg+xml", "font/woff2"]
+    heads = ["200 OK\r\nContent-Type: text/html", "203 So\r\ncontent-type:application/xhtml+xml", "200", *[f"200 OK\r\nContent-Type: {kind}" for kind in kinds],
+             "404 Not Found\r\nContent-Type: text/html", "301 Moved"]
+    data.write_warc(tmp_path / "x.warc", [({"WARC-Type": "response", "Content-Type": "application/http", "http": f"HTTP/1.1 {head}\r\n"}, page) for head in heads])
+    manifest = prepare(tmp_path / "x.warc", tmp_path / "out", steps="extract")
+    assert manifest["steps"]["read"]["dropped"] == {"no page, by its content type": 5, "HTTP status 404": 1, "HTTP status 301": 1}
+    assert manifest["steps"]["extract"]["kept"] == 3
+
+
 def test_pages_become_documents_and_each_is_counted(tmp_path, monkeypatch):
     documents = site(tmp_path / "in")
     monkeypatch.setattr(data, "JOB", 2000)
