@@ -1537,7 +1537,8 @@ def loss_of_shares(o: Options, sizes: list[int], shares: list[float]) -> float:
     """Loss at the end of a run of train.py with some shares. Its log stays in OUTPUT: no run is done twice."""
     mix = ",".join(map(str, shares))
     words = [f"--data={o.mix}", f"--mix={mix}", f"--eval_data={o.eval_data}", *o.train.split()]
-    log = Path(o.output, hashlib.sha256(f"{sizes} {words}".encode()).hexdigest()[:16] + ".jsonl")
+    held = [fingerprint(Path(folder, "val.npy"))["sha256"] for folder in (o.eval_data or o.mix).split(",")]
+    log = Path(o.output, hashlib.sha256(f"{sizes} {held} {words}".encode()).hexdigest()[:16] + ".jsonl")
     if not log.exists():
         with tempfile.TemporaryDirectory(dir=o.output) as run:
             command: list = [sys.executable, Path(__file__).with_name("train.py"), *words, f"--output={run}"]

@@ -826,6 +826,8 @@ def test_a_mixture_learnt_by_runs_of_train(tmp_path, run_main, monkeypatch):
         logs["0.5,0.5"][0].write_text(text)
         bad = run_main("data.py", *words, cwd=tmp_path)
         assert bad.returncode == 1 and "jsonl is damaged" in bad.stderr and bad.stderr.count("\n") == 1, bad.stderr
+    np.save(tmp_path / "t/val.npy", np.arange(500, dtype=np.uint16) * 7 % 40)  # other held-out tokens: no old loss holds
+    assert run_main("data.py", *words, cwd=tmp_path).returncode == 0 and len(calls) == 9
     for words, part in ((["--mix=a"], "two folders"), (["--mix=a,nowhere"], "nowhere"), (["--mix=a,b", "--runs=2"], "--runs=2"),
                         (["--mix=a,b", "--train=--n_layer=-1", "--runs=4"], "n_layer")):
         bad = run_main("data.py", *words, "--output=bad", cwd=tmp_path)
