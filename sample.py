@@ -1232,7 +1232,7 @@ class Exam:
                     yield f"{name}: {self.o.compare} has none of these items"
 
     def leaks(self, name: str, records: dict) -> Iterator[str]:
-        """A line where a report of data.py, in or beside --eval_data or beside --ckpt, found items in training text."""
+        """A line where a report of data.py, in or beside --eval_data or beside --ckpt, has items of dropped texts."""
         files = {Path(key.rpartition(" ")[0]).name for key in records}
         data = Path(self.o.eval_data or ".")
         for folder in dict.fromkeys((data, data.parent, Path(self.o.ckpt).parent)):  # each once
@@ -1240,7 +1240,7 @@ class Exam:
             found = read_results(path).get("found", {}) if path.exists() else {}
             count = sum(passage.rsplit(" ", 2)[0] in files for passage in found)
             if count:
-                yield f"{name}: note that training text has {count} of its passages, says {path}"
+                yield f"{name}: note that documents with {count} of its passages were dropped, says {path}"
 
 
 # items, grade; reader, files, files of solved examples ({}: the first name without its ending), what comes before them

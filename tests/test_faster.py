@@ -435,7 +435,7 @@ def test_compare_swap_and_notes_on_leaks(ckpt, main, eval_data, tmp_path):
     report = {"found": {"hellaswag_val.jsonl 1 ctx": 3, "hellaswag_val.jsonl 2 ctx": 1, "other.jsonl 1 x": 5}}
     (eval_data / "contamination.json").write_text(json.dumps(report))
     out = grade("a.json")[1]
-    assert "hellaswag: note that training text has 2 of its passages" in out and out.count(": note that") == 1
+    assert "hellaswag: note that documents with 2 of its passages were dropped, says" in out and out.count(": note that") == 1
     shutil.copy(ckpt, eval_data / "ckpt.pt")  # the folder of the data is that of the checkpoint, too
     assert grade("own.json", f"--ckpt={eval_data / 'ckpt.pt'}")[1].count(": note that") == 1
     (eval_data / "contamination.json").unlink()
