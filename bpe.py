@@ -1004,6 +1004,8 @@ def from_ranks(lines: bytes) -> Tokenizer:
     merges = [halves(token) for token in sorted(ranks, key=ranks.__getitem__) if len(token) > 1]
     free = min({*range(size + 1)}.difference(ranks.values()))
     ranks[END.encode()] = free
+    if max(ranks.values()) >= len(ranks):
+        raise ValueError("several ids are missing: special tokens, of which it has no names, stood before others")
     pattern = "gpt2" if size < 60_000 else "gpt4" if size < 150_000 else "o200k"
     return Tokenizer("bpe", PATTERNS[pattern], sorted(ranks, key=ranks.__getitem__), merges, {END: free})
 

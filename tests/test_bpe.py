@@ -1,4 +1,5 @@
 """Tests of bpe.py: a brute force, the peers where they are installed, random text, and each refusal."""
+import base64
 import collections
 import doctest
 import gzip
@@ -790,7 +791,8 @@ def test_files_of_gpt2_and_of_tiktoken(gpt2, test_data, library, tmp_path):
     assert [ids.tolist() for ids in ranks.encode_batch(library[:30], 1)] == peer.encode_ordinary_batch(library[:30])
 
 
-@pytest.mark.parametrize("lines,words", [(b"YQ== 0\n", "missing|unk"), (b"!!! 0\n", "cut.tiktoken"), (b"YQ==\n", "cut.tiktoken"), (b"", "cut.tiktoken")])
+@pytest.mark.parametrize("lines,words", [(b"YQ== 0\n", "missing|unk"), (b"!!! 0\n", "cut.tiktoken"), (b"YQ==\n", "cut.tiktoken"), (b"", "cut.tiktoken"),
+                                         (b"".join(base64.b64encode(bytes([i])) + b" %d\n" % (i + 3) for i in range(256)), "several ids are missing")])
 def test_damaged_ranks_are_refused(lines, words, tmp_path):
     (tmp_path / "cut.tiktoken").write_bytes(lines)
     with pytest.raises(ValueError, match=words):
