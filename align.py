@@ -590,6 +590,7 @@ def respond(
         for i, request in zip(going, requests):
             call = re.search(form, tokenizer.decode(request.output))
             words = tokenizer.encode(tool(call[1])) if call else []
+            words = words[:request.max_new_tokens - len(request.output)]  # they count: the text may end at the block
             s = samples[i]
             s["ids"] += request.output + words
             s["mask"] += [1] * len(request.output) + [0] * len(words)
