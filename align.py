@@ -1177,15 +1177,14 @@ class Trainer:
             total, n = self.seen.get(key, (0.0, 0))
             self.seen[key] = total + value, n + count
 
-    def write(self, items):
-        """Responses of the weights as they are, to the next prompts, with their rewards; neighbours share a prompt."""
-        o, p = self.o, self.progress
-        chosen = drawn(o.seed, p.rolled, o.batch_size // o.group, len(items))
-        p.rolled += 1
+    def write(self, items, rolled):
+        """Responses of the weights as they are, to prompts by this number, with rewards; neighbours share a prompt."""
+        o = self.o
+        chosen = drawn(o.seed, rolled, o.batch_size // o.group, len(items))
         asked = [items[i][0] for i in chosen for _ in range(o.group)]
         prompts = [q["prompt"] for q in asked]
         with self.timed("rollout"):
-            samples = respond(self.policy.gpt, self.tokenizer, prompts, o, f"{o.seed} {p.rolled}")
+            samples = respond(self.policy.gpt, self.tokenizer, prompts, o, f"{o.seed} {rolled + 1}")
         with self.timed("reward"):
             strict, lenient = self.score(samples, [q["row"] for q in asked])
         kinds = len({(*s["ids"],) for s in samples})
@@ -1201,9 +1200,9 @@ class Trainer:
 
     def roll(self, items):
         """A batch of responses with advantages; with --dynamic, of groups in which not all rewards are equal."""
-        o, samples = self.o, []
-        for _ in range(5 if o.dynamic else 1):
-            new = self.write(items)
+        o, p, samples = self.o, self.progress, []
+        for rolled in range(p.rolled, p.rolled + (5 if o.dynamic else 1)):
+            new = self.write(items, rolled)
             groups = [new[i:i + o.group] for i in range(0, len(new), o.group)]
             told = [group for group in groups if len({s["reward"] for s in group}) > 1]
             self.note(len(groups), no_gradient=len(groups) - len(told))
@@ -1218,6 +1217,7 @@ class Trainer:
                 annotate(self.policy, samples, self.micro, value="value")
         if samples:
             advantages(samples, o)
+        p.rolled = rolled + 1  # not before: where a judge is down, or Ctrl-C comes, the resumed run writes the same
         return samples
 
     def batch(self, items):

@@ -863,6 +863,28 @@ def test_winrate_keeps_what_was_judged(endpoint, start, capsys, monkeypatch):
     assert "win rate 50.0%" in capsys.readouterr().out and "sesame" not in open("out/judged.jsonl").read()
 
 
+def test_a_run_that_a_judge_stopped_goes_on_with_the_same_responses(start, monkeypatch, capsys):
+    start("others.jsonl", [dict(prompt=f"say {i}", response="x", pattern="") for i in range(30)])
+    asked, down = [], []
+    def compare(self, *texts):
+        if len(asked) in down:
+            raise OSError("down")
+        asked.append(texts)
+        return len(texts[1]) % 3 / 2
+    monkeypatch.setattr(align.Judge, "compare", compare)
+    words = f"--algorithm=grpo --verifier=judge --held_verifier=regex --judge=http://x --data=others.jsonl {COMMON}".split()
+    align.align([*words, "--output=one"])
+    one, down = asked[:], [13]
+    asked.clear()
+    with pytest.raises(OSError):
+        align.align([*words, "--output=cut"])
+    down = []
+    align.align([*words, "--output=cut", "--resume"])
+    assert asked == one and len(one) > 26
+    ends = [load_checkpoint(f"{name}/ckpt.pt")["weights"] for name in ("one", "cut")]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
 def test_a_judge_is_shown_conversations_of_any_form(start, monkeypatch):
     rows = [dict(prompt="q", response="r"), dict(history=["p", "o", "q"], response="r"), dict(response="r", messages=[dict(role="user", content="q")])]
     start("forms.jsonl", rows)
