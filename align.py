@@ -665,7 +665,7 @@ def exact(response: str, answer: str, tolerance: float = 0.0, lenient: bool = Fa
     That is the last \boxed{}, or what follows "####", "answer is" or "answer:" in its line, or else the whole text;
     lenient: it may also be the last number of the text.
     """
-    marked = regex.split(r"####|(?i:\banswer(?: is:?|:))", response)[-1].strip()
+    marked = regex.split(r"####|(?i:\banswer\**(?: is:?|:))", response)[-1].strip()
     boxed = regex.findall(r"\\boxed\{((?:[^{}]|\{(?1)\})*+)\}", response)
     found = [(boxed or marked.splitlines() or [""])[-1 if boxed else 0]]
     if lenient:
@@ -893,7 +893,9 @@ def code(response: str, test_list: list, test_setup_code: str = "", lenient: boo
 
     `how`: seconds and unsafe of `sandbox`.
     """
-    blocks = regex.findall(r"(?s)```(?:python|py)?[ \t]*\n(.*?)```", response) or [response]
+    # every block of any language, for the end of one could be taken for the beginning of the next; the last may be cut
+    every = regex.findall(r"(?s)```[ \t]*(\w*)[^\n`]*\n(.*?)(?:```|\Z)", response)
+    blocks = [block for language, block in every if language.lower() in ("", "py", "python", "python3")] or [response]
     calls, right = zip(*map(question, test_list))
     values = sandbox("\n".join([test_setup_code, *blocks]), calls, **how)
     passed = sum(value == [plain(wanted)] for value, wanted in zip(values, right)) / len(calls)

@@ -240,6 +240,9 @@ def test_twin_a_grader_in_the_same_process_is_fooled(name):
 def test_twin_correct_programs_score():
     assert align.code(RIGHT, TESTS) == 1
     assert align.code(f"Here it is:\n```python\n{RIGHT}```\nDone.", TESTS) == 1
+    for start, end in (("Python", "```"), ("python3 title=x", "```"), ("python", ""), ("", "```\n```text\n2\n```\nor\n```py\n1\n```"),
+                       ("bash\npip install x\n```\nthen\n```py", "```"), ("python\r", "```")):
+        assert align.code(f"```{start}\n{RIGHT}{end}", TESTS) == 1, (start, end)
     assert align.code("import os, threading, tempfile, random, re, math, collections\nprint('debug' * 99999)\n"
                       f"open('scratch', 'w').write('x')\n{RIGHT}", TESTS) == 1
     one = RIGHT.replace(SECRETS[0], "wrong")
@@ -423,7 +426,7 @@ def test_final_answers_strict_and_lenient():
         ("\\boxed{13}, no: \\boxed{12}", 1, 1), ("\\boxed{\\text{12 cm}}", 1, 1), ("#### 12\n\n", 1, 1),
         ("5 and 7 make 12", 0, 1), ("5 + 7 = 12, I think.", 0, 1), ("12 is what 5 and 7 make", 0, 0),
         ("#### 13\n12", 0, 1), ("\\boxed{13}", 0, 0), ("12\n#### 13", 0, 0), ("", 0, 0), ("####", 0, 0),
-        ("The answer is 12 or 13", 0, 0), ("\\boxed{12", 0, 1), ("twelve", 0, 0), ("#### 12 #### 13", 0, 0),
+        ("**Answer**: 12", 1, 1), ("The **answer** is 12.", 1, 1), ("The answer is 12 or 13", 0, 0), ("\\boxed{12", 0, 1), ("twelve", 0, 0), ("#### 12 #### 13", 0, 0),
     ]
     for response, strict, lenient in cases:
         assert align.exact(response, "12") == strict, response
