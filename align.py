@@ -1091,7 +1091,9 @@ def read_items(o: Options, tokenizer: bpe.Tokenizer, block: int) -> list:
         item = read(number, row)
         notes["cut to the model's block"] += any(len(s["ids"]) > block for s in item)
         for s in item:
-            s["ids"], s["mask"] = s["ids"][:block], s["mask"][:block]
+            # of a pair the responses are compared: earlier turns, in both, would count as their tokens in a mean
+            before = len(s["prompt"]) if form is preference else 0
+            s["ids"], s["mask"] = s["ids"][:block], ([0] * before + s["mask"][before:])[:block]
         if objective(o) is policy_loss:
             item = [s for s in item if len(s["prompt"]) + o.max_new_tokens <= block]
         elif not all(1 in s["mask"][1:] for s in item):

@@ -105,6 +105,22 @@ def test_forms_of_preferences():
         align.preference(first | dict(chosen="c"))
 
 
+def test_a_preference_is_of_the_last_turns(tokenizer, tmp_path):
+    """Earlier turns of the assistant are no part of the means of SimPO and IPO; a pair whose responses are cut off is none."""
+    row = dict(history=["hi", "ho there", "now"], chosen="a", response_a="yes", response_b="no")
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row | dict(response_b=b)) + "\n" for b in ("no", "never")))
+    o = options_of(f"simpo --template=bare --data={tmp_path / 'pairs.jsonl'}")
+    for better, worse in align.read_items(o, tokenizer, 64):
+        learned = [tokenizer.decode([i for i, own in zip(s["ids"], s["mask"]) if own]) for s in (better, worse)]
+        assert learned == ["yes" + END, worse["row"]["response_b"] + END]
+    with pytest.raises(ValueError, match="no row that can be used"):
+        align.read_items(o, tokenizer, len(better["prompt"]))
+    o.algorithm, o.loss = "sft", "nll"
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(dict(history=row["history"], response="yes")))
+    [[s]] = align.read_items(o, tokenizer, 64)
+    assert sum(s["mask"]) == len("ho there" + "yes") + 2  # of a demonstration all turns are learned
+
+
 def test_packing_is_best_fit():
     assert align.pack([2, 5, 3, 1]) == [8, 0, 5, 10]
     lengths = np.random.default_rng(0).integers(1, 50, 200).tolist()
