@@ -384,7 +384,7 @@ def preference_loss(out: SimpleNamespace, b: SimpleNamespace, o: Options) -> tup
         count=len(m),
         accuracy=(m > 0).sum(),
         margin=m.sum(),
-        overconfidence=calibration(m),
+        overconfidence=calibration(m if o.loss == "reward" else o.beta * m),
     )
     if "ref" in vars(b):  # how far the log-probabilities of both went from where they were
         chosen, rejected = total(out.logp - b.ref, out).view(-1, 2).T

@@ -177,7 +177,7 @@ def test_preference_losses(words):
     o, (out, b) = options_of(words), outputs()
     loss, log = align.preference_loss(out, b, o)
     logp, ref, value = (per_text(x, out.counts) for x in (out.logp, b.ref, out.value))
-    want, right = 0.0, 0
+    want, right, sure = 0.0, 0, 0.0
     for i in (0, 2):
         total = [(logp[j] - ref[j]).sum() for j in (i, i + 1)]
         mean = [(logp[j] - ref[j]).mean() for j in (i, i + 1)]
@@ -186,10 +186,12 @@ def test_preference_losses(words):
         m = {"dpo": total, "ipo": mean, "simpo": plain, "reward": [value[i][-1], value[i + 1][-1]]}[o.loss]
         m = m[0] - m[1]
         right += m > 0
+        sure += 1 / (1 + np.exp(-abs(m) * (1 if o.loss == "reward" else o.beta)))
         want += {"dpo": -(1 - o.label_smoothing) * log_sigmoid(o.beta * m) - o.label_smoothing * log_sigmoid(-o.beta * m),
                  "ipo": (m - 1 / (2 * o.beta)) ** 2, "simpo": -log_sigmoid(o.beta * m - o.margin),
                  "reward": -log_sigmoid(m)}[o.loss]
     assert loss.item() == pytest.approx(want, abs=1e-12) and log["accuracy"] == right and log["count"] == 2
+    assert log["overconfidence"].item() == pytest.approx(sure - right, abs=1e-12)
 
 
 @pytest.mark.parametrize("words", ["reinforce", "rloo", "grpo", "dapo", "cispo --clip_high=0.1", "gspo --clip_low=0.1 --clip_high=0.1",
