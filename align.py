@@ -1165,6 +1165,9 @@ class Trainer:
             require(alone or o.group > 1, f"--group=1 leaves --advantage={o.advantage} nothing to compare with")
             require(o.batch_size % o.group == 0, f"--batch_size={o.batch_size} is no multiple of --group={o.group}")
             self.score = scorer(o, tokenizer)
+        unseen = [] if self.objective is policy_loss else ["kl", "max_kl"] + ["min_entropy"] * (o.loss != "nll")
+        for name in filter(vars(o).get, unseen):
+            raise ValueError(f"--{name} is for rewards: --loss={o.loss} does not measure it")
         held = o.held_verifier or o.verifier
         self.held_score = scorer(dataclasses.replace(o, verifier=held), tokenizer) if held else None
 

@@ -705,6 +705,8 @@ def test_bad_preferences_are_counted(start, capsys):
     ("--eval=verify --data=", "--eval=verify needs --data=FILE.jsonl"), ("--label=none.jsonl", "none.jsonl"),
     ("--algorithm=grpo --data=prompts.jsonl --verifier=start.pt", "no reward model"),
     ("--algorithm=grpo --data=prompts.jsonl --verifier=regex --held_verifier=judge --judge=start.pt", "no response for the judge"),
+    ("--algorithm=dpo --data=pairs.jsonl --max_kl=1", "--max_kl is for rewards: --loss=dpo does not measure it"),
+    ("--algorithm=ipo --data=pairs.jsonl --min_entropy=1", "--min_entropy is for rewards"), ("--algorithm=sft --kl=0.1", "--kl is for"),
     ("--eval=winrate", "--judge"), ("--eval=nothing", "choose from verify"),
     ("--algorithm=grpo --data=prompts.jsonl --verifier=regex --advantage=no", "choose from"),
     ("--algorithm=sft --learning_rate=1e30 --max_iters=9", "smaller --learning_rate"),
