@@ -1430,6 +1430,9 @@ def align(words: list[str]) -> tuple[dict, dict]:
     o = options(Options, ALGORITHMS[o.algorithm].split() + words)
     require(o.data, f"--algorithm={o.algorithm} needs --data=FILE.jsonl")
     o.verifier = o.verifier or "refuse" * (o.task == "refuse")
+    for name in ("ckpt", "judge", "verifier", "held_verifier"):  # resumed, the run would compare itself with itself
+        own = Path(getattr(o, name)).resolve() == path.resolve()
+        require(not own, f"--{name}={getattr(o, name)} would be replaced: give another --output")
     gpt, tokenizer = load(o.ckpt, o.device)
     gpt.config.counts = 0
     gpt.counts = Counts(gpt.config)  # none, for those of the text know nothing of what is learned here

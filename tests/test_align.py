@@ -615,6 +615,15 @@ def test_resuming_repeats_the_run(words, start, capsys):
     assert steps == [None, 0, 2, 4]
 
 
+@pytest.mark.parametrize("words", ["", "--resume"])
+def test_a_run_does_not_take_the_place_of_what_it_starts_from(words, start, capsys):
+    align.align(f"--algorithm=sft --data=chats.jsonl {COMMON} --output=out".split())
+    before = Path("out/ckpt.pt").read_bytes()
+    with pytest.raises(ValueError, match="--ckpt=./out/ckpt.pt would be replaced: give another --output"):
+        align.align(f"--algorithm=sft --data=chats.jsonl {COMMON} --output=out --ckpt=./out/ckpt.pt {words}".split())
+    assert Path("out/ckpt.pt").read_bytes() == before
+
+
 def test_ppo_without_its_kl(start, capsys):
     words = f"--algorithm=ppo --data=prompts.jsonl --verifier=regex --output=out {COMMON} --kl=0"
     assert "kl" not in align.align(words.split())[1]
