@@ -960,9 +960,10 @@ def gsm8k(row: dict) -> tuple:
 def read_rows(read: Callable, path: Path) -> list[tuple]:
     """What `read` makes of the rows of a csv or jsonl file. ValueError names a row that it cannot read."""
     items = []
-    with open(path, encoding="utf-8", newline="") as file:
+    with open(path, encoding="utf-8-sig", newline="") as file:
         try:
-            for row in csv.reader(file) if path.suffix == ".csv" else map(json.loads, file):
+            read_csv = path.suffix == ".csv"  # in which an empty line may lie within a cell
+            for row in filter(None, csv.reader(file)) if read_csv else map(json.loads, filter(str.strip, file)):
                 items.append(read(row))
         except Exception as error:  # of any kind, as a row may hold anything
             raise ValueError(f"{path}, row {len(items) + 1} is damaged: {error!r:.200}") from error

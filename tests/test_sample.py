@@ -1364,6 +1364,13 @@ def test_bad_files_of_tasks(ckpt, main, tmp_path, name, text, message):
     assert "choose from ppl" in main(f"--ckpt={ckpt}", "--eval=mmul", f"--output={tmp_path / 'e.json'}")[2]
 
 
+def test_rows_may_follow_a_byte_order_mark_and_blank_lines(tmp_path):
+    for name, text, want in (("a.jsonl", '{"a": 1}\n\n{}\n \r\n', [dict(a=1), {}]), ("a.csv", 'a,"b\n\nc"\n\nd,e\n\n', [["a", "b\n\nc"], ["d", "e"]])):
+        for mark in (b"", b"\xef\xbb\xbf"):
+            (tmp_path / name).write_bytes(mark + text.encode())
+            assert sample.read_rows(lambda row: row, tmp_path / name) == want
+
+
 def test_real_files(test_data, tokenizer, gpt):
     """The published files of MMLU and GSM8K are read whole: every row, its gold answer, its solved examples."""
     exam = sample.Exam(Engine(gpt), tokenizer, sample.Options(eval_data=str(test_data / "eval")))
