@@ -297,9 +297,9 @@ class Policy(nn.Module):
         if not self.rank:
             return self.gpt
         gpt = GPT(self.gpt.config).to(self.gpt.head.weight)
-        for name, weight in gpt.named_parameters():
+        for name, weight in gpt.state_dict().items():  # buffers, too: the bias of a router
             module, _, own = name.rpartition(".")
-            weight.data.copy_(getattr(self.gpt.get_submodule(module), own))
+            weight.copy_(getattr(self.gpt.get_submodule(module), own).detach())
         return gpt.eval()
 
     def forward(self, samples):

@@ -456,6 +456,17 @@ def test_lora_trains_little_and_merges_exactly(tokenizer):
     assert sum(w.numel() for w in trainer.weights.values()) < whole / 5  # of a model this small
 
 
+def test_lora_keeps_the_bias_of_routers(tokenizer):
+    gpt, ids = tiny(tokenizer, n_expert=4, n_expert_active=1), torch.arange(20)[None]
+    for name, bias in gpt.named_buffers():
+        if name.endswith("ffn.bias"):
+            bias.copy_(torch.tensor([9.0, 0, 0, 9]))  # other experts than without it
+    before = gpt(ids)
+    merged = align.Policy(gpt, tokenizer.vocab_size, 2).merged()
+    assert torch.allclose(merged(ids), before, atol=1e-6)
+    assert any(name.endswith("ffn.bias") and bias.any() for name, bias in merged.named_buffers())
+
+
 def test_lora_of_rank_16_is_under_5_percent():
     """Gradients and optimizer state of a model 1,024 wide, counted without making it."""
     with torch.device("meta"):
