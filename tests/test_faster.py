@@ -214,6 +214,8 @@ def test_a_quantised_layer_is_the_product_of_its_codes(products, bits, rows):
     got, want = small(x), x.bfloat16().float() @ restored.T + layer.bias
     assert got.shape == (2, rows, 64) and got.dtype == torch.float32
     assert (got - want).abs().max() < 0.01 * want.abs().max(), "bfloat16 has 8 bits"
+    few = torch.cat([small(part) for part in x.flatten(0, 1).split(20)]).view_as(got)
+    assert (few != got).float().mean() < 0.02, "a text does not depend on how many are beside it, but for sums at a border of rounding"
     if small.codes.dtype == torch.int8:
         assert small.codes.flatten().tolist() == codes and torch.equal(small.restored(slice(None)), restored)
     error = (restored - layer.weight).norm() / layer.weight.norm()
