@@ -895,7 +895,8 @@ def code(response: str, test_list: list, test_setup_code: str = "", lenient: boo
     """
     # every block of any language, for the end of one could be taken for the beginning of the next; the last may be cut
     every = regex.findall(r"(?s)```[ \t]*(\w*)[^\n`]*\n(.*?)(?:```|\Z)", response)
-    blocks = [block for language, block in every if language.lower() in ("", "py", "python", "python3")] or [response]
+    ours = "", "py", "python", "python3"
+    blocks = [block for language, block in every if language.lower() in ours] or [response]
     calls, right = zip(*map(question, test_list))
     values = sandbox("\n".join([test_setup_code, *blocks]), calls, **how)
     passed = sum(value == [plain(wanted)] for value, wanted in zip(values, right)) / len(calls)
@@ -1093,7 +1094,8 @@ def read_items(o: Options, tokenizer: bpe.Tokenizer, block: int) -> list:
         for s in item:
             # of a pair the responses are compared: earlier turns, in both, would count as their tokens in a mean
             before = len(s["prompt"]) if form is preference else 0
-            s["ids"], s["mask"] = s["ids"][:block], ([0] * before + s["mask"][before:])[:block]
+            mask = [0] * before + s["mask"][before:]
+            s["ids"], s["mask"] = s["ids"][:block], mask[:block]
         if objective(o) is policy_loss:
             item = [s for s in item if len(s["prompt"]) + o.max_new_tokens <= block]
         elif not all(1 in s["mask"][1:] for s in item):
@@ -1165,9 +1167,10 @@ class Trainer:
             require(alone or o.group > 1, f"--group=1 leaves --advantage={o.advantage} nothing to compare with")
             require(o.batch_size % o.group == 0, f"--batch_size={o.batch_size} is no multiple of --group={o.group}")
             self.score = scorer(o, tokenizer)
-        unseen = [] if self.objective is policy_loss else ["kl", "max_kl"] + ["min_entropy"] * (o.loss != "nll")
-        for name in filter(vars(o).get, unseen):
-            raise ValueError(f"--{name} is for rewards: --loss={o.loss} does not measure it")
+        else:
+            for name in ("kl", "max_kl", "min_entropy"):
+                seen = name == "min_entropy" and o.loss == "nll"
+                require(seen or not getattr(o, name), f"--{name} is for rewards: --loss={o.loss} does not measure it")
         held = o.held_verifier or o.verifier
         self.held_score = scorer(dataclasses.replace(o, verifier=held), tokenizer) if held else None
 
@@ -1431,8 +1434,9 @@ def align(words: list[str]) -> tuple[dict, dict]:
     require(o.data, f"--algorithm={o.algorithm} needs --data=FILE.jsonl")
     o.verifier = o.verifier or "refuse" * (o.task == "refuse")
     for name in ("ckpt", "judge", "verifier", "held_verifier"):  # resumed, the run would compare itself with itself
-        own = Path(getattr(o, name)).resolve() == path.resolve()
-        require(not own, f"--{name}={getattr(o, name)} would be replaced: give another --output")
+        given = getattr(o, name)
+        own = Path(given).resolve() == path.resolve()
+        require(not own, f"--{name}={given} would be replaced: give another --output")
     gpt, tokenizer = load(o.ckpt, o.device)
     gpt.config.counts = 0
     gpt.counts = Counts(gpt.config)  # none, for those of the text know nothing of what is learned here
