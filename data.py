@@ -1663,13 +1663,14 @@ def turn_text(turn: dict) -> str:
 def to_messages(row: dict) -> list[dict]:
     """Messages of a row of jsonl in one of the LAYOUTS, as align.py reads them; [] if it holds no conversation.
 
-    Turns of a user, or of the system, that follow one another become one.
+    Turns of a user, or of the system, that follow one another become one. The fields of the layout leave the row: a
+    second copy of the text would keep what later steps mask.
     """
     layouts = [dict(field.split(":") for field in layout.split()) for layout in LAYOUTS.splitlines()]
     fitting = (fields for fields in layouts if all(name in row or name[-1] == "?" for name in fields))
     turns, messages = [], []
     for name, role in next(fitting, {}).items():
-        value = row.get(name.rstrip("?")) or []
+        value = row.pop(name.rstrip("?"), None) or []
         if name == "tools?" and value and not isinstance(value, str):
             value = json.dumps(value, ensure_ascii=False)
         turns += [dict(role=role, content=value)] if isinstance(value, str) else value

@@ -755,6 +755,15 @@ def test_conversations_in_common_layouts_become_messages_that_align_reads(tmp_pa
         assert len(ids) == len(mask) and 0 < sum(mask) < len(mask)
 
 
+def test_what_is_masked_stands_in_no_second_copy(tmp_path):
+    """The fields that became messages are gone, all others stay."""
+    turns = [{"from": "human", "value": "I am joe@example.com"}, {"from": "gpt", "value": "Hi."}]
+    rows = [{"conversations": turns, "id": 7}, {"instruction": "Mail joe@example.com", "input": "", "output": "No.", "id": 8}]
+    kept, _ = through(tmp_path, rows, "chat,pii")
+    assert [set(row) for row in kept] == [{"origin", "messages", "id"}] * 2
+    assert "joe@" not in (tmp_path / "out" / "documents.jsonl").read_text()
+
+
 # ---------------------------------------------------------------------------------------------------------------- mixing
 
 def test_shares_by_size():
