@@ -95,7 +95,7 @@ NAMES = {
 def rows_of(path: Path) -> list[dict]:
     """The rows of a .csv, .json or .jsonl file. Raises OSError, or ValueError where it is something else."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # of spreadsheets, too, which begin with a byte order mark
         if path.suffix == ".csv":
             return list(csv.DictReader(text.splitlines()))
         if path.suffix == ".jsonl":  # the last line may have been cut short by a kill
@@ -195,12 +195,12 @@ def read_runs(path: Path) -> Runs:
     for i, row in enumerate(rows_of(path)):
         where = f"{path}: run {i}"
         N, D, C, loss = (field_of(row, key, where) for key in NAMES)
-        if not math.isfinite(loss):
-            lost += 1
-            continue
         D = C / 6 / N if math.isnan(D) and N > 0 else D
         C = 6 * N * D if math.isnan(C) else C
         require(not math.isnan(N * D), f"{where} needs N, loss, and D or C; it has {', '.join(map(str, row))[:80]}")
+        if not math.isfinite(loss):
+            lost += 1
+            continue
         require(all(0 < x < 1e40 for x in (N, D, C, loss)), f"{where}: {N=:g}, {D=:g}, {C=:g}, {loss=:g} cannot be")
         options = row.get("options")
         run = dict(N=N, D=D, C=C, loss=loss, options=options if isinstance(options, dict) else {})
@@ -209,7 +209,8 @@ def read_runs(path: Path) -> Runs:
         print(f"{path}: {lost} runs without a finite loss are left out")
     require(len(table) >= 5, f"{path} holds {len(table)} different runs, a fit needs 5 or more")
     runs = Runs(list(table.values()))
-    require(np.median(runs.N) >= 1e3, f"{path}: the median N is {np.median(runs.N):g}; is it in millions?")
+    for name, median in (("N", np.median(runs.N)), ("D", np.median(runs.D))):
+        require(median >= 1e3, f"{path}: the median {name} is {median:g}; is it in millions?")
     return runs
 
 

@@ -317,6 +317,13 @@ def test_tables_of_all_kinds(suffix, names, tmp_path):
     assert all(getattr(found, name) == pytest.approx(getattr(runs, name)) for name in ("N", "D", "C", "loss"))
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".json", ".jsonl"])
+def test_a_byte_order_mark_is_no_part_of_a_name(suffix, tmp_path):
+    path = table(tmp_path / f"runs{suffix}", made().rows)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert len(scaling.read_runs(path)) == 54
+
+
 @pytest.mark.parametrize("missing", ["D", "C"])
 def test_a_missing_column_follows(missing, tmp_path):
     runs = made()
@@ -335,7 +342,10 @@ GOOD = [dict(N=1e6 * (i + 1), D=1e8, loss=3.0) for i in range(6)]
     (GOOD + [dict(N=math.inf, D=1e8, loss=3.0)], "cannot be"), (GOOD + [dict(N=1e6, D=1e8, loss=-3.0)], "cannot be"),
     (GOOD + [dict(N="many", D=1e8, loss=3.0)], "run 6: N is 'many', which is no number"),
     (GOOD + [dict(N=[1], D=1e8, loss=3.0)], "no number"), (GOOD + [dict(N=10**400, D=1e8, loss=3.0)], "no number"),
-    ([dict(N=i + 1.0, D=1e8, loss=3.0) for i in range(6)], "in millions"), ({"N": 3}, "no table"), ([1, 2], "no table")])
+    ([dict(N=i + 1.0, D=1e8, loss=3.0) for i in range(6)], "median N is 3.5; is it in millions"),
+    ([dict(N=1e8 * (i + 1), D=2.0, loss=3.0) for i in range(6)], "median D is 2; is it in millions"),
+    ([{"N;D;loss": "1e6;1e8;3"}] * 6, "run 0 needs N, loss, and D or C; it has N;D;loss"),
+    ({"N": 3}, "no table"), ([1, 2], "no table")])
 def test_tables_that_are_refused(rows, part, tmp_path):
     path = tmp_path / "runs.json"
     path.write_text(json.dumps(rows))
