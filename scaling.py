@@ -303,6 +303,8 @@ class Law:
 
     def __init__(self, runs: Runs, o: Options):
         self.runs = runs = runs.main()
+        least = 1 + len(self.grid)  # with fewer the fit goes through all, and intervals would be empty
+        require(len(runs) >= least, f"it needs {least} runs that differ in size alone, there are {len(runs)}")
         self.inference = o.inference_tokens
         self.k = runs.flops_each()
         logs = np.log((runs.N, runs.D, runs.loss))
@@ -935,6 +937,7 @@ def grid(text: str) -> list[dict]:
 def sweep(o: Options, ledger: Ledger) -> None:
     """Run a grid at each of --budgets (at the first alone if they are not given) and print it."""
     points = grid(o.sweep)
+    require(not (o.budgets and "max_iters" in points[0]), "--sweep: max_iters is the length; leave out --budgets")
     budgets = ledger.budgets()[:1]
     if o.budgets:
         budgets = spread(o.budgets)
@@ -1074,10 +1077,11 @@ def back_test(runs: Runs, o: Options) -> str:
     """Fit the law without the largest budget and predict its runs: how far off, and how many inside their intervals."""
     # This is the honest form of "within how much does it predict": no run of that size was seen.
     *rest, last = runs.budgets()
-    if len(rest) < 2:
-        return "back-test: it needs three budgets"
+    below = np.concatenate([last[:0], *rest])
+    if len(rest) < 2 or len(runs.keep(below).main()) <= len(Chinchilla.grid):
+        return "back-test: it needs three budgets, and six runs below the largest"
     last = runs.keep(last).main()
-    found = Chinchilla(runs.keep(np.concatenate(rest)), o).losses(last.N, last.D)
+    found = Chinchilla(runs.keep(below), o).losses(last.N, last.D)
     low, high = np.quantile(found[1:], (0.05, 0.95), axis=0)
     inside = np.sum((low <= last.loss) & (last.loss <= high))
     error = np.abs(found[0] / last.loss - 1)
@@ -1348,6 +1352,9 @@ def main() -> None:
     o = options(Options, sys.argv[1:])
     found = not o.plot or importlib.util.find_spec("matplotlib")
     require(found, "--plot needs matplotlib: pip install matplotlib")
+    kind = Path(o.plot).suffix
+    require(kind in ("", ".png", ".pdf", ".svg", ".jpg"), f"--plot={o.plot}: {kind} is no picture; .png and .pdf are")
+    require(not (o.plot and o.sweep), "--plot is of a study, --fit, --mup or --runs, not of --sweep")
     require("{command}" in o.launch, "--launch has no {command} in it")
     require(o.resamples >= 20, "--resamples: an interval needs 20 or more")
     require(o.sizes >= 3, "--sizes: a valley needs 3 or more")

@@ -99,6 +99,16 @@ def test_a_known_law_is_found_again(noise, tolerance):
     assert found["N_exponent"][0] + found["D_exponent"][0] == pytest.approx(1)
 
 
+@pytest.mark.parametrize("law, most", [(scaling.Chinchilla, 5), (scaling.Kaplan, 4)])
+def test_a_law_needs_more_runs_than_constants(law, most):
+    """Through as few runs it goes exactly: its intervals had no width, and far from the truth."""
+    runs = made(0.001)
+    with pytest.raises(ValueError, match=f"needs {most + 1} runs .*, there are {most}"):
+        law(runs.keep(range(most)), scaling.Options(resamples=20))
+    assert len(law(runs.keep(range(most + 1)), scaling.Options(resamples=20)).p) == 21
+    assert "six runs below" in scaling.back_test(made(budgets=3, sizes=2), scaling.Options(resamples=20))
+
+
 @pytest.mark.parametrize("studies", [20, pytest.param(200, marks=pytest.mark.slow)])
 def test_intervals_of_noisy_runs_hold_the_truth(studies):
     """The 90% intervals hold the exponents, the best size, and a new run's loss, about as often as they say.
@@ -685,6 +695,13 @@ def test_sweep(ledger, tmp_path, capsys):
     assert min(best, key=scaling.loss_of)["options"]["learning_rate"] == 0.02
 
 
+def test_a_sweep_has_one_length(ledger):
+    """max_iters wins over --budgets: each row came once a budget, all of the same run."""
+    book = ledger(sweep="n_embd:32,48,max_iters:20", budgets="1e9,2e9")
+    with pytest.raises(ValueError, match="leave out --budgets"):
+        scaling.sweep(book.o, book)
+
+
 def test_mup_finds_each_width_its_best_rate(ledger, capsys):
     """With the stub the best rate is 0.02 at every width, so nothing drifts and nothing is lost."""
     book = ledger()
@@ -757,7 +774,8 @@ def test_served_tokens_are_not_trained(tmp_path, run_main):
 @pytest.mark.parametrize("words, said", [
     ("--machine=0xh100", "--machine=0xh100: write 8xh100"), ("--machine=8xtpu", "there are a100"), ("--reuse=1", "--reuse is a share"),
     ("--predict=-1e20", "--predict, .*: 0 or more"), ("--seed=-1", "--seed: 0 or more"), ("--mup --plan", "--mup has no --plan"),
-    ("--preregister", "--preregister needs --predict")])
+    ("--preregister", "--preregister needs --predict"), ("--sweep=learning_rate:1 --plot=a.png", "not of --sweep"),
+    ("--plot=study.pgn", "--plot=study.pgn: .pgn is no picture")])
 def test_options_that_cannot_be_are_refused_before_the_study(words, said, tmp_path, run_main):
     done = run_main("scaling.py", *words.split(), "--output=study", cwd=tmp_path)
     assert done.returncode == 1 and re.search(said, done.stderr) and done.stderr.count("\n") == 1
