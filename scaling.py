@@ -1194,10 +1194,14 @@ def check(o: Options) -> tuple[float, float]:
         raise ValueError(f"{path} is no prediction, or is damaged") from error
     log = Path(o.check) / "log.jsonl"
     # Nothing of the study is asked again: the options, the price and the interval are those that were written down.
-    if not log.exists():
-        require("options" in stored, f"{log} is not there, and {path} does not say how to train it")
+    rows, wished = rows_of(log) if log.exists() else [], stored.get("options", {})
+    begun = rows[0].get("options") or {} if rows else wished
+    same = all(alike(begun.get(name), value) for name, value in wished.items())
+    ended = any(row.get("step") == wished.get("max_iters") for row in rows)
+    if not rows or wished and same and not ended:  # it is not there, or was killed
+        require(wished, f"{log} is not there, and {path} does not say how to train it")
         print(f"training for {stored['C']:.4g} FLOPs in {o.check}", flush=True)
-        error = Ledger(o).launch(stored["options"], Path(o.check))
+        error = Ledger(o).launch(wished, Path(o.check))
         require(not error, error)
     # A run of other FLOPs would say nothing of the prediction, however good its loss.
     used, loss = evaluations(o.check, ("flops", "val_loss"))[:, -1]

@@ -859,6 +859,13 @@ def test_the_target_run_is_trained_by_check(ledger, tmp_path, monkeypatch, capsy
     said = go(f"--check={tmp_path / 'target'}", "--predict=3e11", *plot)
     assert "inside the interval" in said and len(ledger.calls()) == calls  # read, not run
     assert not plot or "study.png written" in said
+    log = tmp_path / "target/log.jsonl"
+    last, about = log.read_text().splitlines()[-1], json.dumps(dict(options=stored["options"]))
+    for cut, started in ((about, 1), (f"{about}\n{last}", 0), (json.dumps(dict(options={})) + f"\n{last}", 0)):  # killed, ended, another
+        log.write_text(cut + "\n")
+        said = go(f"--check={tmp_path / 'target'}")
+        assert "inside the interval" in said and len(ledger.calls()) == calls + started
+        calls += started
 
 
 @pytest.mark.parametrize("kills", [4, pytest.param(50, marks=pytest.mark.slow)])
