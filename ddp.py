@@ -1616,7 +1616,9 @@ def main():
     if o.plan:
         plan(o)
     elif o.show_schedule:
-        show_schedule(int(re.findall(r"pp(\d+)|$", o.mesh)[0] or 4), o.micro)
+        stages = re.findall(r"pp([1-9]\d*)", o.mesh or "pp4")
+        require(stages, f"--mesh={o.mesh} has no pipeline to draw: write pp and its stages, as pp4")
+        show_schedule(int(stages[0]), o.micro)
     elif o.merge:
         merge(o.merge, o.output)
     elif "LOCAL_RANK" in os.environ:

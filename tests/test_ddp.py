@@ -710,6 +710,8 @@ def test_the_plan_fits_a_terminal(capsys):
     (["--optimizer=lion"], "choose from adamw, muon"),
     (["--plan", "--params=1e13", "--gpus=2"], "fit on no mesh of 2 GPUs"),
     (["--plan", "--gpus=0"], "--gpus=0 must be above 0"),
+    (["--show_schedule", "--mesh=pp0"], "--mesh=pp0 has no pipeline to draw"),
+    (["--show_schedule", "--mesh=dp2"], "--mesh=dp2 has no pipeline to draw"),
     (["--plan", "--params=-7e9"], "--params=-7e+09 must be above 0"),
     (["--plan", "--block_size=0"], "--block_size=0 must be above 0"),
     (["--timeout=0"], "--timeout must be 1 or more"),
