@@ -209,7 +209,8 @@ def read_runs(path: Path) -> Runs:
         print(f"{path}: {lost} runs without a finite loss are left out")
     require(len(table) >= 5, f"{path} holds {len(table)} different runs, a fit needs 5 or more")
     runs = Runs(list(table.values()))
-    for name, median in (("N", np.median(runs.N)), ("D", np.median(runs.D))):
+    for name in ("N", "D"):
+        median = np.median(getattr(runs, name))
         require(median >= 1e3, f"{path}: the median {name} is {median:g}; is it in millions?")
     return runs
 
@@ -303,8 +304,9 @@ class Law:
 
     def __init__(self, runs: Runs, o: Options):
         self.runs = runs = runs.main()
+        n = len(runs)
         least = 1 + len(self.grid)  # with fewer the fit goes through all, and intervals would be empty
-        require(len(runs) >= least, f"it needs {least} runs that differ in size alone, there are {len(runs)}")
+        require(n >= least, f"it needs {least} runs that differ in size alone, there are {n}")
         self.inference = o.inference_tokens
         self.k = runs.flops_each()
         logs = np.log((runs.N, runs.D, runs.loss))
@@ -1078,7 +1080,8 @@ def back_test(runs: Runs, o: Options) -> str:
     # This is the honest form of "within how much does it predict": no run of that size was seen.
     *rest, last = runs.budgets()
     below = np.concatenate([last[:0], *rest])
-    if len(rest) < 2 or len(runs.keep(below).main()) <= len(Chinchilla.grid):
+    few = len(rest) < 2
+    if few or len(runs.keep(below).main()) < 6:
         return "back-test: it needs three budgets, and six runs below the largest"
     last = runs.keep(last).main()
     found = Chinchilla(runs.keep(below), o).losses(last.N, last.D)
@@ -1194,9 +1197,10 @@ def check(o: Options) -> tuple[float, float]:
         raise ValueError(f"{path} is no prediction, or is damaged") from error
     log = Path(o.check) / "log.jsonl"
     # Nothing of the study is asked again: the options, the price and the interval are those that were written down.
-    rows, wished = rows_of(log) if log.exists() else [], stored.get("options", {})
-    begun = rows[0].get("options") or {} if rows else wished
-    same = all(alike(begun.get(name), value) for name, value in wished.items())
+    wished = stored.get("options", {})
+    rows = rows_of(log) if log.exists() else []
+    begun = rows[0].get("options") if rows else wished
+    same = begun and all(alike(begun.get(name), wished[name]) for name in wished)
     ended = any(row.get("step") == wished.get("max_iters") for row in rows)
     if not rows or wished and same and not ended:  # it is not there, or was killed
         require(wished, f"{log} is not there, and {path} does not say how to train it")
@@ -1356,8 +1360,8 @@ def main() -> None:
     o = options(Options, sys.argv[1:])
     found = not o.plot or importlib.util.find_spec("matplotlib")
     require(found, "--plot needs matplotlib: pip install matplotlib")
-    kind = Path(o.plot).suffix
-    require(kind in ("", ".png", ".pdf", ".svg", ".jpg"), f"--plot={o.plot}: {kind} is no picture; .png and .pdf are")
+    good = Path(o.plot).suffix in ("", ".png", ".pdf", ".svg", ".jpg")
+    require(good, f"--plot={o.plot} is no picture; .png, .pdf, .svg and .jpg are")
     require(not (o.plot and o.sweep), "--plot is of a study, --fit, --mup or --runs, not of --sweep")
     require("{command}" in o.launch, "--launch has no {command} in it")
     require(o.resamples >= 20, "--resamples: an interval needs 20 or more")
