@@ -1025,7 +1025,7 @@ MACHINES = {  # peak of dense bfloat16 in FLOP/s, bytes of memory; NVIDIA's data
     "a100": (312e12, 80e9),
     "h100": (989e12, 80e9),
     "h200": (989e12, 141e9),
-    "b200": (2250e12, 192e9),
+    "b200": (2250e12, 180e9),
 }
 
 
