@@ -1778,7 +1778,7 @@ def main() -> None:
         return print(f"next: python train.py --init_from={o.output}, which goes on with what is left")
     if "LOCAL_RANK" in os.environ:  # torchrun
         require(o.eval, "torchrun starts several processes, which is for --eval alone")
-        if torch.cuda.is_available():
+        if torch.cuda.is_available() and o.device != "cpu":  # where there may be more ranks than GPUs
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("gloo")
         atexit.register(dist.destroy_process_group)  # a thread of gloo that frees a tensor while Python ends aborts it

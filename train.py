@@ -405,7 +405,7 @@ def ranks() -> tuple[int, int]:
 
 def join_ranks(o: Options):
     """Meet torchrun's other processes; after a restart under new keys, as the old ones hold addresses of the lost."""
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and o.device != "cpu":  # where there may be more ranks than GPUs
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     store, rank, world = next(rendezvous("env://"))
     store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)

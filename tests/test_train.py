@@ -1990,3 +1990,12 @@ def test_patches_of_bytes(size, launch, corpus, tmp_path, monkeypatch):
     assert done.code == 0, done.message
     first, *_, last = read_log(tmp_path / "out")[1:]
     assert last["val_loss"] < first["val_loss"] < math.log(257) and last["bpb"] > 0
+
+
+def test_ranks_on_a_cpu_take_no_gpu(world_of_one, monkeypatch):
+    """There may be fewer of these than ranks."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda number: pytest.fail(f"GPU {number} was asked for"))
+    world_of_one()
+    train.join_ranks(train.Options(device="cpu"))
+    assert train.ranks() == (0, 1)
