@@ -1,4 +1,4 @@
-"""On a CUDA device: model.py, train.py and sample.py give what the same code gives on the CPU, where the other tests hold it exact.
+"""On a CUDA device: model.py, train.py, align.py and sample.py give what the same code gives on the CPU, where the other tests hold it exact.
 
 The oracle of the layers is the CPU in float64; that of a run or of the engine is the same call with the other device. What torch
 adds up in another order on a GPU differs by rounding, hence tolerances: those of float32 are relative to the largest entry.
@@ -14,8 +14,11 @@ import pytest
 import torch
 from test_model import SINGLES, VARIANTS, make
 
+import align
+import bpe
 import model
 import sample
+import scaling
 import train
 from model import GPT, Config
 
@@ -330,3 +333,75 @@ def test_whole_numbers(kind, monkeypatch):
     sample.quantise(gpt, kind)
     tokens, logprobs = decoded(gpt, sample.Sampling(0))
     assert all(len(row) == 10 for row in tokens) and all(map(math.isfinite, sum(logprobs, [])))
+
+
+@pytest.mark.parametrize("drafted", [False, True])
+def test_counts_and_drafts(drafted):
+    """Counts of n-grams lie beside the network; a draft model is on its device, and no guess of it changes a token."""
+    here = GPT(Config(**SHAPE, init="gpt2", counts=3)).eval()
+    tokens = (np.arange(2000) * 7 + np.arange(2000) // 9) % V
+    train.count_ngrams(here, [train.Source(tokens.astype(np.uint16), tokens)])
+    there = copy.deepcopy(here).to(DEVICE)
+    assert there.counts.at_work and {buffer.device.type for buffer in there.buffers()} == {DEVICE}
+    how = dict(draft=sample.Draft(copy.deepcopy(there), V)) if drafted else {}
+    (tokens, logprobs), (found, theirs) = decoded(here, sample.Sampling(0)), decoded(there, sample.Sampling(0), **how)
+    assert found == tokens and sum(theirs, []) == pytest.approx(sum(logprobs, []), abs=1e-3)
+    x, y = torch.randint(V, (3, T)), torch.randint(V, (3, T))
+    (right, _), (loss, count) = train.Objective(here).eval()(x, y), train.Objective(there).eval()(x.to(DEVICE), y.to(DEVICE))
+    assert off(loss, right) < 1e-5 and count == y.numel()
+
+
+# --------------------------------------------------------------------------------------------------- alignment, scaling laws
+
+@pytest.fixture
+def base(tmp_path):
+    """A checkpoint with a tokenizer, sums with good and bad answers, and a verifier."""
+    letters = "".join(map(chr, range(32, 127)))
+    tokenizer = bpe.train("char", [letters], 97, special_tokens=("<|endoftext|>",), workers=1)
+    gpt = GPT(Config(**SHAPE | dict(vocab_size=tokenizer.vocab_size, block_size=32), init="gpt2"))
+    model.save_checkpoint(tmp_path / "base.pt", gpt, tokenizer=tokenizer.to_dict())
+    rows = [dict(prompt=f"{i}+{i}", response=f"{2 * i}", chosen=f"{2 * i}", rejected=f"no {i}") for i in range(24)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "verifier.py").write_text("def spread(text, **row):\n    return len(set(text)) / 8\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize("words", [
+    "sft", "sft --lora=2", "sft --optimizer=soap", "dpo", "simpo", "reward", "grpo --kl=0.1", "ppo --lora=2", "grpo --staleness=1 --is_cap=2",
+])
+def test_alignment_as_on_the_cpu(words, base, capsys):
+    """What is logged of four steps, in one run and in two."""
+    name, *more = words.split()
+    verifier = [f"--verifier={base / 'verifier.py'}:spread"] * (name in ("grpo", "ppo"))
+    last = {}
+
+    def run(folder, device, *further):
+        last[folder] = align.align([
+            f"--algorithm={name}", f"--ckpt={base / 'base.pt'}", f"--data={base / 'rows.jsonl'}", f"--output={base / folder}",
+            f"--device={device}", "--batch_size=4", "--group=2", "--max_new_tokens=6", "--max_iters=4", "--eval_interval=2",
+            "--template=bare", "--schedule=constant", *verifier, *more, *further])[1]
+    run("here", "cpu")
+    run("there", DEVICE)
+    run("cut", DEVICE, "--max_iters=2")
+    run("cut", DEVICE, "--resume", "--max_iters=4")
+    kept = {key: value for key, value in last["here"].items() if key not in ("seconds", "idle")}
+    assert kept["step"] == 4 and kept["grad_norm"] > 0
+    for folder in ("there", "cut"):
+        assert {key: last[folder][key] for key in kept} == pytest.approx(kept, rel=0.02, abs=2e-3)
+    assert sample.load(base / "there" / "ckpt.pt", "cpu")[1]
+
+
+def test_a_reward_model_grades(base, capsys):
+    words = [f"--data={base / 'rows.jsonl'}", f"--ckpt={base / 'base.pt'}", f"--device={DEVICE}", "--batch_size=4", "--group=2"]
+    words += ["--max_new_tokens=6", "--max_iters=1", "--template=bare"]
+    align.align(["--algorithm=reward", f"--output={base / 'judge'}", *words])
+    _, record = align.align(["--algorithm=rloo", f"--output={base / 'out'}", f"--verifier={base / 'judge' / 'ckpt.pt'}", *words])
+    assert math.isfinite(record["reward"]) and record["reward"] != 0
+
+
+def test_a_study_starts_runs_on_the_device(folder, tmp_path):
+    options = dict(data=str(folder), device=DEVICE) | dict(word[2:].split("=") for word in WORDS)
+    study = SimpleNamespace(o=scaling.Options(), workers=2)
+    assert scaling.Ledger.launch(study, options, tmp_path / "run") == ""
+    record = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
+    assert record["step"] == 10 and record["val_loss"] < math.log(V)
