@@ -923,7 +923,7 @@ class Experts(nn.Module):
         """What the experts make of rows x, those of expert e from ends[e - 1] up to ends[e]"""
         up, down = (layer["weight"].type_as(x) for layer in (self.up, self.down))
         h = grouped(x, up, ends)
-        return grouped(self.f(*h.chunk(self.parts, 1)), down, ends)
+        return grouped(self.f(*h.chunk(self.parts, 1)).type_as(x), down, ends)  # on a GPU autocast squares in float32
 
     def balance(self, scores, share, counts):
         """What the router's choices cost, in nats; the bias moves."""

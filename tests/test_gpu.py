@@ -203,6 +203,14 @@ def test_half_precision_trains_alike(dtype, go, monkeypatch):
     assert half.losses != full.losses and seen == {None, torch.float16 if dtype == "float16" else torch.bfloat16}
 
 
+@pytest.mark.parametrize("ffn", ["relu2", "swiglu"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_experts_in_half_precision(dtype, ffn, go):
+    words = ["--n_expert=4", "--n_inner=32", f"--ffn={ffn}"]
+    full, half = go("full", *words), go("half", *words, dtype=dtype)
+    assert np.abs(np.subtract(full.losses, half.losses)).mean() < 0.05
+
+
 def test_tables_get_sparse_gradients(go, monkeypatch):
     usual, seen = train.adagrad, []
     monkeypatch.setattr(train, "adagrad", lambda weight, *rest: seen.append(weight.grad.is_sparse) or usual(weight, *rest))

@@ -2029,3 +2029,14 @@ def test_command_line(tmp_path, run_main, single):
             ("--ngram=-1", "--ngram=-1 is too small", 1)]:
         done = run_main("model.py", word, cwd=tmp_path)
         assert (done.returncode, done.stdout) == (code, "") and message in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_experts_whose_activation_is_in_single_precision():
+    """As a square is on a GPU under autocast: backward, where there is no autocast, has one type."""
+    config = Config(vocab_size=23, block_size=16, n_layer=1, n_head=2, n_embd=16, ffn="relu2", n_expert=4, n_inner=16)
+    gpt = GPT(config)
+    gpt.blocks[0].ffn.f = lambda h: F.relu(h).float().square()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = gpt(torch.randint(23, (2, 12))).float().logsumexp(-1).sum()
+    loss.backward()
+    assert gpt.blocks[0].ffn.down["weight"].grad.isfinite().all()
