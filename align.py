@@ -1348,7 +1348,7 @@ class Trainer:
         )
         if o.lora:
             with replacing(Path(o.output) / "adapters.pt") as file:
-                torch.save(trained, file)
+                torch.save({name: weight.cpu() for name, weight in trained.items()}, file)
 
 
 def grade(gpt: GPT, tokenizer: bpe.Tokenizer, items: list, o: Options, score: Callable, n: int = 1) -> dict:
