@@ -1293,6 +1293,17 @@ def test_resume_with_another_end(first, then, steps, launch, tmp_path, monkeypat
     assert model.load_checkpoint(tmp_path / "out/ckpt.pt")["step"] == steps == read_log(tmp_path / "out")[-1]["step"]
 
 
+@pytest.mark.parametrize("optimizer", ["muon", "soap"])
+def test_resume_in_another_precision(optimizer, launch, tmp_path):
+    """What the optimizer keeps takes the type of the weights, up and down."""
+    assert launch(f"--optimizer={optimizer}", "--max_iters=2").code == 0
+    for step, dtype in ((4, "float64"), (6, "float32")):
+        resumed = launch("--resume", f"--max_iters={step}", f"--dtype={dtype}", shape=[])
+        assert resumed.code == 0, resumed.message
+        states = model.load_checkpoint(tmp_path / "out/ckpt.pt")["optimizer"].values()
+        assert {tensor.dtype for tensors in states for tensor in tensors} == {getattr(torch, dtype)}
+
+
 def test_resume_to_an_earlier_end_stops(launch, tmp_path, monkeypatch):
     """A run that has passed max_iters ends, with one line or at once: it does not train on."""
     assert launch(*RESUME).code == 0
