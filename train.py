@@ -548,6 +548,7 @@ def refuse(o: Options, sources: list[Source]):
     require(o.decay_from < o.max_iters, f"--decay_from={o.decay_from} is not before --max_iters={o.max_iters}")
     require(not (o.counts and o.compile), "--counts does not go with --compile")
     require(o.parallel or not o.parts, "--parts is for --parallel")
+    require(o.resume or not o.ckpt, "--ckpt is for --resume; --init_from begins a new run with a checkpoint's weights")
     if o.parallel:
         require(dist.is_initialized(), "--parallel needs processes: torchrun --nproc_per_node=2 train.py ...")
         for name in ("compile", "kernels", "noise_scale", "z_loss", "dropout", "teacher", "counts"):

@@ -1304,6 +1304,13 @@ def test_resume_in_another_precision(optimizer, launch, tmp_path):
         assert {tensor.dtype for tensors in states for tensor in tensors} == {getattr(torch, dtype)}
 
 
+def test_ckpt_without_resume(launch, tmp_path):
+    """It would train another model from the start; the run that is there stays."""
+    assert launch("--max_iters=2").code == 0
+    refused(launch("--max_iters=4", f"--ckpt={tmp_path}/out/ckpt.pt"), "--ckpt", "--resume")
+    assert not (tmp_path / "out/previous").exists()
+
+
 def test_resume_to_an_earlier_end_stops(launch, tmp_path, monkeypatch):
     """A run that has passed max_iters ends, with one line or at once: it does not train on."""
     assert launch(*RESUME).code == 0
