@@ -1282,6 +1282,8 @@ def main():
         join_ranks(o)
         sys.stdout = open(os.devnull, "w") if ranks()[0] else sys.stdout  # one of them prints
     keep_freed_memory()
+    timed = o.minutes or o.leaderboard
+    require(not (timed and o.max_iters), "--minutes and --leaderboard end by the clock: leave out --max_iters")
     ckpt = Path(o.output) / "ckpt.pt"
     ckpt.parent.mkdir(parents=True, exist_ok=True)
     _lock = claim(ckpt.parent) if ranks()[0] == 0 else None

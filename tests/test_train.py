@@ -1311,6 +1311,11 @@ def test_ckpt_without_resume(launch, tmp_path):
     assert not (tmp_path / "out/previous").exists()
 
 
+def test_the_clock_and_a_step_are_two_ends(launch):
+    for word in ("--minutes=1", "--leaderboard"):
+        refused(launch(word, "--max_iters=3"), word[:9], "--max_iters")
+
+
 def test_resume_to_an_earlier_end_stops(launch, tmp_path, monkeypatch):
     """A run that has passed max_iters ends, with one line or at once: it does not train on."""
     assert launch(*RESUME).code == 0
