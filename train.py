@@ -1290,7 +1290,7 @@ def main():
     if o.resume or o.init_from:
         o, checkpoint = take_up(o, words)
     agree(step=checkpoint.get("step", 0), **vars(o))
-    o.minutes = o.minutes or 2.0 * o.leaderboard
+    o.minutes = o.minutes or 2.0 * (o.leaderboard and "progress" not in checkpoint)  # a resumed one has its end
     torch.set_default_dtype(torch.float64 if o.dtype == "float64" else torch.float32)
     plan = recipe(dataclasses.replace(o, minutes=0, flops=0, tokens=0), 1, o.vocab_size or 2048, 1.0)
     shape_of(plan, 2**31).check()  # before the work of tokenising

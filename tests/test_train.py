@@ -1248,6 +1248,15 @@ def test_leaderboard_row(launch, corpus, tmp_path, monkeypatch):
     assert cells[5].startswith("`") and "--minutes=0.01" in cells[5]
 
 
+@pytest.mark.parametrize("end", ["--max_iters=40", "--tokens=2560"])
+def test_leaderboard_goes_on_to_another_end(end, launch, corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.subprocess, "run", lambda *_, **__: None)
+    assert launch("--leaderboard", "--minutes=1e-6", "--tokenizer=char", data=corpus).code == 0
+    resumed = launch("--resume", end, shape=[], data=corpus)
+    assert resumed.code == 0, resumed.message
+    assert read_log(tmp_path / "out")[-1]["step"] == 40
+
+
 def test_samples_at_each_evaluation(launch, corpus, tmp_path, monkeypatch):
     """They are asked of the checkpoint of that step."""
     calls = []
