@@ -779,8 +779,7 @@ class Run:
         self.state = {name: [] for name in self.weights}
         for name, tensors in checkpoint.get("optimizer", {}).items():
             if name in self.state:
-                to = self.weights[name]  # whose type --dtype may have changed
-                self.state[name] = [self.split.own(name, tensor).to(to, copy=True) for tensor in tensors]
+                self.state[name] = [self.split.own(name, old).to(self.weights[name], copy=True) for old in tensors]
         self.stacks = self.device.type == "cuda" and not o.parallel  # matrices of one shape move as one
         self.tokenizer, self.vocab_size = tokenizer, vocab_size
         self.bytes_of = np.array([len(token) for token in tokenizer.vocab] or [0] * vocab_size)
