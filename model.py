@@ -70,7 +70,7 @@ class Config:
     n_expert_active: int = 2  # experts that a token passes
     n_expert_shared: int = 0  # experts that every token passes, besides
     balance_loss: float = 0.01  # weight of the loss for an equal load of the experts
-    balance_bias: float = 0.0  # step of a bias that leads tokens to idle experts, without a loss
+    balance_bias: float = 0.0  # step, a micro-batch, of a bias that leads tokens to idle experts, without a loss
     router_z: float = 0.001  # weight of the loss on large router scores
     ngram: int = 0  # longest n-gram that has an embedding of its own (0, 1: tokens alone)
     ngram_rows: int = 65536  # rows of the table of each n

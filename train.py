@@ -77,7 +77,7 @@ class Options(Config):
     max_iters: int = 0  # training steps (0: recipe)
     batch_size: int = 0  # sequences of a step, over all ranks and micro-batches (0: recipe)
     micro_batch: int = 0  # sequences that a rank runs at a time (0: as many as fit in memory)
-    optimizer: str = "muon"  # of hidden matrices: muon, adamw, soap, with adamw for all else; sgd: of everything
+    optimizer: str = "muon"  # of hidden matrices: muon, adamw, soap, with adamw for all else; sgd: of all but tables
     learning_rate: float = 0.0  # at its peak (0: recipe)
     weight_decay: float = -1.0  # of matrices; a step shrinks them by learning rate x weight decay (-1: recipe)
     beta1: float = 0.9  # AdamW's memory of the gradient

@@ -24,15 +24,15 @@ from conftest import ROOT, tiny_documents
 
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
 CEILING = {
-    "bpe.py": 790,
-    "data.py": 1754,
+    "bpe.py": 793,
+    "data.py": 1770,
     "model.py": 1232,
-    "train.py": 1012,
+    "train.py": 1015,
     "kernels.py": 1639,
-    "ddp.py": 1208,
-    "scaling.py": 1013,
-    "align.py": 1359,
-    "sample.py": 1368,
+    "ddp.py": 1210,
+    "scaling.py": 1029,
+    "align.py": 1372,
+    "sample.py": 1370,
 }
 # Who may import whom: at the top of the file, and on demand inside a function.
 OURS = {"bpe.py": ("", ""), "data.py": ("bpe", ""), "model.py": ("", "kernels"), "train.py": ("model", "bpe data ddp kernels"),
