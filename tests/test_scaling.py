@@ -783,7 +783,7 @@ def test_options_that_cannot_be_are_refused_before_the_study(words, said, tmp_pa
 
 
 def test_machines():
-    assert scaling.devices("1024xh100") == (1024, 989e12, 80e9) and scaling.devices("b200") == (1, 2250e12, 192e9)
+    assert scaling.devices("1024xh100") == (1024, 989e12, 80e9) and scaling.devices("b200") == (1, 2250e12, 180e9)
 
 
 @pytest.mark.skipif("not has_matplotlib()", reason="matplotlib is not installed")
