@@ -630,6 +630,8 @@ def prepare_tokens(o: Options) -> list[Path]:
     if o.data and all((folder / "train.npy").exists() for folder in folders):
         return folders
     require(not o.mix, "--mix needs a list of folders with token files in --data; data.py makes them")
+    fresh = o.init_from and not o.resume and o.tokenizer in ("bpe", "char", "word")  # whose ids mean something else
+    require(not fresh, f"text for {o.init_from} needs its own tokenizer: give --tokenizer=FILE")
     if ranks()[0] == 0:
         import data
         pattern = o.pattern or ("gpt2" if o.data else "code")

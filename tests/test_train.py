@@ -1078,6 +1078,12 @@ def test_init_from_begins_a_new_run_with_old_weights(launch, folder, corpus, tmp
     bpe.train("char", ["abc"], 50).save(folder / "tokenizer.json")
     refused(launch(init, output=tmp_path / "d", shape=[]), "another tokenizer")
     refused(launch(init, "--resume", output=tmp_path / "d"), "--init_from", "--resume")
+    torch.save(base | dict(tokenizer=None), tmp_path / "mute.pt")  # as model.py --import_hf writes
+    init = f"--init_from={tmp_path / 'mute.pt'}"
+    refused(launch(init, *text, data=corpus, output=tmp_path / "e", shape=[]), "--tokenizer=FILE")
+    words = [init, f"--tokenizer={tmp_path / 'a/tokenizer.json'}", "--max_iters=1"]
+    assert launch(*words, data=corpus, output=tmp_path / "e", shape=[]).code == 0
+    assert model.load_checkpoint(tmp_path / "e/ckpt.pt")["tokenizer"] == base["tokenizer"]
 
 
 def test_tokens_that_were_replaced(launch, folder, tmp_path):
