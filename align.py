@@ -64,6 +64,7 @@ class Options:
     seeds: int = 1  # how often the demonstration runs, each time with another seed
     plot: str = ""  # picture of the demonstration: held-out prompts answered right over seconds of training
     ckpt: str = "out/ckpt.pt"  # the model to start from
+    tokenizer: str = ""  # file or folder of a tokenizer, for a --ckpt without one, as model.py --import_hf writes
     data: str = ""  # jsonl file of demonstrations, preferences or prompts
     output: str = "aligned"  # folder of the run
     resume: bool = False  # go on from OUTPUT/ckpt.pt, with its options where none are given
@@ -202,11 +203,11 @@ def request_of(row: dict) -> str:
     return "\n\n".join(message["content"] for message in asked(row)[0][:-1])
 
 
-def load(path: str | Path, device: str) -> tuple[GPT, bpe.Tokenizer]:
+def load(path: str | Path, device: str, tokenizer_path: str = "") -> tuple[GPT, bpe.Tokenizer]:
     """Model and tokenizer of a checkpoint, as sample.load gives them. Raises ValueError where it has no tokenizer."""
-    gpt, tokenizer = sample.load(path, device)
+    gpt, tokenizer = sample.load(path, device, tokenizer_path)
     if not tokenizer:
-        raise ValueError(f"{path} has no tokenizer: it takes and gives no text")
+        raise ValueError(f"{path} has no tokenizer: it takes and gives no text; give --tokenizer=FILE")
     return gpt, tokenizer
 
 
@@ -1437,7 +1438,7 @@ def align(words: list[str]) -> tuple[dict, dict]:
         given = getattr(o, name)
         own = Path(given).resolve() == path.resolve()
         require(not own, f"--{name}={given} would be replaced: give another --output")
-    gpt, tokenizer = load(o.ckpt, o.device)
+    gpt, tokenizer = load(o.ckpt, o.device, o.tokenizer)
     gpt.config.counts = 0
     gpt.counts = Counts(gpt.config)  # none, for those of the text know nothing of what is learned here
     items = read_items(o, tokenizer, gpt.config.block_size)
@@ -1496,7 +1497,7 @@ def examine(o: Options):
     """Print how a checkpoint answers the prompts of --data: by a verifier, or a judge against the rows' responses."""
     require(o.eval in ("verify", "ifeval", "winrate"), f"--eval={o.eval}: choose from verify, ifeval, winrate")
     require(o.data, f"--eval={o.eval} needs --data=FILE.jsonl")
-    gpt, tokenizer = load(o.ckpt, o.device)
+    gpt, tokenizer = load(o.ckpt, o.device, o.tokenizer)
     own = o.verifier or "refuse" * (o.task == "refuse")
     verifier = {"ifeval": "ifeval", "winrate": "judge"}.get(o.eval, own)
     o = dataclasses.replace(o, loss="plain", verifier=verifier)
@@ -1512,7 +1513,7 @@ def examine(o: Options):
 
 def label(o: Options):
     """Show two responses to each prompt of --label, and append which is better to OUTPUT/preferences.jsonl."""
-    gpt, tokenizer = load(o.ckpt, o.device)
+    gpt, tokenizer = load(o.ckpt, o.device, o.tokenizer)
     path = Path(o.output) / "preferences.jsonl"
     o = dataclasses.replace(o, loss="plain", data=o.label)
     items = read_items(o, tokenizer, gpt.config.block_size)

@@ -1675,7 +1675,7 @@ def main() -> None:
         return print(coord_check(plot=o.plot))
     if o.import_hf:
         save_checkpoint(o.output, import_hf(o.import_hf))
-        return print(f"{o.import_hf} -> {o.output}; next: python sample.py --ckpt={o.output}, if it has a tokenizer")
+        return print(f"{o.import_hf} -> {o.output}; next: python sample.py --ckpt={o.output} --tokenizer={o.import_hf}")
     if o.export_hf:
         ckpt = o.ckpt or "out/ckpt.pt"
         kind = export_hf(from_checkpoint(load_checkpoint(ckpt)), o.export_hf)

@@ -55,6 +55,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bpe import Tokenizer, from_dict
+from bpe import load as read_tokenizer
 from model import GPT, Embedding, Linear, State, from_checkpoint, load_checkpoint, replacing, require, save_checkpoint
 from model import ROLES as WEIGHTS
 
@@ -95,6 +96,7 @@ class Sampling:
 @dataclasses.dataclass(frozen=True)
 class Options(Sampling):
     ckpt: str = "out/ckpt.pt"  # checkpoint of train.py
+    tokenizer: str = ""  # file or folder of a tokenizer, for a checkpoint without one, as model.py --import_hf writes
     prompt: str = ""  # text to continue (empty: it begins a new line)
     max_new_tokens: int = 256  # length of a sample, unless it ends by itself
     n_samples: int = 1  # samples of the prompt, decoded together; the first is streamed, the others follow
@@ -834,7 +836,7 @@ def ask(tokenizer: Tokenizer | None, prompt: str | list, n_samples: int = 1, max
 
     An empty text begins at <|endoftext|>. `sampling`: fields of Sampling; `bias`: see Request. Raises ValueError.
     """
-    require(tokenizer, "the checkpoint has no tokenizer, so it takes and gives no text, only token ids (see Engine)")
+    require(tokenizer, "the checkpoint has no tokenizer: give --tokenizer=FILE, or token ids (see Engine)")
     require(0 < n_samples <= SAMPLES, f"--n_samples={n_samples} must be 1 to {SAMPLES:,}")
     require(max_new_tokens >= 0, f"--max_new_tokens={max_new_tokens} must be at least 0")
     ids = (tokenizer.encode(prompt) if isinstance(prompt, str) else prompt) or [tokenizer.special_tokens[END]]
@@ -1629,13 +1631,18 @@ def serve(engine: Engine, tokenizer: Tokenizer | None, o: "Options") -> None:
 
 # ---- loading, the command line
 
-def load(path: str | os.PathLike = "out/ckpt.pt", device: str | torch.device = "") -> tuple[GPT, Tokenizer | None]:
+def load(path: str | os.PathLike = "out/ckpt.pt", device: str | torch.device = "",
+         tokenizer_path: str = "") -> tuple[GPT, Tokenizer | None]:
     """Model, ready for sampling on `device` ("": the fastest that is there), and tokenizer (None: there is none).
 
-    Nothing in the checkpoint is executed. Raises OSError, and ValueError where the two do not fit together.
+    A checkpoint without a tokenizer takes that of `tokenizer_path`. Nothing in the checkpoint is executed. Raises
+    OSError, and ValueError where the two do not fit together.
     """
     require(Path(path).exists(), f"{path} does not exist; `python train.py` makes it, --ckpt=FILE names another")
     checkpoint = load_checkpoint(path)
+    if tokenizer_path:
+        require(not checkpoint.get("tokenizer"), f"{path} has a tokenizer of its own: leave --tokenizer out")
+        checkpoint["tokenizer"] = read_tokenizer(tokenizer_path).to_dict()
     device = device or ("cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu")
     try:
         torch.zeros(1, device=device).item()
@@ -1644,7 +1651,7 @@ def load(path: str | os.PathLike = "out/ckpt.pt", device: str | torch.device = "
     model = from_checkpoint(checkpoint).to(device).eval()
     tokenizer = from_dict(checkpoint["tokenizer"]) if checkpoint.get("tokenizer") else None
     fits = not tokenizer or tokenizer.vocab_size <= model.config.vocab_size
-    require(fits, "the checkpoint's tokenizer has more tokens than its model: they do not belong together")
+    require(fits, "the tokenizer has more tokens than the model: they do not belong together")
     return model, tokenizer
 
 
@@ -1784,7 +1791,7 @@ def main() -> None:
         atexit.register(dist.destroy_process_group)  # a thread of gloo that frees a tensor while Python ends aborts it
         sys.stdout = open(os.devnull, "w") if dist.get_rank() else sys.stdout  # one of them prints
     tokenizer: Any  # where it is None, `ask` refuses text
-    model, tokenizer = load(o.ckpt, o.device)
+    model, tokenizer = load(o.ckpt, o.device, o.tokenizer)
     require(not o.graphs or model.head.weight.is_cuda, "--graphs records CUDA graphs, which need a GPU of NVIDIA's")
     require(o.dtype in DTYPES, f"--dtype={o.dtype}: choose from {', '.join(DTYPES)}")
     model.to(getattr(torch, o.dtype))

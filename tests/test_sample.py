@@ -846,6 +846,14 @@ def test_bad_checkpoints(ckpt, tmp_path, main, tokenizer, kind, message):
     assert (code, out, err.count("\n")) == (1, "", 1) and err.startswith("sample.py: ") and message in err, err
 
 
+def test_a_tokenizer_for_a_checkpoint_without_one(ckpt, tmp_path, main, tokenizer):
+    bare, words = damage(ckpt, tmp_path, "no tokenizer", tokenizer), ["--prompt=the", "--max_new_tokens=9"]
+    tokenizer.save(tmp_path / "tokenizer.json")
+    assert main(f"--ckpt={bare}", f"--tokenizer={tmp_path}", *words)[:2] == main(f"--ckpt={ckpt}", *words)[:2]
+    code, _, err = main(f"--ckpt={ckpt}", f"--tokenizer={tmp_path}", *words)
+    assert code == 1 and "a tokenizer of its own" in err
+
+
 def test_a_vocabulary_below_the_models_is_no_mistake(ckpt, tmp_path, main, tokenizer):
     code, out, err = main(f"--ckpt={damage(ckpt, tmp_path, 'small vocab', tokenizer)}", "--prompt=é", "--temperature=2")
     assert code == 0 and out.startswith("é")
