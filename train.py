@@ -684,7 +684,7 @@ def open_teacher(o: Options, config: Config, tokenizer: Any, device: torch.devic
     checkpoint = model.load_checkpoint(o.teacher)
     checkpoint["config"]["counts"] = 0  # which know the training text by heart
     teacher = model.from_checkpoint(checkpoint).to(device).eval().requires_grad_(False)
-    same = (checkpoint.get("tokenizer") or {}) == tokenizer.to_dict()
+    same = (checkpoint.get("tokenizer") or tokenizer.to_dict()) == tokenizer.to_dict()  # none: of model.py --import_hf
     same = same and teacher.config.vocab_size == config.vocab_size
     require(same, f"--teacher={o.teacher} has another tokenizer than the tokens")
     room = teacher.config.block_size

@@ -536,6 +536,16 @@ def test_a_copy_of_the_teacher_has_nothing_to_learn(launch, tmp_path):
     refused(launch(*words), "has another tokenizer than the tokens")
 
 
+def test_a_teacher_without_a_tokenizer(launch, folder, tmp_path):
+    """As model.py --import_hf writes it: its ids are taken to be those of the tokens, as with --init_from."""
+    bpe.train("byte", ["abc"], 257).save(folder / "tokenizer.json")
+    assert launch("--max_iters=2", output=tmp_path / "t").code == 0
+    ckpt = tmp_path / "t" / "ckpt.pt"
+    torch.save(torch.load(ckpt, weights_only=True) | dict(tokenizer=None), ckpt)
+    done = launch(f"--teacher={ckpt}", "--max_iters=2")
+    assert done.code == 0, done.message
+
+
 @pytest.mark.parametrize("wide, without", [(V, 3), (3000, 4)])
 def test_memory_of_a_teacher(wide, without, tmp_path, monkeypatch):
     """A micro-batch leaves room for what a backward pass keeps more with a teacher than without, and for its last layer."""
