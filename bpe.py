@@ -1119,6 +1119,11 @@ def main():
     if o.compare:
         return compare(o)
     tokenizer = train_on_files(o) if o.tokenizer in TRAINERS else load(o.tokenizer)
+    used = "tokenizer", "show", "dump", "workers"
+    idle = [name for name, value in vars(o).items() if name not in used and value != getattr(Options, name)]
+    if idle and o.tokenizer not in TRAINERS:
+        raise ValueError(f"--{idle[0]} is of training, and --tokenizer={o.tokenizer} is trained already; "
+                         f"--input=TEXT --compare={o.tokenizer} tells what it makes of a text")
     show(tokenizer, o.show)
     if o.dump:
         with replacing(o.dump) as file:

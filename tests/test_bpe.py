@@ -1014,6 +1014,9 @@ def test_command_line(run_main, tmp_path):
     shown = run_main("bpe.py", "--tokenizer=t.json", f"--show=hat{END}", cwd=tmp_path)
     lines = [line.split() for line in shown.stdout.splitlines()]
     assert lines[-1] == [str(tokenizer.special_tokens[END]), END, "|"]
+    for words in ["--input=a.txt"], ["--output=other.json"], ["--vocab_size=300"]:  # they were ignored
+        told = run_main("bpe.py", "--tokenizer=t.json", *words, cwd=tmp_path)
+        assert (told.returncode, told.stdout) == (1, "") and words[0].split("=")[0] in told.stderr, told
     for words in (["--tokenizer=word"], ["--tokenizer=char"], ["--tokenizer=byte"], ["--pattern=code", "--workers=1"],
                   ["--separator=in", "--special_tokens=<a>,<b>"], [r"--pattern=\w+|\W"]):
         done = run_main("bpe.py", "--input=a.txt", "--vocab_size=270", "--output=t.json", *words, cwd=tmp_path)
