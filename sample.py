@@ -1201,15 +1201,18 @@ class Exam:
             if rank == 0:
                 os.replace(output, f"{output}.old")
         require(self.o.shots >= 0, f"--shots={self.o.shots} must not be negative")
-        names, compared = self.o.eval.split(","), read_results(self.o.compare) if self.o.compare else {}
-        for name in names:
+        compared, sets = read_results(self.o.compare) if self.o.compare else {}, {}
+        short = f"a block of {self.engine.block} tokens is too short"
+        for name in self.o.eval.split(","):  # all of them before one is graded, which may take hours
             require(name in TASKS, f"--eval={name}: choose from {', '.join(TASKS)}")
             told = name == "passkey" or self.o.eval_data and Path(self.o.eval_data).is_dir()
             require(told, f"--eval={name} needs a folder of items: --eval_data={self.o.eval_data} is none")
+            find, _, *how = TASKS[name]
+            sets[name] = {key: [*item] for key, item in find(self, *how)}
+            require(sets[name], f"--eval_data={self.o.eval_data} has no files for {name}, or {short}")
         output.parent.mkdir(parents=True, exist_ok=True)
-        for name in names:
-            find, grade, *how = TASKS[name]
-            records, items = held.setdefault(name, {}), {key: [*item] for key, item in find(self, *how)}
+        for name, items in sets.items():
+            grade, records = TASKS[name][1], held.setdefault(name, {})
             # of a file that was changed, or of another one of this name, an item is not the one that was graded
             todo = {key: item for key, item in items.items() if records.get(key, {}).get("item") != item}
             size = 100 * len(ranks)
@@ -1222,8 +1225,6 @@ class Exam:
                     with replacing(output) as file:
                         file.write(json.dumps(held).encode())
             records = {key: records[key] for key in items}  # there may be some of files that are gone
-            short = f"a block of {self.engine.block} tokens is too short"
-            require(records, f"--eval_data={self.o.eval_data} has no files for {name}, or {short}")
             yield from summaries(name, records)
             yield from self.leaks(name, records)
             if self.o.compare:

@@ -1305,7 +1305,8 @@ def test_what_an_item_needs_and_does_not_get(ckpt, main, tmp_path):
     code, out, err = main(*words, "--eval=passkey")
     assert code == 1 and "a block of 32 tokens is too short" in err and err.count("\n") == 1
     new = f"--output={tmp_path / 'new' / 'eval.json'}"
-    for wrong, told in (("--eval=ppl,no", "--eval=no: choose from"), ("--compare=no.json", "no.json"), ("--shots=-1", "must not be negative")):
+    for wrong, told in (("--eval=ppl,no", "--eval=no: choose from"), ("--compare=no.json", "no.json"), ("--shots=-1", "must not be negative"),
+                        ("--eval=ppl,passkey", "is too short"), ("--eval=ppl,gsm8k", "no files for gsm8k")):
         code, out, err = main(*words[:2], "--eval=ppl", wrong, new)
         assert code == 1 and told in err and not out and not (tmp_path / "new").exists()
     assert main(*words[:2], "--eval=ppl", new)[0] == 0 and (tmp_path / "new/eval.json").exists()
