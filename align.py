@@ -904,6 +904,14 @@ def code(response: str, test_list: list, test_setup_code: str = "", lenient: boo
     return passed if lenient else float(passed == 1)
 
 
+def fitting(function, row: dict) -> dict:
+    """The arguments in a row that a function takes: those that it names, or all where it has a `**`."""
+    import inspect  # in the sandbox, too
+    signature = inspect.signature(function)
+    every = "**" in str(signature)
+    return {key: row[key] for key in row if every or key in signature.parameters}
+
+
 def own_verifier(spec: str, seconds: float, unsafe: bool) -> Callable:
     """The verifier of file.py:function, as function(response, **row): in the sandbox, or imported if `unsafe`."""
     path, _, name = spec.rpartition(":")
@@ -911,15 +919,16 @@ def own_verifier(spec: str, seconds: float, unsafe: bool) -> Callable:
             f"--verifier={spec}: choose from {', '.join(VERIFIERS)}, or name file.py:function")
     if unsafe:
         names = runpy.run_path(path)
-        require(callable(names.get(name)), f"--verifier={spec}: the file has no such function")
-        return names[name]
+        function = names.get(name)
+        require(callable(function), f"--verifier={spec}: the file has no such function")
+        return lambda response, **row: function(response, **fitting(function, row))
     try:
-        program = Path(path).read_text(encoding="utf-8")
+        program = Path(path).read_text(encoding="utf-8") + "\n\n" + inspect.getsource(fitting)
     except UnicodeDecodeError as error:
         raise ValueError(f"--verifier: {path} is no text: {error}") from error
 
     def call(response: str, **row):
-        values = sandbox(program, [f"{name}(given[0], **given[1])"], [response, row], seconds)
+        values = sandbox(program, [f"{name}(given[0], **fitting({name}, given[1]))"], [response, row], seconds)
         require(values, f"no answer within {seconds} s")
         return values[0][0] if isinstance(values[0], list) else values[0]
     return call

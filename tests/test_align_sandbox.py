@@ -324,6 +324,7 @@ def length(response, most=10, **row): return len(response) / most
 def boom(response, **row): raise KeyError("boom")
 def hang(response, **row):
     while True: time.sleep(1)
+def named(response, answer): return float(response == answer)
 def text(response, **row): return "1"
 def nan(response, **row): return float("nan")
 def write(response, path, **row):
@@ -342,6 +343,8 @@ def test_own_verifier(tmp_path):
     rows = [dict(most=4), dict(most=4), dict(most=4, other=[1])]
     for unsafe in (False, True):
         assert align.verify(f"{file}:length", ["", "ab", "abcdefgh"], rows, unsafe=unsafe) == ([0.0, 0.5, 1.0], [])
+        whole = [dict(prompt="6+8", answer="14", history=[])] * 2  # of a row of data it gets what it names
+        assert align.verify(f"{file}:named", ["14", "15"], whole, unsafe=unsafe) == ([1.0, 0.0], [])
     for name, reason in dict(boom="boom", hang="no answer", text="no number", nan="no number", leave="no answer",
                              missing="NameError").items():
         scores, reasons = align.verify(f"{file}:{name}", ["a"], [{}], seconds=0.7)
