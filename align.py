@@ -35,6 +35,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -1005,7 +1006,8 @@ class Judge:
                 with urllib.request.urlopen(request, timeout=60) as answer:
                     return json.load(answer)["choices"][0]["message"]["content"]
             except (OSError, ValueError, LookupError, TypeError) as error:
-                reason = error
+                said = error.read() if isinstance(error, urllib.error.HTTPError) else b""
+                reason = f"{error} {' '.join(said.decode(errors='replace').split()):.300}".strip()
                 time.sleep(wait)
         raise OSError(f"the judge at {self.o.judge} gave no answer: {reason}; what is done is saved in {self.o.output}")
 

@@ -839,7 +839,9 @@ class Endpoint(BaseHTTPRequestHandler):
         Endpoint.seen.append((self.path, self.headers["Authorization"], body["model"]))
         if Endpoint.fail:
             Endpoint.fail -= 1
-            self.send_error(503)
+            self.send_response(503)
+            self.end_headers()
+            self.wfile.write(b'{"error":\n "the prompt is too long"}')
             return
         text = body["messages"][0]["content"]
         a, b = text.split("Response A: ")[1].split("\n\nResponse B: ")
@@ -879,7 +881,7 @@ def test_a_judge_that_fails_is_asked_again_then_given_up(endpoint):
     Endpoint.fail = 3
     assert judge.reply(align.ASK.format("q", "aa", "b")) == "A."
     Endpoint.fail = 4
-    with pytest.raises(OSError, match="gave no answer"):
+    with pytest.raises(OSError, match="gave no answer: HTTP Error 503.*the prompt is too long\"}; what is done"):
         judge.reply(align.ASK.format("q", "aa", "b"))
 
 
