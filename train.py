@@ -488,7 +488,7 @@ def recipe(o: Options, n_tokens: int, vocab_size: int, peak: float) -> Options:
 
     Parameters and tokens grow alike, as f^0.5 (Hoffmann et al. 2022); depth grows with the width, the batch with
     tokens^0.38 (Bergsma et al. 2025), weight decay falls with the width squared. Tables of n-grams would be larger than
-    a wide model. A study of scaling.py, where there is one, chooses all but the steps.
+    a wide model. A study of scaling.py, where there is one, chooses all but heads and steps.
     """
     budgets = [budget for budget in (o.minutes, o.flops, o.tokens) if budget]
     require(len(budgets) < 2 and min([1, *budgets]) > 0, "--minutes, --flops, --tokens: give one of them, above 0")

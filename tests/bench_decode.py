@@ -121,6 +121,8 @@ def main(runs=5):
 
 
 if __name__ == "__main__":
+    if "--help" in sys.argv:
+        sys.exit(print(__doc__))
     if len(sys.argv) > 3:
         drafts(*sys.argv[1:4], *map(int, sys.argv[4:]))
     else:

@@ -234,6 +234,8 @@ def imported():
 
 
 if __name__ == "__main__":
+    if "--help" in sys.argv:
+        sys.exit(print(__doc__))
     torch.set_num_threads(1)
     options = dict(word.lstrip("-").partition("=")[::2] for word in sys.argv[1:])
     if "variants" in options:

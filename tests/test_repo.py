@@ -24,15 +24,15 @@ from conftest import ROOT, tiny_documents
 
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
 CEILING = {
-    "bpe.py": 793,
+    "bpe.py": 798,
     "data.py": 1770,
     "model.py": 1232,
-    "train.py": 1015,
+    "train.py": 1017,
     "kernels.py": 1639,
     "ddp.py": 1210,
     "scaling.py": 1029,
-    "align.py": 1372,
-    "sample.py": 1370,
+    "align.py": 1381,
+    "sample.py": 1377,
 }
 # Who may import whom: at the top of the file, and on demand inside a function.
 OURS = {"bpe.py": ("", ""), "data.py": ("bpe", ""), "model.py": ("", "kernels"), "train.py": ("model", "bpe data ddp kernels"),
