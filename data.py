@@ -2403,6 +2403,8 @@ def main() -> None:
         then = f"align.py --algorithm=sft --data={documents}"
         if "chat" not in o.steps.split(","):  # the output folder itself is no input
             then = f"data.py --input={documents} --output={o.output}/tokens"
+        if Path(o.output, "train.npy").exists():
+            print(f"{o.output}/train.npy is of an earlier run, with other steps")
         print(f"{manifest['seconds']:.1f} s in all\nnext: python {then}")
         return
     for side in ("train", "val"):

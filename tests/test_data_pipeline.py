@@ -691,6 +691,9 @@ def test_the_next_command_takes_what_was_kept(tmp_path, run_main):
     name, *words = re.search("next: python (.*)\n", said)[1].split()
     done = run_main(name, *words, "--tokenizer=byte", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.endswith("next: python train.py --data=data/tokens\n")
+    run_main("data.py", "--input=in.jsonl", "--tokenizer=byte", "--output=both", cwd=tmp_path)
+    again = run_main("data.py", "--input=in.jsonl", "--steps=exact", "--output=both", cwd=tmp_path).stdout
+    assert "both/train.npy is of an earlier run" in again and "earlier run" not in said
     done = run_main("data.py", "--input=data/documents.jsonl", cwd=tmp_path)
     assert done.stderr == "data.py: --input=data/documents.jsonl holds no text outside of --output=data\n"
 

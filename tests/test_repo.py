@@ -25,7 +25,7 @@ from conftest import ROOT, tiny_documents
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
 CEILING = {
     "bpe.py": 798,
-    "data.py": 1770,
+    "data.py": 1772,
     "model.py": 1232,
     "train.py": 1017,
     "kernels.py": 1639,
