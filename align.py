@@ -905,9 +905,9 @@ def code(response: str, test_list: list, test_setup_code: str = "", lenient: boo
     return passed if lenient else float(passed == 1)
 
 
-def fitting(function, row: dict) -> dict:
+def fitting(function: "Callable", row: dict) -> dict:  # the sandbox, which reads this text, does not know the name
     """The arguments in a row that a function takes: those that it names, or all where it has a `**`."""
-    import inspect  # in the sandbox, too
+    import inspect
     signature = inspect.signature(function)
     every = "**" in str(signature)
     return {key: row[key] for key in row if every or key in signature.parameters}
@@ -920,8 +920,8 @@ def own_verifier(spec: str, seconds: float, unsafe: bool) -> Callable:
             f"--verifier={spec}: choose from {', '.join(VERIFIERS)}, or name file.py:function")
     if unsafe:
         names = runpy.run_path(path)
-        function = names.get(name)
-        require(callable(function), f"--verifier={spec}: the file has no such function")
+        require(callable(names.get(name)), f"--verifier={spec}: the file has no such function")
+        function = names[name]
         return lambda response, **row: function(response, **fitting(function, row))
     try:
         program = Path(path).read_text(encoding="utf-8") + "\n\n" + inspect.getsource(fitting)
@@ -1168,7 +1168,9 @@ class Trainer:
             self.policy.load_state_dict(weights | checkpoint["trained"], strict=False)
         self.weights = {name: weight for name, weight in self.policy.named_parameters() if weight.requires_grad}
         state = checkpoint.get("optimizer", {})
-        self.state = {name: [x.to(self.device) for x in state.get(name, [])] for name in self.weights}
+        self.state = {}
+        for name in self.weights:
+            self.state[name] = [x.to(self.device) for x in state.get(name, [])]
         self.queue = checkpoint.get("queue", [])  # batches of responses that wait, with --staleness
         # steps, changes of the weights, batches of responses
         start = dict(step=0, updates=0, rolled=0, tokens=0, seconds=0.0)

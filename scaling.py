@@ -1358,11 +1358,11 @@ def run(main: Callable[[], None]) -> None:
 
 def main() -> None:
     o = options(Options, sys.argv[1:])
-    found = not o.plot or importlib.util.find_spec("matplotlib")
-    require(found, "--plot needs matplotlib: pip install matplotlib")
     good = Path(o.plot).suffix in ("", ".png", ".pdf", ".svg", ".jpg")
     require(good, f"--plot={o.plot} is no picture; .png, .pdf, .svg and .jpg are")
     require(not (o.plot and o.sweep), "--plot is of a study, --fit, --mup or --runs, not of --sweep")
+    found = not o.plot or importlib.util.find_spec("matplotlib")
+    require(found, "--plot needs matplotlib: pip install matplotlib")
     require("{command}" in o.launch, "--launch has no {command} in it")
     require(o.resamples >= 20, "--resamples: an interval needs 20 or more")
     require(o.sizes >= 3, "--sizes: a valley needs 3 or more")
