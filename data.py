@@ -2305,7 +2305,7 @@ def prepare(input: str, tokenizer: str, output: str, vocab_size: int, pattern: s
     inputs = [fingerprint(path) for path in files]
     size = sum(file["bytes"] for file in inputs)
     if not size:
-        raise ValueError(f"--input={input} holds no text outside of --output={output}")
+        raise ValueError(f"--input={input} holds no text; what lies in --output={output} is left out")
     options = {name: value for name, value in vars(o).items() if name not in FREE}
     beside = [value for value in options.values() if os.path.isfile(str(value))]
     beside += Path(__file__).parent.glob("language.npz")
@@ -2387,7 +2387,7 @@ def main() -> None:
     if not o.shard and not o.merge and o.steps != "tokenise":  # under torchrun, or of an array job
         for index, count in (("RANK", "WORLD_SIZE"), ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT")):
             shards = int(os.environ.get(count, 1))
-            if shards > 1:
+            if shards > 1 and index in os.environ:
                 o.shard = f"{int(os.environ[index]) % shards}/{shards}"  # an array of n jobs may count from 1
     manifest = prepare(**dataclasses.asdict(o))
     if o.shard:

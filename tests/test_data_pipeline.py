@@ -695,7 +695,7 @@ def test_the_next_command_takes_what_was_kept(tmp_path, run_main):
     again = run_main("data.py", "--input=in.jsonl", "--steps=exact", "--output=both", cwd=tmp_path).stdout
     assert "both/train.npy is of an earlier run" in again and "earlier run" not in said
     done = run_main("data.py", "--input=data/documents.jsonl", cwd=tmp_path)
-    assert done.stderr == "data.py: --input=data/documents.jsonl holds no text outside of --output=data\n"
+    assert done.stderr == "data.py: --input=data/documents.jsonl holds no text; what lies in --output=data is left out\n"
 
 
 def test_a_look_shows_no_control_characters(tmp_path, capsys):
