@@ -394,7 +394,7 @@ BLOCKS = set("""address article aside blockquote body br center dd details dialo
     footer form h1 h2 h3 h4 h5 h6 header hr html li main menu nav ol option p pre section summary table tbody td tfoot
     th thead tr ul""".split())  # a new line begins where they begin and end
 VOID = set("area base br col embed hr img input link meta param source track wbr".split())  # they hold nothing
-# A tag that ends the element in which it stands, if that is one of these.
+# A tag that ends the elements in which it stands, as long as they are of these.
 ENDS = dict(li="li", td="td th", th="td th", tr="tr td th", dt="dd", dd="dt")
 # Kinds of blocks, with what stands before the text in Markdown.
 KINDS = {f"h{n}": "#" * n + " " for n in range(1, 7)} | {"li": "- ", "blockquote": "> ", "td": "", "th": "", "pre": ""}
@@ -487,6 +487,7 @@ class Element:
     parent: "Element | None"  # of the outermost one: None
     noise: bool = False  # whether it holds no main content
     block: "Element | None" = None  # the nearest list item, cell, heading, ...: itself or what it is in
+    table: "Element | None" = None  # the nearest table; of what lies in none: None
     prose: float = 0.0  # characters outside of links
     score: float = 0.0  # the same of main content, less characters in links, weighted by nearness
     main: bool = False  # whether it lies in the main content
@@ -513,7 +514,9 @@ def parse_html(page: str) -> tuple[list[Element], list[tuple[Element, str, int]]
         at = tag.end() if tag else at
         end, name, attributes = tag.group(2, 3, 4) if tag else ("/", "html", "")
         name, kind = (name or "").lower(), element.block.name
-        if name in BLOCKS:
+        if (name, kind) == ("br", "pre"):
+            words.append("\n")  # a blank line of code, where two of them stand
+        elif name in BLOCKS:
             text = html.unescape("".join(words))
             text = text if kind == "pre" else " ".join(text.split())
             if text.strip() or element.name in CELLS:  # empty cells count, too
@@ -528,10 +531,11 @@ def parse_html(page: str) -> tuple[list[Element], list[tuple[Element, str, int]]
                 break
             outer = outer.parent or outer
         if name and not end and name not in VOID:
-            if element.name in ENDS.get(name, "").split() or element.name == "p" and name in BLOCKS:
+            while element.name in ENDS.get(name, "").split() or element.name == "p" and name in BLOCKS:
                 element = element.parent
-            element = Element(name, element, is_noise(name, attributes), element.block)
+            element = Element(name, element, is_noise(name, attributes), element.block, element.table)
             element.block = element if name in KINDS else element.block
+            element.table = element if name == "table" else element.table
             elements.append(element)
     return elements, blocks
 
@@ -555,15 +559,16 @@ def to_markdown(blocks: Iterable[tuple[Element, str, int]], most: float) -> str:
             linked += links
         kind = element.block.name
         if lines and kind in CELLS and len(cells) > 1 and max(map(len, cells.values())) <= CELL:
-            lines = [f"| {' | '.join(cells.values())} |"] + ["|" + "---|" * len(cells)] * (before != "row")
-            kind = "row"
+            kind = element.block.table or "row"
+            row = " | ".join(cell.replace("|", r"\|") for cell in cells.values())
+            lines = [f"| {row} |"] + ["|" + "---|" * len(cells)] * (before != kind)
         elif not lines or linked > most * sum(map(len, lines)):
             continue
         elif kind == "pre":
             lines = ["```", *(line.strip("\n") for line in lines), "```"]
         else:
             lines[0] = KINDS.get(kind, "") + lines[0]
-        tight = element is last or kind == before and kind in ("li", "row")
+        tight = element is last or kind == before and kind in ("li", element.block.table or "row")
         out += ["\n" * (2 - tight), "\n".join(lines)]
         before, last = kind, element
     return "".join(out[1:])

@@ -746,6 +746,20 @@ def test_structure_is_kept_as_markdown():
     assert everything.split().count("no") == 1  # of the element that is not displayed
 
 
+def test_tables_are_kept_apart_and_code_keeps_its_blank_lines():
+    row = "<tr><td>1|2</td><td>3</td></tr>"
+    table = "| 1\\|2 | 3 |\n|---|---|\n| 1\\|2 | 3 |"
+    assert data.extract(f"<table>{row * 2}</table><table>{row * 2}</table>") == f"{table}\n\n{table}"
+    assert data.extract(row * 2) == table
+    assert data.extract("<pre>x\n<br>y<br><br>z</pre>") == "```\nx\n\ny\n\nz\n```"
+
+
+def test_rows_and_items_need_no_end():
+    rows, items = "<tr><td>1<td>2" * 150, "<li><p>a" * 150
+    found = data.extract(f"<table>{rows}</table><p>one<ul>{items}</ul><p>two", main=False)
+    assert found == "| 1 | 2 |\n|---|---|" + "\n| 1 | 2 |" * 149 + "\n\none\n\n" + "- a\n" * 150 + "\ntwo"
+
+
 @pytest.mark.parametrize("name, charset", [("utf-8", ""), ("utf-8-sig", ""), ("utf-16", ""), ("cp1252", ""), ("cp1251", "windows-1251"),
                                            ("gb18030", "gb2312"), ("shift_jis", "Shift_JIS"), ("latin-1", "ISO-8859-1")])
 def test_character_sets(name, charset):
