@@ -163,19 +163,28 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
         part.unlink(missing_ok=True)
 
 
+def tell_links(paths: Iterable[Path]) -> None:
+    """One line on stderr where a path is a link to a folder: what lies below is not read, for links may be circles."""
+    if links := sorted(path for path in paths if path.is_symlink() and path.is_dir()):
+        more = f" and {len(links) - 1:,} more" * (len(links) > 1)
+        print(f"{links[0]}{more}: a link to a folder is not followed; name it beside its folder", file=sys.stderr)
+
+
 def find_files(input: str) -> list[Path]:
     """Files of a comma list of files and folders, sorted by path; "" is the standard library's *.py of this Python.
 
     A folder gives all files below it that are text, but none of hidden folders and of site-packages.
     """
-    files = []
+    files, inner = [], []
     for name in input.split(",") if input else [sysconfig.get_path("stdlib")]:
         found = [] if os.path.isdir(name) else [Path(name)]
         for folder, folders, names in os.walk(name):
-            folders[:] = [inner for inner in folders if not regex.search(r"^\.|-packages$", inner)]
+            folders[:] = [below for below in folders if not regex.search(r"^\.|-packages$", below)]
+            inner += [Path(folder, below) for below in folders]
             paths = [Path(folder, file) for file in names if input or file.endswith(".py")]
             found += filter(is_text, filter(Path.is_file, paths))
         files += sorted(found)
+    tell_links(inner)
     return files
 
 

@@ -2255,9 +2255,9 @@ def input_files(o: Options) -> list[Path]:
     """
     files = []
     for name in o.input.split(",") if o.steps != "tokenise" and o.input else []:
-        found = [path for path in Path(name).rglob("*") if path.is_file()]
-        shown = [path for path in found if not re.search(r"(^|/)\.", path.relative_to(name).as_posix())]
-        files += sorted(shown) if os.path.isdir(name) else [Path(name)]
+        shown = [path for path in Path(name).rglob("*") if not re.search(r"(^|/)\.", path.relative_to(name).as_posix())]
+        bpe.tell_links(shown)
+        files += sorted(filter(Path.is_file, shown)) if os.path.isdir(name) else [Path(name)]
     folder = Path(o.output).resolve()
     files = files or bpe.find_files(o.input)
     return [path for path in files if folder not in Path(os.path.realpath(path)).parents]

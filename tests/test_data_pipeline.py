@@ -663,6 +663,23 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_later(tmp_path, run_script)
 
 # ------------------------------------------------------------------------------------------------------------ looking
 
+@pytest.mark.parametrize("steps", ["tokenise", "pii"])
+def test_a_link_to_a_folder_is_told(steps, tmp_path, run_main):
+    for name in ("in/a.txt", "other/b.txt"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("some words of a text\n" * 9)
+    for name in ("circle", "more", ".hidden"):
+        (tmp_path / "in" / name).symlink_to(tmp_path / "other" if name == "more" else tmp_path)
+    (tmp_path / "in/file.txt").symlink_to(tmp_path / "in/a.txt")  # is read
+    words = [f"--steps={steps}", "--tokenizer=byte"]
+    done = run_main("data.py", "--input=in", "--output=out", *words, cwd=tmp_path)
+    assert done.stderr == "in/circle and 1 more: a link to a folder is not followed; name it beside its folder\n"
+    names = [Path(entry["path"]).name for entry in json.loads((tmp_path / "out/manifest.json").read_text())["inputs"]]
+    assert names == ["a.txt", "file.txt"]
+    run_main("data.py", "--input=in,in/more", "--output=out2", *words, cwd=tmp_path)
+    assert len(json.loads((tmp_path / "out2/manifest.json").read_text())["inputs"]) == 3
+
+
 def test_the_report_escapes_and_the_table_is_narrow(tmp_path, run_main):
     evil = "<script>alert(1)</script><img src=http://evil.org/x>"
     rows = [{"text": f"{evil} {i}", "url": f"http://{evil}/"} for i in range(3)] + [{"text": sentence(random.Random(i), 60), "language": "<b>"} for i in range(30)]
