@@ -1967,15 +1967,12 @@ def show_times(
     At this size results are compared with the library's, in the same type: float64 would not fit.
     """
     inputs, points = kernel.example(sizes, dtype, device), []
-    print(f"{kernel.name} {' x '.join(map(str, sizes))}", end="")
+    head = f"{kernel.name} {' x '.join(map(str, sizes))}"
     if device.type == "cuda":
         far = max(far / eps for far, _, eps in distances(kernel, inputs, exact=False))
-        print(
-            f", {far:.1f} spacings of {str(dtype)[6:]} from {'the library' if kernel.library else 'the twin'}",
-            end="",
-        )
-        require(far <= 8, f"{kernel.name} is wrong at this size")
-    print()
+        head += f", {far:.1f} spacings of {str(dtype)[6:]} from {'the library' if kernel.library else 'the twin'}"
+        require(far <= 8, f"{head}: it is wrong at this size")
+    print(head)
     for name, (calls, moved, work) in passes(kernel, inputs, rivals(kernel, inputs, device)).items():
         times = bench(calls, o.seconds, device)
         ours = next(iter(times))
@@ -2245,11 +2242,8 @@ def main() -> None:
     cuda = device.type == "cuda"
     dtype = HALF[o.dtype or ("bfloat16" if cuda else "float32")]
     places = layers(o.shape, dtype, device) if o.roofline else {}
-    machine = (
-        torch.cuda.get_device_name()
-        if cuda
-        else f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} threads"
-    )
+    cores = f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} threads"
+    machine = torch.cuda.get_device_name() if cuda else cores
     print(f"{machine}, torch {torch.__version__}, triton {triton.__version__}")
     wrong = check_all(names, device)
     top = limits(device, dtype)
@@ -2264,10 +2258,11 @@ def main() -> None:
         print("times are of the plain twins: an interpreted kernel's time says nothing")
     print(HEAD)
     for name in names:
-        kernel = KERNELS[name]
-        last = 3 if cuda else 2
-        for sizes in kernel.sizes[1:last]:
-            points += show_times(kernel, sizes, dtype, device, o, top)
+        for sizes in KERNELS[name].sizes[1 : 3 if cuda else 2]:
+            try:
+                points += show_times(KERNELS[name], sizes, dtype, device, o, top)
+            except torch.OutOfMemoryError:
+                print(f"{name} {' x '.join(map(str, sizes))} needs more memory than the device has")
     if o.roofline:
         roofline(points, top, o.plot)
     require(not wrong, f"wrong: {', '.join(wrong)}")

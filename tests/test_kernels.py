@@ -681,6 +681,19 @@ def test_without_a_compiler(run_main, tmp_path, monkeypatch):
     assert row.split()[-2] == "-", row  # as many times as fast as plain torch, as that compiled, as the library
 
 
+def test_a_size_that_does_not_fit_is_told_and_the_rest_go_on(run_main, tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(kernels, "limits", lambda *_: (1e9, 1e9))
+    monkeypatch.setattr(kernels, "check_all", lambda *_: [])
+    monkeypatch.setattr(KERNELS["add"], "twin", full)
+    done = run_main("kernels.py", "--only=add,gelu", "--seconds=0.001", f"--device={DEVICE}", cwd=tmp_path)
+    sizes = [f"add {size[0]} needs more memory than the device has" for size in KERNELS["add"].sizes[1 : 3 if CUDA else 2]]
+    assert done.returncode == 0 and done.stderr == ""
+    assert [line for line in done.stdout.splitlines() if line.endswith("has")] == sizes
+    assert "  backward" in done.stdout.partition("gelu")[2]
+
+
 def test_without_triton(tmp_path):
     """Twins only, one line: as on a machine where triton cannot be installed."""
     (tmp_path / "triton.py").write_text("raise ImportError('not here')")
