@@ -543,13 +543,14 @@ def parse_html(page: str) -> tuple[list[Element], list[tuple[Element, str, int]]
 def to_markdown(blocks: Iterable[tuple[Element, str, int]], most: float) -> str:
     """The text of blocks as Markdown, without those of which more than the share `most` is links.
 
-    Rows of a table and lines of code stay together. Cells with long text are of a table for layout, which is no table.
+    Rows of a table and lines of code, of an item or of a heading stay together. Cells with long text are of a table for
+    layout, which is no table.
     """
     out, before, last = [], "", None
 
     def unit(block):
         element = block[0].block
-        return element.parent if element.name in CELLS else element if element.name == "pre" else block
+        return element.parent if element.name in CELLS else block if element.name in ("", "blockquote") else element
 
     for _, group in itertools.groupby(blocks, unit):
         cells, lines, linked = {}, [], 0
@@ -567,7 +568,8 @@ def to_markdown(blocks: Iterable[tuple[Element, str, int]], most: float) -> str:
         elif kind == "pre":
             lines = ["```", *(line.strip("\n") for line in lines), "```"]
         else:
-            lines[0] = KINDS.get(kind, "") + lines[0]
+            between = "\n  " if kind == "li" else " " if kind.startswith("h") else "\n"
+            lines = [KINDS.get(kind, "") + between.join(lines)]
         tight = element is last or kind == before and kind in ("li", element.block.table or "row")
         out += ["\n" * (2 - tight), "\n".join(lines)]
         before, last = kind, element

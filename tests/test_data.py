@@ -754,6 +754,11 @@ def test_tables_are_kept_apart_and_code_keeps_its_blank_lines():
     assert data.extract("<pre>x\n<br>y<br><br>z</pre>") == "```\nx\n\ny\n\nz\n```"
 
 
+def test_an_item_or_heading_of_several_lines_is_one():
+    assert data.extract("<h2>a<br>b</h2><ul><li><p>c</p><p>d</p><li>e<br>f</ul>") == "## a b\n\n- c\n  d\n- e\n  f"
+    assert data.extract("<blockquote><p>a<p>b</blockquote>c<br>d") == "> a\n\n> b\n\nc\nd"
+
+
 def test_rows_and_items_need_no_end():
     rows, items = "<tr><td>1<td>2" * 150, "<li><p>a" * 150
     found = data.extract(f"<table>{rows}</table><p>one<ul>{items}</ul><p>two", main=False)
