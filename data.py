@@ -46,6 +46,7 @@ import pkgutil
 import pydoc
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -1567,6 +1568,7 @@ def mix_sources(o: Options) -> None:
         raise ValueError("--mix takes two folders of token files or more, --temperature a number from 0 on")
     with bpe.blaming(f"{o.mix}: not each folder holds a whole train.npy"):
         sizes = [len(np.load(Path(folder, "train.npy"), mmap_mode="r")) for folder in folders]
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # which ends the run that goes on, too
     with claimed(path.parent, o):
         if o.temperature:
             found = dict(shares=shares_by_size(sizes, o.temperature))

@@ -863,6 +863,21 @@ def test_a_mixture_learnt_by_runs_of_train(tmp_path, run_main, monkeypatch):
         assert bad.returncode == 1 and part in bad.stderr and bad.stderr.count("\n") == 1, bad.stderr
 
 
+def test_a_killed_mixture_leaves_no_run_behind(tmp_path):
+    for name in "ab":
+        data.prepare(str(ROOT / "LICENSE"), "byte", str(tmp_path / name), 300)
+    words = ["--mix=a,b", "--runs=4", "--train=--max_iters=1000000", "--output=mix"]
+    process = subprocess.Popen([sys.executable, "-B", str(ROOT / "data.py"), *words], cwd=tmp_path, start_new_session=True)
+    until = time.monotonic() + 60
+    while not list(tmp_path.glob("mix/tmp*")) and time.monotonic() < until:
+        time.sleep(0.05)
+    process.terminate()
+    code = process.wait(60)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # a run that was left behind
+    assert code == 130 and not list(tmp_path.glob("mix/tmp*"))
+
+
 def test_a_mixture_by_temperature(tmp_path, run_main):
     for name, size in (("a", 1000), ("b", 9000)):
         (tmp_path / name).mkdir()
