@@ -24,11 +24,11 @@ from conftest import ROOT, tiny_documents
 
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
 CEILING = {
-    "bpe.py": 798,
-    "data.py": 1772,
+    "bpe.py": 804,
+    "data.py": 1780,
     "model.py": 1232,
     "train.py": 1017,
-    "kernels.py": 1639,
+    "kernels.py": 1634,
     "ddp.py": 1210,
     "scaling.py": 1029,
     "align.py": 1383,
