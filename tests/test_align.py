@@ -220,7 +220,7 @@ def test_policy_losses(words):
 
 
 @pytest.mark.parametrize("words", ["sft", "dpo", "ipo", "simpo", "reinforce", "grpo", "gspo --clip_low=9 --clip_high=9",
-                                   "ppo", "grpo --kl=0.3", "reward"])
+                                   "ppo", "grpo --kl=0.3", *(f"dpo --loss={loss}" for loss in align.PREFERENCES)])
 def test_gradients_are_finite_differences(words):
     o, (out, b) = options_of(words), outputs()
     for name in ("logp", "value"):
@@ -590,7 +590,7 @@ def start(tokenizer, tmp_path, monkeypatch):
 
 
 COMMON = "--ckpt=start.pt --template=bare --max_iters=4 --eval_interval=2 --batch_size=8 --group=4 --max_new_tokens=6 --device=cpu"
-DATA = dict.fromkeys(("sft",), "chats.jsonl") | dict.fromkeys(("dpo", "ipo", "simpo", "reward"), "pairs.jsonl")
+DATA = {"sft": "chats.jsonl"} | {name: "pairs.jsonl" for name in align.ALGORITHMS if options_of(name).loss in align.PREFERENCES}
 
 
 @pytest.mark.parametrize("name", list(align.ALGORITHMS))

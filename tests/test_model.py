@@ -1281,6 +1281,7 @@ def test_roles_cover_every_parameter(changes):
     roles = gpt.roles()
     assert roles.keys() == dict(gpt.named_parameters()).keys()
     kinds = {model.Embedding: "embedding", model.Linear: "matrix", model.Norm: "gain", nn.ParameterDict: "matrix", model.Scaled: "bias"}
+    kinds |= {type(norm(gpt.config, 4)): "gain" for norm in model.NORMS.values()}  # also of a class of its own
     special = {"embedding.weight": "tied" if gpt.config.tie_embeddings else "embedding", "head.weight": "head"}
     for name, role in roles.items():
         path, _, own = name.rpartition(".")
