@@ -1156,7 +1156,7 @@ class Trainer:
         self.micro = o.micro_batch or o.batch_size
         distant = self.objective is policy_loss and (o.kl or o.max_kl)
         self.reference = None
-        if o.loss in ("dpo", "ipo") or distant:
+        if o.loss in PREFERENCES.keys() - {"simpo", "reward"} or distant:  # a new score may ask for it
             self.reference = Policy(copy.deepcopy(gpt), tokenizer.vocab_size)
         self.policy = Policy(gpt, tokenizer.vocab_size, o.lora)
         self.policy.head.requires_grad_(o.critic or o.loss == "reward")

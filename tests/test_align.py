@@ -608,6 +608,13 @@ def test_every_algorithm_runs_from_files_and_leaves_a_checkpoint(name, start, ca
     assert log[0]["corpus"] == hashlib.sha256(open(data, "rb").read()).hexdigest()
 
 
+def test_a_new_preference_loss_has_a_reference(start, monkeypatch):
+    score = lambda out, b: align.total(out.logp - b.ref, out)
+    monkeypatch.setitem(align.PREFERENCES, "hinge", (score, lambda m, o: (1 - o.beta * m).relu()))
+    first, last = align.align(f"--algorithm=dpo --loss=hinge --data=pairs.jsonl --output=out {COMMON}".split())
+    assert last["step"] == 4 and last["val_loss"] < first["val_loss"] == 1
+
+
 @pytest.mark.parametrize("words", ["sft --lora=2", "dpo", "ppo --staleness=1 --epochs=2 --minibatches=2", "grpo --is_cap=2 --staleness=2"])
 def test_resuming_repeats_the_run(words, start, capsys):
     name = words.split()[0]
