@@ -991,11 +991,16 @@ class Judge:
         self.local = None if "://" in o.judge else load(o.judge, o.device)
 
     def reply(self, text: str) -> str:
-        """What the judge says to a text. Raises OSError when the endpoint fails four times."""
+        """What the judge says to a text.
+
+        Raises OSError when an endpoint fails four times, or where a checkpoint's block is too short.
+        """
         messages = [dict(role="user", content=text)]
         if self.local:
             gpt, tokenizer = self.local
             ids, _ = sample.render(messages, self.o.template, tokenizer, reply=True)
+            if len(ids) > gpt.config.block_size:  # as --serve does: part of a question is another one
+                raise OSError(f"the judge {self.o.judge} was asked {len(ids)} tokens, it takes {gpt.config.block_size}")
             return sample.generate(gpt, tokenizer, [ids], temperature=0, max_new_tokens=8)[0]
         body = dict(model=self.o.judge_model, messages=messages, temperature=0, max_tokens=8)
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {os.environ.get('API_KEY', '')}"}

@@ -945,9 +945,13 @@ def test_a_judge_is_shown_conversations_of_any_form(start, monkeypatch):
 
 def test_a_judge_in_a_checkpoint_and_as_a_reward(start, capsys, tokenizer):
     judge = align.Judge(options_of("--judge=start.pt --template=bare"))
+    with pytest.raises(OSError, match="the judge start.pt was asked 153 tokens, it takes 64"):
+        judge.compare("q", "a", "b")  # the end of a question is another question
+    save_checkpoint("judge.pt", tiny(tokenizer, block_size=256), tokenizer=tokenizer.to_dict())
+    judge = align.Judge(options_of("--judge=judge.pt --template=bare"))
     assert judge.compare("q", "a", "b") == 0.5  # an untrained judge says nothing clear
     start("others.jsonl", [dict(prompt=f"say {i}", response="x") for i in range(12)])
-    words = f"--algorithm=grpo --data=others.jsonl --verifier=judge --judge=start.pt --output=out {COMMON} --max_iters=1 --batch_size=4"
+    words = f"--algorithm=grpo --data=others.jsonl --verifier=judge --judge=judge.pt --output=out {COMMON} --max_iters=1 --batch_size=4"
     assert align.align(words.split())[1]["reward"] == 0.5
 
 
