@@ -982,6 +982,9 @@ def from_hugging_face(data: dict) -> Tokenizer:
     usual = cuts in (["ByteLevel", "use_regex"], ["ByteLevel"], ["Split", "ByteLevel"])  # text is cut once
     lacking = [] if usual else cuts
     lacking += [name for name in ("byte_fallback", "dropout", "end_of_word_suffix") if model.get(name)]
+    lacking += [name for name in ("lstrip", "rstrip", "single_word") if any(t.get(name) for t in data["added_tokens"])]
+    way = split.get("behavior", "Isolated"), split.get("invert", False)  # both keep all of the text, match by match
+    lacking += [f"behavior={way[0]}"] * (way not in (("Isolated", False), ("Removed", True)))
     form = (data.get("normalizer") or {"type": ""})["type"]
     lacking += [name for name in (form, model["type"]) if name not in ("", "NFC", "BPE")]
     if lacking or byte_level.get("add_prefix_space"):

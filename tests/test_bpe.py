@@ -770,8 +770,14 @@ def test_what_is_no_byte_level_bpe_is_refused_by_name(tokenizer, tmp_path):
              "byte_fallback": dict(model=models.BPE(byte_fallback=True)),
              "Split, Split, ByteLevel": dict(pre_tokenizer=pre.Sequence([words, words, pre.ByteLevel(False, use_regex=False)])),
              "Split, ByteLevel, use_regex": dict(pre_tokenizer=pre.Sequence([words, pre.ByteLevel(False)]))}
+    for way in ("MergedWithPrevious", "MergedWithNext", "Contiguous", "Removed"):  # other cuts of a text
+        split = pre.Split(tokenizers.Regex(LLAMA3), "".join("_" * c.isupper() + c.lower() for c in way)[1:])
+        cases[f"behavior={way}"] = dict(pre_tokenizer=pre.Sequence([split, pre.ByteLevel(False, use_regex=False)]))
+    for flag in ("lstrip", "rstrip", "single_word"):  # of added tokens, as in Phi 4
+        cases[flag] = dict(token=tokenizers.AddedToken("<mask>", special=True, **{flag: True}))
     for name, change in cases.items():
         peer = hugging_face(tokenizer, "gpt2")
+        peer.add_special_tokens([change.pop("token", END)])
         for field, value in change.items():
             setattr(peer, field, value)
         peer.save(str(tmp_path / "t.json"))
