@@ -1035,6 +1035,11 @@ def test_validation_on_another_folder(launch, folder, tmp_path):
     assert read_log(tmp_path / "c")[-1]["val_loss"] == before["val_loss"]
     assert launch(f"--eval_data={other},{folder},{other}", "--max_iters=3", "--eval_tokens=2", output=tmp_path / "d").code == 0
     assert read_log(tmp_path / "d")[-1]["val_loss"] > 1  # something of each, be it ever so little
+    checkpoint = model.load_checkpoint(tmp_path / "out/ckpt.pt")
+    checkpoint["progress"]["best"] = 0.0  # on easier tokens, which says nothing of these
+    torch.save(checkpoint, tmp_path / "out/ckpt.pt")
+    assert launch("--resume", "--max_iters=4", f"--eval_data={other}").code == 0
+    assert model.load_checkpoint(tmp_path / "out/best.pt")["train"]["eval_data"] == str(other)
     refused(launch(f"--eval_data={tmp_path / 'none'}"), "none")
     for path, text in ((folder, "abc"), (other, "abd")):
         bpe.train("char", [text * 9], 50).save(path / "tokenizer.json")
