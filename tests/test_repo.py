@@ -24,14 +24,14 @@ from conftest import ROOT, tiny_documents
 
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
 CEILING = {
-    "bpe.py": 804,
+    "bpe.py": 807,
     "data.py": 1780,
     "model.py": 1232,
     "train.py": 1017,
     "kernels.py": 1634,
     "ddp.py": 1210,
     "scaling.py": 1029,
-    "align.py": 1383,
+    "align.py": 1385,
     "sample.py": 1377,
 }
 # Who may import whom: at the top of the file, and on demand inside a function.
