@@ -513,8 +513,9 @@ def advantages(samples: list[dict], o: Options):
         s["goal"] = s["advantage"] + value
     if o.whiten:
         every = torch.cat([s["advantage"] for s in samples])
+        deviation = every.std(correction=min(1, len(every) - 1))  # of one token 0, not nan
         for s in samples:
-            s["advantage"] = (s["advantage"] - every.mean()) / (every.std() + 1e-4)
+            s["advantage"] = (s["advantage"] - every.mean()) / (deviation + 1e-4)
 
 
 # ---- rollouts: prompts -> samples with the log-probabilities that the engine saw

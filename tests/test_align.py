@@ -381,6 +381,9 @@ def test_advantages_reach_every_token_and_kl_is_taken_off():
     align.advantages(samples, o)
     every = torch.cat([s["advantage"] for s in samples])
     assert abs(every.mean()) < 1e-6 and every.std() == pytest.approx(1, abs=1e-3)
+    alone = [dict(reward=1.0, old=torch.tensor([-1.0]), ref=torch.tensor([-1.0]), value=torch.zeros(1))]
+    align.advantages(alone, options_of("ppo --group=1 --kl=0"))
+    assert alone[0]["advantage"].tolist() == [0.0]  # no nan
 
 
 # ------------------------------------------------------------------------------------------------------------- the trainer
