@@ -224,7 +224,8 @@ class Objective(nn.Module):
         loss = F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
         if theirs is not None:
             teacher, weight = self.teacher
-            own, right = logits.log_softmax(-1), teacher.head(theirs).log_softmax(-1)
+            right = teacher.head(theirs)[:, :logits.shape[1]].log_softmax(-1)  # its vocabulary may be padded
+            own = logits.log_softmax(-1)
             gaps = F.kl_div(own, right, log_target=True, reduction="none").sum(-1)
             loss = (1 - weight) * loss + weight * (gaps * (targets >= 0)).sum()
         if self.z_loss and self.training:
@@ -685,8 +686,9 @@ def open_teacher(o: Options, config: Config, tokenizer: Any, device: torch.devic
     checkpoint["config"]["counts"] = 0  # which know the training text by heart
     teacher = model.from_checkpoint(checkpoint).to(device).eval().requires_grad_(False)
     same = (checkpoint.get("tokenizer") or tokenizer.to_dict()) == tokenizer.to_dict()  # none: of model.py --import_hf
-    same = same and teacher.config.vocab_size == config.vocab_size
     require(same, f"--teacher={o.teacher} has another tokenizer than the tokens")
+    ids = teacher.config.vocab_size
+    require(ids >= config.vocab_size, f"--teacher={o.teacher} knows {ids} tokens, the model {config.vocab_size}")
     room = teacher.config.block_size
     require(room >= config.block_size, f"--teacher={o.teacher} takes {room} tokens, --block_size={config.block_size}")
     return teacher, o.teacher_weight

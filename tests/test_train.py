@@ -532,6 +532,16 @@ def test_a_copy_of_the_teacher_has_nothing_to_learn(launch, tmp_path):
     refused(launch(*words, "--teacher_weight=1.5"), "--teacher_weight=1.5 must be from 0 to 1")
     refused(launch(*words, f"--block_size={2 * T}"), f"takes {T} tokens")
     checkpoint = torch.load(ckpt, weights_only=True)
+    def resize(by):  # as most models of HuggingFace's have rows for more tokens than their tokenizer
+        wide = {name: nn.functional.pad(x, (0, 0, 0, by)) if len(x) == V and x.ndim == 2 else x for name, x in checkpoint["weights"].items()}
+        torch.save(checkpoint | dict(config=checkpoint["config"] | dict(vocab_size=V + by), weights=wide, tokenizer=None), ckpt)
+    torch.save(checkpoint, tmp_path / "t.pt")
+    resize(5)
+    done = launch(*words, f"--init_from={tmp_path / 't.pt'}", "--teacher_weight=1", output=tmp_path / "padded")
+    assert done.code == 0, done.message
+    assert abs(read_log(tmp_path / "padded")[1]["train_loss"]) < 1e-6  # what it says of tokens that there are not is left out
+    resize(-1)
+    refused(launch(*words), f"knows {V - 1} tokens, the model {V}")
     torch.save(checkpoint | dict(tokenizer=dict(kind="char")), ckpt)
     refused(launch(*words), "has another tokenizer than the tokens")
 
