@@ -300,7 +300,6 @@ class Law:
     """
 
     grid: dict[str, tuple]  # the parameters p, in the order of log_loss, and values to start from
-    doubts = ()  # what these runs cannot tell
 
     def __init__(self, runs: Runs, o: Options):
         self.runs = runs = runs.main()
@@ -314,7 +313,9 @@ class Law:
         self.n, self.d, self.y = logs - self.middle
         starts = np.array(list(itertools.product(*self.grid.values())))
         self.p = resampled(self.residual, starts, len(runs), o, DELTA)
-        self.freedom = max(1, len(runs) - len(self.grid))
+        self.freedom = n - len(self.grid)
+        doubt = f"{n} runs for {len(self.grid)} constants: these intervals are too narrow"
+        self.doubts = [doubt] * (n < 2 * len(self.grid))  # the fit bends to each run, and so do the resampled ones
         sigma = self.residual(self.p[:1]).std() * math.sqrt(len(runs) / self.freedom)
         normal = np.random.default_rng(o.seed).normal(size=len(self.p))
         self.noise = np.exp(sigma * normal)  # of one run

@@ -300,6 +300,9 @@ def test_what_runs_cannot_tell_is_said(tmp_path):
     assert "these runs hardly tell" in said and "these runs hardly tell" not in clear
     assert [line.split()[0] for line in said.splitlines() if "hardly tell" in line][-1] == "beta"
     assert max(map(len, said.splitlines())) <= 80 and "not fitted: " in said
+    _, said = scaling.fit(runs_of([N[::2], N[::2][::-1], 6 * N[::2] * N[::2][::-1], loss_of(N[::2], N[::2][::-1])]), o, "x")
+    assert re.findall(r"\d runs for . constants: .*", said) == [f"6 runs for {n} constants: these intervals are too narrow" for n in (5, 4)]
+    assert "too narrow" not in clear
 
 
 # ----------------------------------------------------------------------------------------------------------------- tables
