@@ -186,7 +186,7 @@ def key_of(options: dict) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def read_runs(path: Path) -> Runs:
+def read_runs(path: Path, least: int = 5) -> Runs:
     """A table's runs. Where D or C is missing it follows from C = 6 N D; what stands there twice counts once.
 
     Raises ValueError for a number that no run can have; a run without a finite loss, which diverged, is left out.
@@ -207,7 +207,7 @@ def read_runs(path: Path) -> Runs:
         table.setdefault(key_of(run), row | run)
     if lost:
         print(f"{path}: {lost} runs without a finite loss are left out")
-    require(len(table) >= 5, f"{path} holds {len(table)} different runs, a fit needs 5 or more")
+    require(len(table) >= least, f"{path} holds {len(table)} different runs; {least} or more are needed")
     runs = Runs(list(table.values()))
     for name in ("N", "D"):
         median = np.median(getattr(runs, name))
@@ -778,7 +778,7 @@ class Table(Ledger):
 
     def prepare(self):
         """Read the table."""
-        self.past = read_runs(Path(self.o.table))
+        self.past = read_runs(Path(self.o.table), least=1 if self.o.sweep else 5)  # a sweep fits nothing
         self.o.tuned, self.o.n_seeds = 0, 1  # other rates, batches and seeds may not be there
 
     def plan(self, C: float = 0, **changes):

@@ -668,6 +668,11 @@ def test_a_table_plays_the_training_api(ledger, tmp_path, capsys):
     with pytest.raises(ValueError, match="5e.14 are left"):
         book.run(n_layer=8, learning_rate=0.01)
     assert ledger(scaling.Table, table=str(path), total=2.5e15).left() == 0.5e15
+    few = ledger(scaling.Table, table=str(table(tmp_path / "few.json", rows[:2])), sweep="learning_rate:0.001,0.01", total=1e18)
+    scaling.sweep(few.o, few)  # which fits nothing, so that two runs are enough
+    assert [line.split()[-1] for line in capsys.readouterr().out.splitlines()[-2:]] == ["3.2010", "3.2100"]
+    with pytest.raises(ValueError, match="2 different runs; 5 or more"):
+        ledger(scaling.Table, table=few.o.table)
 
 
 def test_a_study_over_a_table(ledger, tmp_path, capsys):
