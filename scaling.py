@@ -312,11 +312,11 @@ class Law:
         self.middle = logs.mean(1, keepdims=True)
         self.n, self.d, self.y = logs - self.middle
         starts = np.array(list(itertools.product(*self.grid.values())))
-        self.p = resampled(self.residual, starts, len(runs), o, DELTA)
+        self.p = resampled(self.residual, starts, n, o, DELTA)
         self.freedom = n - len(self.grid)
         doubt = f"{n} runs for {len(self.grid)} constants: these intervals are too narrow"
         self.doubts = [doubt] * (n < 2 * len(self.grid))  # the fit bends to each run, and so do the resampled ones
-        sigma = self.residual(self.p[:1]).std() * math.sqrt(len(runs) / self.freedom)
+        sigma = self.residual(self.p[:1]).std() * math.sqrt(n / self.freedom)
         normal = np.random.default_rng(o.seed).normal(size=len(self.p))
         self.noise = np.exp(sigma * normal)  # of one run
         self.noise[0] = 1
@@ -778,7 +778,7 @@ class Table(Ledger):
 
     def prepare(self):
         """Read the table."""
-        self.past = read_runs(Path(self.o.table), least=1 if self.o.sweep else 5)  # a sweep fits nothing
+        self.past = read_runs(Path(self.o.table), 1 if self.o.sweep else 5)  # a sweep fits nothing
         self.o.tuned, self.o.n_seeds = 0, 1  # other rates, batches and seeds may not be there
 
     def plan(self, C: float = 0, **changes):
@@ -1099,6 +1099,8 @@ def fit(runs: Runs, o: Options, name: str) -> tuple[dict, str]:
     said = [f"{name}: {len(runs)} runs of {runs.C[0]:.3g} to {runs.C[-1]:.3g} FLOPs"]
     if runs.C[-1] < 10 * runs.C[0]:
         said.append("the budgets span less than a factor of 10: the exponents say little")
+    said += [f"no law looks at the column {name}; `options` of a .jsonl's rows are read"
+             for name in ("learning_rate", "batch_size") if name in runs.rows[0]]  # all its values count as one
     for key, kind in FITS.items():
         try:
             fits[key] = kind(runs, o)

@@ -303,6 +303,8 @@ def test_what_runs_cannot_tell_is_said(tmp_path):
     _, said = scaling.fit(runs_of([N[::2], N[::2][::-1], 6 * N[::2] * N[::2][::-1], loss_of(N[::2], N[::2][::-1])]), o, "x")
     assert re.findall(r"\d runs for . constants: .*", said) == [f"6 runs for {n} constants: these intervals are too narrow" for n in (5, 4)]
     assert "too narrow" not in clear
+    other = scaling.Runs([row | dict(learning_rate=0.1) for row in made(0.0).rows])
+    assert "no law looks at the column learning_rate" in scaling.fit(other, o, "x")[1] and "no law looks" not in clear
 
 
 # ----------------------------------------------------------------------------------------------------------------- tables
