@@ -1255,6 +1255,10 @@ def take_up(o: Options, words: list[str]) -> tuple[Options, dict]:
                     file.write(json.dumps(checkpoint["tokenizer"]).encode())
     else:
         ckpt = Path(o.ckpt or f"{o.output}/ckpt.pt")
+        part = ckpt.parent / "parts" / "part-0.pt"  # of --parts, from which no run goes on
+        newer = part.exists() and not (ckpt.exists() and ckpt.stat().st_mtime >= part.stat().st_mtime)
+        require(o.ckpt or not newer, f"{part.parent} is newer than {ckpt}; delete it, or join it by "
+                f"python ddp.py --merge={part.parent} --output={ckpt}")
         if not ckpt.exists() and not o.ckpt:
             print(f"nothing to resume in {o.output}: starting at step 0")
             return o, {}

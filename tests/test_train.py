@@ -2033,6 +2033,24 @@ def test_parts_are_of_split_models(launch):
     refused(launch("--max_iters=2", "--parts"), "--parts is for --parallel")
 
 
+@pytest.mark.parametrize("merged", (True, False))
+def test_resume_does_not_go_behind_parts(merged, launch, tmp_path):
+    """What --parts has written since the last merge was trained anew from there, or from step 0, and overwritten."""
+    ckpt, part = tmp_path / "out" / "ckpt.pt", tmp_path / "out" / "parts" / "part-0.pt"
+    assert launch("--max_iters=2").code == 0
+    part.parent.mkdir()
+    part.touch()
+    os.utime(part, (time.time() + 9,) * 2)
+    if not merged:
+        ckpt.rename(tmp_path / "else.pt")
+    refused(launch("--max_iters=3", "--resume"), f"--merge={part.parent} --output={ckpt}")
+    if merged:
+        os.utime(ckpt, (time.time() + 99,) * 2)
+        assert launch("--max_iters=3", "--resume").code == 0
+    else:
+        assert launch("--max_iters=3", "--resume", f"--ckpt={tmp_path / 'else.pt'}").code == 0
+
+
 @pytest.mark.parametrize("size", (1, 3, 8))
 def test_patches_of_bytes(size, launch, corpus, tmp_path, monkeypatch):
     """The model of tests/patches.py: each byte sees all before it and none after; train.py trains and measures it as its own."""
