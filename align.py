@@ -1188,9 +1188,10 @@ class Trainer:
             require(o.batch_size % o.group == 0, f"--batch_size={o.batch_size} is no multiple of --group={o.group}")
             self.score = scorer(o, tokenizer)
         else:
-            for name in ("kl", "max_kl", "min_entropy"):
+            for name in ("kl", "max_kl", "min_entropy", "critic", "whiten", "entropy", "dynamic", "overlong",
+                         "is_cap", "staleness"):
                 seen = name == "min_entropy" and o.loss == "nll"
-                require(seen or not getattr(o, name), f"--{name} is for rewards: --loss={o.loss} does not measure it")
+                require(seen or not getattr(o, name), f"--{name} is for rewards: --loss={o.loss} has no use for it")
         held = o.held_verifier or o.verifier
         self.held_score = scorer(dataclasses.replace(o, verifier=held), tokenizer) if held else None
 
