@@ -1179,7 +1179,8 @@ def predict(fits: dict, o: Options, ledger: Ledger | None, sha256: str) -> str:
         path = Path(o.output) / "prediction.json"
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         write(path, stored | dict(data_sha256=sha256, time=now))
-        said.append(f"{path} holds this; next, which trains it in RUN if nothing is there:\n"
+        trains = "which trains it in RUN if nothing is there" if "options" in stored else "with a run in RUN"
+        said.append(f"{path} holds this; next, {trains}:\n"
                     f"python scaling.py --output={o.output} --check=RUN")
     print("\n".join(said))
     return "\n".join(said)

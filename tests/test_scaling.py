@@ -827,6 +827,7 @@ def test_preregistration(tmp_path, monkeypatch, capsys):
     words = [f"--fit={path}", "--output=study", "--predict=1e21", "--preregister", "--resamples=50"]
     said = go(*words)
     assert "tokens a parameter" in said and "days on 8xh100" in said
+    assert "with a run in RUN:" in said and "trains it" not in said  # a table does not say how
     stored = json.loads((tmp_path / "study/prediction.json").read_text())
     assert stored["data_sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
     N, D = stored["found"]["parametric"]["N"][0], stored["found"]["parametric"]["D"][0]
@@ -854,6 +855,7 @@ def test_the_target_run_is_trained_by_check(ledger, tmp_path, monkeypatch, capsy
         return capsys.readouterr().out
     plot = ["--plot=" + str(tmp_path / "study.png")] if has_matplotlib() else []
     said = go("--budgets=3e9..1e11:3", "--sizes=3", "--tuned=1", "--predict=3e11", "--preregister", *plot)
+    assert "which trains it in RUN if nothing is there:" in said
     assert "python train.py --flops=" in said.splitlines()[-1]
     recipe = json.loads((tmp_path / "study/recipe.json").read_text())
     assert [row["C"] for row in recipe] == sorted(row["C"] for row in recipe) and len(recipe) == 40
