@@ -1375,6 +1375,7 @@ def main() -> None:
     require(least >= 0, "--predict, --inference_tokens, --workers, --seed: 0 or more")
     require(0 <= o.reuse < 1, "--reuse is a share of the steps, below 1")
     require(o.predict or not o.preregister, "--preregister needs --predict")
+    require(o.runs or not o.to_loss, "--to_loss needs --runs")
     require(not (o.mup and o.plan), "--mup has no --plan: its runs follow from each other")
     devices(o.machine)
     if o.runs:

@@ -784,7 +784,7 @@ def test_served_tokens_are_not_trained(tmp_path, run_main):
 @pytest.mark.parametrize("words, said", [
     ("--machine=0xh100", "--machine=0xh100: write 8xh100"), ("--machine=8xtpu", "there are a100"), ("--reuse=1", "--reuse is a share"),
     ("--predict=-1e20", "--predict, .*: 0 or more"), ("--seed=-1", "--seed: 0 or more"), ("--mup --plan", "--mup has no --plan"),
-    ("--preregister", "--preregister needs --predict"), ("--sweep=learning_rate:1 --plot=a.png", "not of --sweep"),
+    ("--preregister", "--preregister needs --predict"), ("--to_loss=3", "--to_loss needs --runs"), ("--sweep=learning_rate:1 --plot=a.png", "not of --sweep"),
     ("--plot=study.pgn", "--plot=study.pgn is no picture")])
 def test_options_that_cannot_be_are_refused_before_the_study(words, said, tmp_path, run_main):
     done = run_main("scaling.py", *words.split(), "--output=study", cwd=tmp_path)
