@@ -325,6 +325,7 @@ class Law:
         """How far the law lies above the runs, (S, n), for parameters p (S, P)."""
         return self.log_loss(p, self.n, self.d) - self.y
 
+    @np.errstate(over="ignore")  # far from the best size a law of few runs may rise without end
     def losses(self, N: np.ndarray, D: np.ndarray) -> np.ndarray:
         """The losses of single runs, (S, n): row 0 is the fit, the others have the runs' noise in them."""
         n, d, y = self.middle

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 
 import numpy as np
 import pytest
@@ -107,6 +108,11 @@ def test_a_law_needs_more_runs_than_constants(law, most):
         law(runs.keep(range(most)), scaling.Options(resamples=20))
     assert len(law(runs.keep(range(most + 1)), scaling.Options(resamples=20)).p) == 21
     assert "six runs below" in scaling.back_test(made(budgets=3, sizes=2), scaling.Options(resamples=20))
+    N, C = np.tile(10 ** np.array([6, 6.5, 7]), 2), np.repeat([1e16, 5e16], 3)  # of which Kaplan's law has terms beyond float64
+    found = law(runs_of([N, C / 6 / N, C, loss_of(N, C / 6 / N)]), scaling.Options(resamples=20))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.isfinite(found.predict(5e16)["loss"]).all()
 
 
 @pytest.mark.parametrize("studies", [20, pytest.param(200, marks=pytest.mark.slow)])
