@@ -204,7 +204,7 @@ def read_runs(path: Path, least: int = 5) -> Runs:
         require(all(0 < x < 1e40 for x in (N, D, C, loss)), f"{where}: {N=:g}, {D=:g}, {C=:g}, {loss=:g} cannot be")
         options = row.get("options")
         run = dict(N=N, D=D, C=C, loss=loss, options=options if isinstance(options, dict) else {})
-        table.setdefault(key_of(run), row | run)
+        table.setdefault(str(row | run), row | run)  # of another learning rate, too, it is another run
     if lost:
         print(f"{path}: {lost} runs without a finite loss are left out")
     require(len(table) >= least, f"{path} holds {len(table)} different runs; {least} or more are needed")
@@ -1004,7 +1004,7 @@ def mup(o: Options, ledger: Ledger) -> None:
 def compare_runs(o: Options) -> None:
     """A table of the runs in some folders of train.py: what each took to reach one loss; with --plot their curves."""
     # By default the loss is the least that the worst of them reached, so that all have an answer.
-    curves = {folder: evaluations(folder) for folder in o.runs.split(",")}
+    curves = {folder: evaluations(folder) for folder in o.runs.split(",") if folder}
     target = o.to_loss or max(losses.min() for losses, *_ in curves.values())
     print(f"to a validation loss of {target:.4f}:")
     print(f"{'run':24} {'least loss':>10} {'tokens':>14} {'FLOPs':>10} {'seconds':>9}")
@@ -1361,6 +1361,14 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(0 if isinstance(error, BrokenPipeError) else f"{Path(sys.argv[0]).name}: {str(error) or 'no memory'}")
 
 
+# questions that are answered alone, and those that would be left open
+APART = {
+    "runs": "fit table sweep mup check predict",
+    "fit": "table sweep mup plan",
+    "mup": "sweep plan",
+}
+
+
 def main() -> None:
     o = options(Options, sys.argv[1:])
     good = Path(o.plot).suffix in ("", ".png", ".pdf", ".svg", ".jpg")
@@ -1377,7 +1385,10 @@ def main() -> None:
     require(0 <= o.reuse < 1, "--reuse is a share of the steps, below 1")
     require(o.predict or not o.preregister, "--preregister needs --predict")
     require(o.runs or not o.to_loss, "--to_loss needs --runs")
-    require(not (o.mup and o.plan), "--mup has no --plan: its runs follow from each other")
+    for first, others in APART.items():
+        for other in others.split():
+            both = getattr(o, first) and getattr(o, other)
+            require(not both, f"--{first} has no --{other}: leave one of them out")
     devices(o.machine)
     if o.runs:
         return compare_runs(o)
@@ -1390,7 +1401,6 @@ def main() -> None:
         o.fit = o.fit or str(Path(o.output) / "runs.jsonl")
     ledger: Any = None if o.fit else Table(o) if o.table else Ledger(o)
     if o.sweep or o.mup:
-        require(ledger, "--fit runs nothing; leave it out")
         return sweep(o, ledger) if o.sweep else mup(o, ledger)
     if ledger:
         outline(o, ledger)

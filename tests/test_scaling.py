@@ -681,6 +681,8 @@ def test_a_table_plays_the_training_api(ledger, tmp_path, capsys):
     assert [line.split()[-1] for line in capsys.readouterr().out.splitlines()[-2:]] == ["3.2010", "3.2100"]
     with pytest.raises(ValueError, match="2 different runs; 5 or more"):
         ledger(scaling.Table, table=few.o.table)
+    equal = table(tmp_path / "equal.csv", [dict(N=1e6, D=1e7, learning_rate=rate, loss=3.5) for rate in (1e-3, 1e-2, 1e-2)])
+    assert len(scaling.read_runs(equal, 1)) == 2, "runs of two rates that came to one loss are two; the same line twice is one"
 
 
 def test_a_study_over_a_table(ledger, tmp_path, capsys):
@@ -761,6 +763,7 @@ def test_runs_are_compared_at_one_loss(tmp_path, run_main):
     assert rows == [["a", "3.0000", "2,500", "2.5e+05", "5.0"], ["b", "3.5000", "3,000", "3e+05", "6.0"]]
     done = run_main("scaling.py", "--runs=a,c", "--to_loss=4", cwd=tmp_path)
     assert [line.split() for line in done.stdout.splitlines()[2:]] == [["a", "3.0000", "2,000", "2e+05", "4.0"], ["c", "5.5000", "never"]]
+    assert run_main("scaling.py", "--runs=a,c,", "--to_loss=4", cwd=tmp_path).stdout == done.stdout, "a comma at the end names no run"
     for damage in ("null", "[1]", '"x"', "9" * 400):
         (tmp_path / "c/log.jsonl").write_text(f'{{"val_loss": {damage}, "tokens": 1, "flops": 1, "seconds": 1}}\n')
         with pytest.raises(ValueError, match="c/log.jsonl is damaged"):
@@ -791,7 +794,8 @@ def test_served_tokens_are_not_trained(tmp_path, run_main):
     ("--machine=0xh100", "--machine=0xh100: write 8xh100"), ("--machine=8xtpu", "there are a100"), ("--reuse=1", "--reuse is a share"),
     ("--predict=-1e20", "--predict, .*: 0 or more"), ("--seed=-1", "--seed: 0 or more"), ("--mup --plan", "--mup has no --plan"),
     ("--preregister", "--preregister needs --predict"), ("--to_loss=3", "--to_loss needs --runs"), ("--sweep=learning_rate:1 --plot=a.png", "not of --sweep"),
-    ("--plot=study.pgn", "--plot=study.pgn is no picture")])
+    ("--plot=study.pgn", "--plot=study.pgn is no picture"), ("--fit=a.csv --table=b.csv", "--fit has no --table: leave"),
+    ("--fit=a.csv --plan", "--fit has no --plan"), ("--runs=r --fit=a.csv", "--runs has no --fit"), ("--sweep=n_embd:8 --mup", "--mup has no --sweep")])
 def test_options_that_cannot_be_are_refused_before_the_study(words, said, tmp_path, run_main):
     done = run_main("scaling.py", *words.split(), "--output=study", cwd=tmp_path)
     assert done.returncode == 1 and re.search(said, done.stderr) and done.stderr.count("\n") == 1
