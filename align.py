@@ -609,6 +609,7 @@ def respond(
 
 # how LaTeX, and what people write around a number, becomes plain text, in this order
 LATEX = (
+    (r"(\\sqrt|[\^_])\s*(?:\{(\w)\}|(?=\w))", r"\1\2"),  # x^{2} is x^2
     (r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}|\\[dt]?frac\s*(\d)\s*(\d)", r" \1\3/\2\4"),
     (r"\\(?:text|textbf|mathrm|mathbf|mbox|boxed)\s*\{([^{}]*)\}", r" \1 "),
     (r"\{,\}", ","),
