@@ -1221,13 +1221,14 @@ class Trainer:
             strict, lenient = self.score(samples, [q["row"] for q in asked])
         kinds = len({(*s["ids"],) for s in samples})
         self.note(len(samples), duplicates=len(samples) - kinds)
-        for s, reward, loose in zip(samples, strict, lenient):
+        for s, ids, reward, loose in zip(samples, prompts, strict, lenient):
             finite, size = math.isfinite(reward), len(s["old"])
             s["reward"] = reward if finite else 0.0
             self.note(1, reward=s["reward"], length=size, truncated=s["done"] == "length")
             self.note(1, lenient=loose if finite else 0, not_finite=not finite)
-            if o.overlong:  # DAPO: the last tokens before the limit cost up to 1
-                s["reward"] -= min(1.0, max(0, size + o.overlong - o.max_new_tokens) / o.overlong)
+            if o.overlong:  # DAPO: the last tokens before the limit, in which a tool's words count, cost up to 1
+                over = len(s["ids"]) - len(ids) + o.overlong - o.max_new_tokens
+                s["reward"] -= min(1.0, max(0, over) / o.overlong)
         return samples
 
     def roll(self, items):

@@ -822,6 +822,15 @@ def test_dynamic_sampling_takes_groups_that_differ(start, tokenizer):
     assert len(calls) == 2 and len(samples) == 8 and {s["reward"] for s in samples} == {0.0, 1.0}
 
 
+def test_a_tools_words_count_towards_the_limit(start, tokenizer, monkeypatch):
+    trainer = trainer_of(tokenizer, f"grpo --verifier=regex --data=prompts.jsonl {COMMON} --overlong=4 --tool=calculator")
+    def respond(gpt, tokenizer, prompts, o, seed):
+        return [dict(ids=ids + [1] * 6, mask=[0] * len(ids) + [1, 1, 0, 0, 0, 1], old=torch.zeros(3), text="", done="length") for ids in prompts]
+    monkeypatch.setattr(align, "respond", respond)
+    trainer.score = lambda samples, rows: ([1.0] * len(samples),) * 2
+    assert {s["reward"] for s in trainer.write(align.read_items(trainer.o, tokenizer, 64), 0)} == {0.0}
+
+
 def test_a_run_stops_where_entropy_or_kl_leave_the_range(start, capsys):
     for words in ("--min_entropy=99", "--max_kl=1e-12"):
         _, last = align.align(f"--algorithm=grpo --data=prompts.jsonl --verifier=regex --output=o {COMMON} --learning_rate=0.01 {words}".split())
