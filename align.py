@@ -1182,7 +1182,8 @@ class Trainer:
         # steps, changes of the weights, batches of responses
         start = dict(step=0, updates=0, rolled=0, tokens=0, seconds=0.0)
         self.progress = SimpleNamespace(**checkpoint.get("progress", start))
-        self.seen, self.spent = {}, Counter()  # since the last record: [sum, count] of what is logged, seconds
+        # since the last record: [sum, count] of what is logged, seconds
+        self.seen, self.spent = checkpoint.get("seen", {}), Counter()
         if self.objective is policy_loss:
             alone = o.advantage in ("none", "right", "mean")
             require(alone or o.group > 1, f"--group=1 leaves --advantage={o.advantage} nothing to compare with")
@@ -1366,6 +1367,7 @@ class Trainer:
             optimizer=self.state,
             trained=trained,
             queue=self.queue,
+            seen=self.seen,
             tokenizer=self.tokenizer.to_dict(),
             source=train.source_texts(),
         )
@@ -1491,9 +1493,11 @@ def align(words: list[str]) -> tuple[dict, dict]:
                            "left --max_kl or --min_entropy"))
             if last or out:
                 break
+        seen = dict(trainer.seen)
         try:
             trainer.step(items)
         except (KeyboardInterrupt, OSError):  # such as a judge that is down
+            trainer.seen = seen
             trainer.save()
             raise
     conclude(trainer, held, records[0], records[-1])
