@@ -97,7 +97,7 @@ def rows_of(path: Path) -> list[dict]:
     try:
         text = path.read_text(encoding="utf-8-sig")  # of spreadsheets, too, which begin with a byte order mark
         if path.suffix == ".csv":
-            return list(csv.DictReader(text.splitlines()))
+            return list(csv.DictReader(text.splitlines(), restkey="more"))
         if path.suffix == ".jsonl":  # the last line may have been cut short by a kill
             text = f"[{','.join(line for line in text.splitlines() if line.endswith('}'))}]"
         rows = json.loads(text)

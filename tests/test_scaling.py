@@ -681,6 +681,9 @@ def test_a_table_plays_the_training_api(ledger, tmp_path, capsys):
     assert [line.split()[-1] for line in capsys.readouterr().out.splitlines()[-2:]] == ["3.2010", "3.2100"]
     with pytest.raises(ValueError, match="2 different runs; 5 or more"):
         ledger(scaling.Table, table=few.o.table)
+    wide = tmp_path / "wide.csv"  # a row with more cells than the first line
+    wide.write_text("N,D,loss\n1e6,1e7,3.5,much\n")
+    assert ledger(scaling.Table, table=str(wide), sweep="N:1e6", total=1e18).run(N=1e6) == 3.5
     equal = table(tmp_path / "equal.csv", [dict(N=1e6, D=1e7, learning_rate=rate, loss=3.5) for rate in (1e-3, 1e-2, 1e-2)])
     assert len(scaling.read_runs(equal, 1)) == 2, "runs of two rates that came to one loss are two; the same line twice is one"
 
