@@ -888,7 +888,10 @@ def question(test: str | list) -> tuple:
         return tuple(test)
     match ast.parse(test.strip()).body:
         case [ast.Assert(ast.Compare(left, [ast.Eq()], [right]))]:
-            return ast.unparse(left), ast.literal_eval(right)
+            text = ast.unparse(right)
+            of_set = re.fullmatch(r"set\((.+)\)", text)  # which is no literal
+            value = ast.literal_eval(of_set[1] if of_set else text)
+            return ast.unparse(left), set(value) if of_set else value
     raise ValueError(f"the test {test!r} is not `assert expression == value`")
 
 

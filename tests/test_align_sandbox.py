@@ -314,6 +314,7 @@ def test_tests_that_are_not_understood_are_named():
         with pytest.raises(ValueError, match="is not `assert expression == value`"):
             align.question(test)
     assert align.question("assert f((1, 2), {3}) == -1.5") == ("f((1, 2), {3})", -1.5)
+    assert align.question("assert set(f(1)) == set((4, 5))") == ("set(f(1))", {4, 5}), "as MBPP writes sets"
 
 
 # ------------------------------------------------------------------------------------------------- a user's own verifier
