@@ -125,6 +125,22 @@ class Options(Sampling):
     profile: bool = False  # print where the time of a step of decoding goes, then stop
 
 
+MODES = ("prune", "bench", "serve", "profile", "eval", "chat")  # one at a time; without them `samples` are printed
+FOR = {  # the modes that an option is for; one that is not here is for all, or is no trouble
+    "prompt": "samples profile",
+    "n_samples": "samples profile eval",
+    "seed": "samples profile eval chat",
+    **dict.fromkeys(("max_new_tokens", "stop", *vars(Sampling())), "samples profile eval chat serve"),
+    **dict.fromkeys(("dtype", "quantize", "draft", "graphs"), "samples profile eval chat serve bench"),
+    "cache_gb": "samples profile eval chat serve",
+    "system": "chat",
+    "template": "chat serve",
+    **dict.fromkeys(("host", "port"), "serve"),
+    **dict.fromkeys(("eval_data", "shots", "swap", "compare"), "eval"),
+    "output": "eval prune",
+}
+
+
 # ---- sampling
 
 def shape(logits: Tensor, s: Sampling, seen: Iterable[list[int]]) -> Tensor:
@@ -1773,11 +1789,19 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(0 if isinstance(error, BrokenPipeError) else f"{Path(sys.argv[0]).name}: {str(error) or 'no memory'}")
 
 
+def check_mode(o: Options) -> None:
+    """Raise ValueError for two modes, or for an option that would do nothing in this one."""
+    mode, *more = [name for name in MODES if getattr(o, name)] or ["samples"]
+    require(not more, f"--{mode} and --{' --'.join(more)}: one at a time")
+    for name, modes in FOR.items():
+        idle = mode not in modes.split() and getattr(o, name) != getattr(Options, name)
+        require(not idle, f"--{name} does nothing for {mode}; it is for {modes.replace(' ', ', ')}")
+
+
 def main() -> None:
     o = options(Options, sys.argv[1:])
+    check_mode(o)
     if o.prune:
-        alone = not o.quantize and not o.eval and o.dtype == Options.dtype
-        require(alone, f"--output={o.output} is for --prune alone, not for --quantize, --dtype or --eval")
         require(o.output.endswith(".pt"), f"--output={o.output}: what --prune leaves is written to a FILE.pt")
         require(Path(o.output).resolve() != Path(o.ckpt).resolve(), "--output would take the place of --ckpt")
         checkpoint = pruned(load_checkpoint(o.ckpt), o.prune)

@@ -311,22 +311,22 @@ def test_the_layers_that_do_nothing_go_first():
 
 
 def test_prune_from_the_command_line(ckpt, main, tmp_path):
-    words = [f"--ckpt={ckpt}", "--device=cpu", "--max_new_tokens=5", "--temperature=0"]
+    words, short = [f"--ckpt={ckpt}", "--device=cpu"], ["--max_new_tokens=5", "--temperature=0"]
     code, out, err = main(*words, "--prune=0.5", f"--output={tmp_path / 'half.pt'}")
     assert code == 0 and "--init_from=" in out, err
     half = torch.load(tmp_path / "half.pt", weights_only=True)
     assert (half["weights"]["blocks.0.ffn.up.weight"] == 0).double().mean() == 0.5
     assert "optimizer" not in half and half["tokenizer"] == torch.load(ckpt, weights_only=True)["tokenizer"]
-    assert main(f"--ckpt={tmp_path / 'half.pt'}", *words[1:])[1] != main(*words)[1] and half["pruned"] is True
+    assert main(f"--ckpt={tmp_path / 'half.pt'}", *short)[1] != main(*words, *short)[1] and half["pruned"] is True
     assert main(*words, "--prune=layers:1", f"--output={tmp_path / 'one.pt'}")[0] == 0
-    assert main(f"--ckpt={tmp_path / 'one.pt'}", *words[1:])[0] == 0
+    assert main(f"--ckpt={tmp_path / 'one.pt'}", *short)[0] == 0
     for how, said in (("layers:2", "the model has 2, of which one must stay"), ("half", "a share such as 0.5, or layers:N"),
                       ("0.0", "above 0 and below 1")):
         code, _, err = main(*words, f"--prune={how}", f"--output={tmp_path / 'bad.pt'}")
         assert code == 1 and said in err and len(err.strip().splitlines()) == 1, err
-    for more in ("--quantize=int8", "--dtype=bfloat16", "--eval=mmlu"):  # would not be in the file
+    for more in ("--quantize=int8", "--dtype=bfloat16", "--eval=mmlu", "--top_k=3"):  # would not be in the file
         code, _, err = main(*words, "--prune=0.5", f"--output={tmp_path / 'more.pt'}", more)
-        assert code == 1 and "for --prune alone" in err and not (tmp_path / "more.pt").exists(), err
+        assert code == 1 and ("nothing for prune" in err or "--prune and --eval" in err) and not (tmp_path / "more.pt").exists(), err
     code, _, err = main(*words, "--prune=0.5", f"--output={tmp_path / 'small'}")
     assert code == 1 and "written to a FILE.pt" in err, err
     code, _, err = main(*words, "--prune=0.5", f"--output={ckpt}")

@@ -872,6 +872,21 @@ def test_options_that_are_refused(ckpt, main, words, message):
     assert (code, out, err.count("\n")) == (1, "", 1) and message in err, err
 
 
+@pytest.mark.parametrize("words, message", [
+    ("--bench --max_new_tokens=8", "--max_new_tokens does nothing for bench; it is for samples, "), ("--bench --top_k=3", "--top_k does nothing"),
+    ("--chat --n_samples=2", "--n_samples does nothing for chat"), ("--chat --prompt=a", "--prompt does nothing"),
+    ("--serve --system=Be", "--system does nothing for serve; it is for chat"), ("--serve --seed=3", "--seed does nothing"),
+    ("--compare=other.json", "--compare does nothing for samples; it is for eval"), ("--output=text.txt", "--output does nothing for samples"),
+    ("--eval=ppl --template=chatml", "--template does nothing"), ("--bench --serve", "--bench and --serve: one at a time")])
+def test_no_mode_ignores_an_option(ckpt, main, words, message):
+    code, out, err = main(f"--ckpt={ckpt}", *words.split())
+    assert (code, out, err.count("\n")) == (1, "", 1) and message in err, err
+
+
+def test_the_modes_of_each_option_are_modes():
+    assert {*sample.FOR} < {*vars(sample.Options())} and {*" ".join(sample.FOR.values()).split()} == {"samples", *sample.MODES}
+
+
 @pytest.mark.parametrize("dtype, off", [("float32", 0), ("bfloat16", 0.06), ("float16", 0.008)])
 def test_numbers_of_other_types(ckpt, main, monkeypatch, dtype, off):
     """All weights and the state are of that type, and logits near those of single precision."""
