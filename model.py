@@ -1669,6 +1669,12 @@ def main() -> None:
     require(preset in PRESETS, f"--preset={preset}: choose from {', '.join(filter(None, PRESETS))}")
     o = options(Options, PRESETS[preset].split() + words)
     require(not (o.ckpt and preset), "--ckpt has a shape of its own: give it or --preset")
+    mode, *more = [f"--{name}" for name in ("coord_check", "import_hf", "export_hf") if getattr(o, name)] or [""]
+    require(not more, f"{mode} and {' '.join(more)}: one at a time")
+    shaped = [f"--{name}" for name in vars(Config()) if getattr(o, name) != getattr(Config, name)]
+    require(not (mode and shaped), f"{mode} has a shape of its own: leave out --preset, {', '.join(shaped)}")
+    require(not o.ckpt or mode in ("", "--export_hf"), f"{mode} reads no --ckpt; --import_hf writes to --output")
+    require(mode == "--import_hf" or o.output == Options.output, "--output is the checkpoint of --import_hf alone")
     require(o.coord_check or not o.plot, "--plot draws what --coord_check finds: give both")
     if o.coord_check:
         require(not o.plot or importlib.util.find_spec("matplotlib"), "--plot needs matplotlib: pip install matplotlib")

@@ -1255,6 +1255,15 @@ def test_pictures_that_cannot_be_drawn(run_main, tmp_path, monkeypatch):
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "--plot needs matplotlib: pip install matplotlib" in done.stderr
 
 
+@pytest.mark.parametrize("words, said", [
+    ("--coord_check --n_layer=8", "--coord_check has a shape of its own: leave out --preset, --n_layer"),
+    ("--export_hf=hf --preset=gpt2", "--export_hf has a shape of its own"), ("--import_hf=hf --export_hf=other", "--import_hf and --export_hf: one at a time"),
+    ("--import_hf=hf --ckpt=a.pt", "--import_hf reads no --ckpt"), ("--preset=gpt2 --output=a.pt", "--output is the checkpoint of --import_hf alone")])
+def test_no_mode_ignores_an_option(run_main, tmp_path, words, said):
+    done = run_main("model.py", *words.split(), cwd=tmp_path)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and done.stderr.startswith(f"model.py: {said}"), done.stderr
+
+
 def test_scaled_residual():
     gpt, x = make(residual="scaled", n_layer=1), tokens()
     plain = make(n_layer=1)
