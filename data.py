@@ -489,6 +489,7 @@ class Element:
     noise: bool = False  # whether it holds no main content
     block: "Element | None" = None  # the nearest list item, cell, heading, ...: itself or what it is in
     table: "Element | None" = None  # the nearest table; of what lies in none: None
+    box: "Element | None" = None  # the nearest element of BLOCKS: itself or what it is in
     prose: float = 0.0  # characters outside of links
     score: float = 0.0  # the same of main content, less characters in links, weighted by nearness
     main: bool = False  # whether it lies in the main content
@@ -506,7 +507,7 @@ def parse_html(page: str) -> tuple[list[Element], list[tuple[Element, str, int]]
     Markup may be of any form: an end that nothing begins is ignored, an element ends with what it is in.
     """
     element = Element("", None)
-    element.block = element
+    element.block = element.box = element
     elements, blocks, words = [element], [], []
     at, linked, link = 0, 0, False
     for tag in itertools.chain(TAG.finditer(page), [None]):
@@ -520,7 +521,8 @@ def parse_html(page: str) -> tuple[list[Element], list[tuple[Element, str, int]]
         elif name in BLOCKS:
             text = html.unescape("".join(words))
             text = text if kind == "pre" else " ".join(text.split())
-            if text.strip() or element.name in CELLS:  # empty cells count, too
+            blank = text and kind == "pre" != element.name in BLOCKS  # a blank line of code in an element of its own
+            if text.strip() or blank or element.name in CELLS:  # empty cells count, too
                 blocks.append((element, text, min(linked, len(text))))
             words, linked = [], 0
         link = not end if name == "a" else link
@@ -537,6 +539,7 @@ def parse_html(page: str) -> tuple[list[Element], list[tuple[Element, str, int]]
             element = Element(name, element, is_noise(name, attributes), element.block, element.table)
             element.block = element if name in KINDS else element.block
             element.table = element if name == "table" else element.table
+            element.box = element if name in BLOCKS else element.parent.box
             elements.append(element)
     return elements, blocks
 
@@ -564,16 +567,18 @@ def to_markdown(blocks: Iterable[tuple[Element, str, int]], most: float) -> str:
             kind = element.block.table or "row"
             row = " | ".join(cell.replace("|", r"\|") for cell in cells.values())
             lines = [f"| {row} |"] + ["|" + "---|" * len(cells)] * (before != kind)
-        elif not lines or linked > most * sum(map(len, lines)):
+        elif not "".join(lines).strip() or linked > most * sum(map(len, lines)):
             continue
         elif kind == "pre":
-            lines = ["```", *(line.strip("\n") for line in lines), "```"]
+            lines = [line.strip("\n") for line in lines]
+            fence = max(["```", *(f"{run}`" for run in re.findall("^ *(```+)", "\n".join(lines), re.M))])
+            lines = [fence, *lines, fence]
         else:
             between = "\n  " if kind == "li" else " " if kind.startswith("h") else "\n"
             lines = [KINDS.get(kind, "") + between.join(lines)]
-        tight = element is last or kind == before and kind in ("li", element.block.table or "row")
+        tight = element.box is last or kind == before and kind in ("li", element.block.table or "row")
         out += ["\n" * (2 - tight), "\n".join(lines)]
-        before, last = kind, element
+        before, last = kind, element.box
     return "".join(out[1:])
 
 

@@ -752,11 +752,14 @@ def test_tables_are_kept_apart_and_code_keeps_its_blank_lines():
     assert data.extract(f"<table>{row * 2}</table><table>{row * 2}</table>") == f"{table}\n\n{table}"
     assert data.extract(row * 2) == table
     assert data.extract("<pre>x\n<br>y<br><br>z</pre>") == "```\nx\n\ny\n\nz\n```"
+    assert data.extract("<pre>\n<div>x</div>\n<div>\n</div>\n<div> y</div><div><br></div>z</pre>") == "```\nx\n\n y\n\nz\n```"
+    assert data.extract("<pre>x\n```\ny\n```</pre><pre> </pre>") == "````\nx\n```\ny\n```\n````"
 
 
 def test_an_item_or_heading_of_several_lines_is_one():
     assert data.extract("<h2>a<br>b</h2><ul><li><p>c</p><p>d</p><li>e<br>f</ul>") == "## a b\n\n- c\n  d\n- e\n  f"
     assert data.extract("<blockquote><p>a<p>b</blockquote>c<br>d") == "> a\n\n> b\n\nc\nd"
+    assert data.extract("<p>a <code>b<br>c</code> d<p>e <b>f<br></b>g") == "a `b\nc` d\n\ne f\ng"
 
 
 def test_rows_and_items_need_no_end():
