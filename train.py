@@ -567,14 +567,14 @@ def shares(mix: str, folders: list[Path]) -> list[float]:
     """
     weights, n = [-1.0], len(folders)
     with contextlib.suppress(ValueError, LookupError, TypeError):
-        if mix.endswith(".json"):
+        if mix.endswith(".json") and n > 1:
             learnt = json.loads(Path(mix).read_bytes())["shares"]
             weights = [float(learnt[str(folder)]) for folder in folders]
         else:
             weights = [float(word) for word in mix.split(",")] if mix else []
     good = not weights or len(weights) == n and min(weights) >= 0 and 0 < sum(weights) < math.inf
     names = ", ".join(map(str, folders))
-    require(good, f"--mix={mix}: it takes {n} numbers from 0 on, or a mix.json with them, for the folders {names}")
+    require(good, f"--mix={mix}: it takes {n} numbers from 0 on, or a mix.json of many, for the folders {names}")
     return weights
 
 
@@ -971,6 +971,7 @@ class Run:
         """A record of the log. The loss is over all targets of `sources`, in windows that do not overlap."""
         o, p, (_, world) = self.o, self.progress, ranks()
         totals, n_bytes = np.zeros(2), 0
+        unknown = self.tokenizer.special_tokens.get("<|unk|>", -1)  # how many bytes it stands for nobody knows
         self.objective.eval()
         for source in sources:
             starts = np.arange(0, len(source.tokens) - 1, o.block_size)
@@ -979,7 +980,8 @@ class Run:
                 batch = np.pad(batch, (0, -len(batch) % world), constant_values=len(source.tokens) - 1)
                 own = batch[self.split.rows(len(batch))]
                 totals += self.split.backward([self.windows([source], 0 * own, own)], train=False)
-            n_bytes += int(self.bytes_of[source.tokens[1:]] @ (source.mask[1:] > 0))
+            targets = source.tokens[1:][source.mask[1:] > 0]
+            n_bytes += math.nan if unknown in targets else self.bytes_of[targets].sum()
         self.objective.train()
         nats, count = totals.tolist()
         measured = p.noise[0] / p.noise[1] if p.noise[1] else -1.0
@@ -993,7 +995,7 @@ class Run:
             seconds=round(p.seconds, 3),
             train_loss=p.loss / max(1, p.count),
             val_loss=nats / max(1.0, count),
-            bpb=nats / math.log(2) / n_bytes if n_bytes else None,
+            bpb=nats / math.log(2) / n_bytes if n_bytes > 0 else None,
             lr=rate(p.step - 1, o),
             grad_norm=p.grad_norm,
             tokens_per_s=round(p.tokens / p.seconds),
@@ -1134,7 +1136,8 @@ def table_row(record: dict, words: list[str]) -> str:
     """A run as a row of a table of results."""
     code = hashlib.sha256("".join(source_texts().values()).encode()).hexdigest()[:12]
     minutes, date = record["seconds"] / 60, time.strftime("%Y-%m-%d")
-    return f"| {record['bpb']:.4f} | {minutes:.1f} | {record['flops']:.3g} | {code} | {date} | `{' '.join(words)}` |"
+    bits = record["bpb"] or math.nan
+    return f"| {bits:.4f} | {minutes:.1f} | {record['flops']:.3g} | {code} | {date} | `{' '.join(words)}` |"
 
 
 def train_loop(training: Run, sources: list, val: list, mix: list, peak: float) -> dict:
@@ -1154,7 +1157,8 @@ def train_loop(training: Run, sources: list, val: list, mix: list, peak: float) 
         if p.step and p.step % o.eval_interval == 0 or last:
             training.save("ckpt.pt")
             record = training.evaluate(val)
-            bits = ", {bpb:.4f} bits a byte" if record["bpb"] else ""
+            hidden = ", bits a byte unknown, as <|unk|> is" * ("<|unk|>" in training.tokenizer.special_tokens)
+            bits = ", {bpb:.4f} bits a byte" if record["bpb"] else hidden
             noise = ", noise scale {noise_scale:,.0f} tokens" if o.noise_scale else ""
             if record.get("noise_scale", 1) < 0:
                 noise = ", noise scale not measurable yet"  # the estimate of |G|^2 is below 0

@@ -986,6 +986,8 @@ def test_shares_from_a_file_go_by_the_names_of_folders(tmp_path):
     (tmp_path / "mix.json").write_text(json.dumps({"shares": {"b": 0.2, "a/c": 0.8, "unused": 1}}))
     for names, expected in ((["a/c", "b"], [0.8, 0.2]), (["b", "a/c"], [0.2, 0.8])):
         assert train.shares(str(tmp_path / "mix.json"), list(map(Path, names))) == expected
+    with pytest.raises(ValueError, match="mix.json of many, for the folders b"):  # of one there is nothing to mix
+        train.shares(str(tmp_path / "mix.json"), [Path("b")])
 
 
 def test_counts_beside_the_network(launch, folder, tmp_path, monkeypatch):
@@ -1267,10 +1269,21 @@ def test_profile(launch, tmp_path):
     assert not (tmp_path / "out/log.jsonl").exists()
 
 
+def test_bits_a_byte_are_unknown_where_unk_hides_text(launch, tmp_path):
+    words, wanted = "the cat sat on a mat " * 300, "the cat sat on a rug " * 20
+    for name, text in (("known", words), ("hidden", words + wanted)):
+        (tmp_path / name).write_text(text)
+        done = launch("--tokenizer=word", "--max_iters=1", data=tmp_path / name, output=tmp_path / f"{name}.out")
+        bits, hidden = read_log(tmp_path / f"{name}.out")[-1]["bpb"], name == "hidden"
+        assert (bits is None) == hidden == ("bits a byte unknown, as <|unk|> is" in done.out)
+    row = launch("--leaderboard", "--minutes=1e-6", "--tokenizer=word", data=tmp_path / "hidden")
+    assert row.code == 0 and "| nan |" in row.out
+
+
 def test_leaderboard_row(launch, corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(train.subprocess, "run", lambda *_, **__: None)
     refused(launch("--leaderboard", "--minutes=0.01"), "--leaderboard", "tokenizer")
-    done = launch("--leaderboard", "--minutes=0.01", "--tokenizer=char", data=corpus)
+    done = launch("--leaderboard", "--minutes=0.01", "--tokenizer=byte", data=corpus)
     assert done.code == 0, done.message
     row, last = done.out.splitlines()[-2], read_log(tmp_path / "out")[-1]
     cells = [cell.strip() for cell in row.strip("|").split("|")]
