@@ -384,7 +384,8 @@ def write_warc(path: str | Path, records: Iterable[tuple[dict, bytes]]) -> None:
 # Character sets that an HTTP header or a <meta> may name. Others are not tried: some of Python's codecs take quadratic
 # time, or are none of text.
 CHARSET = re.compile(rb"(?i)charset=[\s\"']*(utf-?8|(?:iso-8859-|windows-|cp)\d+|koi8-\w|gb\w+|big5|euc-\w+|shift_jis)")
-WIDER = {"iso-8859-1": "cp1252", "us-ascii": "cp1252", "gb2312": "gb18030", "shift_jis": "cp932"}  # as browsers do
+WIDER = {"iso-8859-1": "cp1252", "iso-8859-9": "cp1254", "gb2312": "gb18030", "euc-kr": "cp949",
+         "shift_jis": "cp932", "windows-31": "cp932"}  # as browsers do; the last is Windows-31J
 # One alternative matches at each "<" and takes all it has read, to the end of the text if need be: linear time.
 # Python's html.parser needs quadratic time for "<!--<!--...", and 15 times as long for usual pages.
 TAG = re.compile(r"""<!--.*?(?:-->|\Z) | <!\[CDATA\[.*?(?:\]\]>|\Z) | <[!?][^>]*(?:>|\Z)
@@ -478,7 +479,7 @@ def decode(raw: bytes, header: str = "") -> str:
     name = name or guess_charset(raw)
     with contextlib.suppress(LookupError):
         return raw.decode(WIDER.get(name, name), "replace")
-    return raw.decode("cp1252", "replace")
+    return raw.decode(guess_charset(raw), "replace")  # one that does not exist was told
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -775,17 +776,20 @@ def is_phone(number: str) -> bool:
 
 
 # (pattern, what a match must pass). Each begins where nothing of its kind stands before and repeats a bounded number of
-# times, so that the time is linear in any text. Keys come first: their letters may look like something else.
+# times, so that the time is linear in any text. Keys come first: their letters may look like something else. (?a:...)
+# is ASCII alone: Chinese, Japanese and Korean set no space between these and their own letters.
 PERSONAL = {
     "key": (r"""-----BEGIN[ ][A-Z ]{0,20}PRIVATE[ ]KEY-----(?:[^-]|-(?!----)){0,9999}(?:-----END[A-Z ]{0,30}-----)?
-        | (?<![\w-])(?:(?:AKIA|ASIA)[A-Z\d]{16} | gh[pousr]_[A-Za-z\d]{36,255} | github_pat_\w{22,255} | AIza[\w-]{35}
+        | (?a:(?<![\w-])
+        (?:(?:AKIA|ASIA)[A-Z\d]{16} | gh[pousr]_[A-Za-z\d]{36,255} | github_pat_\w{22,255} | AIza[\w-]{35}
         | (?:sk|rk|pk)[-_](?=[A-Za-z_-]{0,254}\d)[\w-]{20,255} | xox[abeprs]-[\w-]{10,255} | hf_[A-Za-z]{34}
-        | glpat-[\w-]{20,64} | eyJ[\w-]{10,2000}\.[\w-]{10,4000}\.[\w-]{10,2000})(?![\w-])""", bool),
-    "email": (r"(?<![\w.+%-])[\w.+%-]{1,64}@(?:[\w-]{1,63}\.){1,8}[A-Za-z]{2,24}(?!\w)", bool),
-    "card": (r"(?<![\w.-])(?:\d{4}([ -])\d{4}\1\d{4}\1\d{4}|\d{4}[ -]\d{6}[ -]\d{5}|\d{13,19})(?![\w-])", luhn),
-    "ip": (r"(?<![\w.:])(?:(?:\d{1,3}\.){3}\d{1,3}|(?i:[\da-f]{0,4}:){2,7}[\da-fA-F]{0,4}(?!:))(?!\w|\.\d)", is_public),
-    "phone": (r"""(?<![\w.+-])(?:\+\d{1,3}[ .-]?)?(?:\(\d{1,5}\)[ .-]?)?
-        \d{1,12}(?:[ .-]\d{2,8}){0,5}(?![\w-]|[.,]\d)""", is_phone),
+        | glpat-[\w-]{20,64} | eyJ[\w-]{10,2000}\.[\w-]{10,4000}\.[\w-]{10,2000})(?![\w-]))""", bool),
+    "email": (r"(?a:(?<![\wÀ-ž.+%-])[\wÀ-ž.+%-]{1,64}@(?:[\wÀ-ž-]{1,63}\.){1,8}[A-Za-z]{2,24}(?![\wÀ-ž]))", bool),
+    "card": (r"(?a:(?<![\w.-])(?:\d{4}([ -])\d{4}\1\d{4}\1\d{4}|\d{4}[ -]\d{6}[ -]\d{5}|\d{13,19})(?![\w-]))", luhn),
+    "ip": (r"""(?a:(?<![\w.:])(?:(?:\d{1,3}\.){3}\d{1,3}|(?i:[\da-f]{0,4}:){2,7}[\da-fA-F]{0,4}(?!:))
+        (?!\w|\.\d))""", is_public),
+    "phone": (r"""(?<!\d)(?a:(?<![\w.+-]))(?:\+\d{1,3}[ .-]?)?(?:\(\d{1,5}\)[ .-]?)?
+        \d{1,12}(?:[ .-]\d{2,8}){0,5}(?!(?a:[\w-])|[.,]?\d)""", is_phone),
 }
 
 

@@ -769,9 +769,10 @@ def test_rows_and_items_need_no_end():
 
 
 @pytest.mark.parametrize("name, charset", [("utf-8", ""), ("utf-8-sig", ""), ("utf-16", ""), ("cp1252", ""), ("cp1251", "windows-1251"),
-                                           ("gb18030", "gb2312"), ("shift_jis", "Shift_JIS"), ("latin-1", "ISO-8859-1")])
+                                           ("gb18030", "gb2312"), ("shift_jis", "Shift_JIS"), ("latin-1", "ISO-8859-1"),
+                                           ("cp949", "euc-kr"), ("cp1254", "iso-8859-9"), ("cp932", "windows-31j"), ("koi8-r", "windows-9999")])
 def test_character_sets(name, charset):
-    text = {"cp1251": "Привет, мир", "gb18030": "你好,世界", "shift_jis": "こんにちは"}.get(name, "naïve café – “yes”" if name != "latin-1" else "naïve")
+    text = {"cp1251": "Привет, мир", "gb18030": "你好,世界", "shift_jis": "こんにちは", "cp949": "똠방각하", "cp932": "①髙い", "koi8-r": "Привет, мир"}.get(name, "naïve café – “yes”" if name != "latin-1" else "naïve")
     page = f"<meta charset='{charset}'><p>{text}</p>" if charset else f"<p>{text}</p>"
     assert data.extract(page.encode(name)) == text
     assert data.decode(text.encode(name), f"Content-Type: text/html; charset={charset}") == text

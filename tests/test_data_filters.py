@@ -183,6 +183,7 @@ def test_masks_find_what_they_should_and_leave_the_rest(kind):
             masked, count = data.MASKS[kind](text)
             assert (masked, count) == (text.replace(secret, f"<{kind.upper()}>"), text.count(secret)), secret
             assert data.MASKS[kind](masked) == (masked, 0)
+        assert data.MASKS[kind](f"电话{secret}或연락{secret}입니다")[1] == 2, secret  # no space parts what is Chinese or Korean
     for other in LEFT[kind]:
         for text in ("{}", "see {} there", "({})"):
             assert data.MASKS[kind](text.format(other)) == (text.format(other), 0), other
