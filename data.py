@@ -108,7 +108,7 @@ class Options:
     merge: bool = False  # go on behind what the shards have done
     threshold: float = 0.8  # dedup: Jaccard similarity of the word 5-grams from which documents are copies
     false_positives: float = 1e-6  # urls, exact, lines: share of the new that is taken for seen
-    eval_data: str = ""  # decontaminate: files and folders of evaluation sets (jsonl, csv, txt), a comma list
+    eval_data: str = ""  # decontaminate: files and folders of evaluation sets (jsonl, json, csv, txt), a comma list
     mix: str = ""  # folders of token files: write OUTPUT/mix.json, shares of them for train.py --mix
     temperature: float = 0.0  # mix: shares by tokens^(1/temperature); 0: learnt from runs of train.py
     runs: int = 32  # mix: so many, on random mixtures
@@ -1462,13 +1462,17 @@ def strings_in(value: Any) -> Iterator[str]:
 
 
 def read_evaluation(path: Path) -> Iterator[tuple[str, str]]:
-    """(name, text) of each field of a file of an evaluation set: rows of jsonl, of csv as MMLU has them, paragraphs."""
+    """(name, text) of each field of a file of an evaluation set: rows of jsonl, of csv as MMLU has them, strings of
+    json, paragraphs."""
     csv.field_size_limit(1 << 30)  # else a long field, or one that no quote closes, is an error
     with bpe.opened(path, "rt", encoding="utf-8-sig", errors="replace", newline="") as file:
         if ".jsonl" in path.suffixes:
             rows = (json.loads(line) for line in file if line.strip())
         elif ".csv" in path.suffixes:
             rows = ({"question": row[:1], "answer": row[1:]} for row in csv.reader(file))
+        elif ".json" in path.suffixes:  # an array, an object or lines: each string that is no name of a field
+            strings = re.findall(r'("(?:[^"\\]|\\.)*")(\s*:)?', file.read())
+            rows = ({"text": json.loads(string, strict=False)} for string, colon in strings if not colon)
         else:
             rows = ({"text": text} for text in file.read().split("\n\n"))
         for number, row in enumerate(rows):

@@ -269,6 +269,18 @@ def test_items_in_a_script_without_spaces_are_found(tmp_path, evaluation):
     assert report == {"found": {"zh.jsonl 0 q": 1, "zh.jsonl 1 q": 1}, "too_short": {"zh.jsonl": 1}}
 
 
+@pytest.mark.parametrize("form", [dict(), dict(indent=1), dict(separators=",:", ensure_ascii=False)])
+def test_items_of_a_json_array_are_its_strings(form, tmp_path):
+    """Not its paragraphs: of a text in escapes none was found, nor any short one."""
+    long, short = "下列关于光合作用的说法中，哪一项是正确的并且能够被实验证明的？", 'the "planet"\nclosest to the sun of all is mercury'
+    (tmp_path / "set.json").write_text(json.dumps([{"question": long, "n": 1, "choices": [short, "a\\"]}], **form), encoding="utf-8")
+    texts = [f"前言{long}后记。", f"So {short}.", "question n choices and nothing else of it in this one"]
+    kept, _ = through(tmp_path, texts, "decontaminate", eval_data=str(tmp_path / "set.json"))
+    assert [row["text"] for row in kept] == texts[2:]
+    report = json.loads((tmp_path / "out/contamination.json").read_text())
+    assert report == {"found": {"set.json 0 text": 1, "set.json 1 text": 1}, "too_short": {"set.json": 1}}
+
+
 def test_a_damaged_evaluation_set_is_told_in_one_line(tmp_path, evaluation):
     (evaluation / "bad.jsonl").write_text("{")
     with pytest.raises(ValueError, match="bad.jsonl is damaged"):
