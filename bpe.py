@@ -936,6 +936,11 @@ class Tokenizer:
                 raise ValueError(f"{path}: a .tiktoken file holds byte-level tokens alone, not those of {self.kind}")
             lines = (base64.b64encode(token) + b" %d\n" % rank for token, rank in self.index.items())
             content = b"".join(lines)
+            with contextlib.suppress(ValueError):  # special tokens stand in front: `load` refuses it by itself
+                again = from_ranks(content)
+                if (again.pattern, again.special_tokens) != (self.pattern, self.special_tokens):
+                    print(f"{path} holds ranks alone: bpe.py reads it with another pattern or other special tokens",
+                          file=sys.stderr)
         with replacing(path) as file:
             file.write(content)
 

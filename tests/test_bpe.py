@@ -797,6 +797,17 @@ def test_files_of_gpt2_and_of_tiktoken(gpt2, test_data, library, tmp_path):
     assert [ids.tolist() for ids in ranks.encode_batch(library[:30], 1)] == peer.encode_ordinary_batch(library[:30])
 
 
+@pytest.mark.parametrize("pattern, specials, told", [("gpt2", [END], False), ("gpt4", [END], True), ("gpt2", ["<s>", END], True)])
+def test_ranks_that_will_be_read_as_another_tokenizer(pattern, specials, told, tmp_path, capsys):
+    """The file has no place for the pattern and the names of special tokens."""
+    tokenizer = bpe.train("bpe", ["the cat in the hat " * 9], 263, pattern, specials)
+    capsys.readouterr()
+    tokenizer.save(tmp_path / "t.tiktoken")
+    assert ("t.tiktoken holds ranks alone" in capsys.readouterr().err) == told
+    again = bpe.load(tmp_path / "t.tiktoken")
+    assert ((again.pattern, again.special_tokens) != (tokenizer.pattern, tokenizer.special_tokens)) == told
+
+
 @pytest.mark.parametrize("lines,words", [(b"YQ== 0\n", "missing|unk"), (b"!!! 0\n", "cut.tiktoken"), (b"YQ==\n", "cut.tiktoken"), (b"", "cut.tiktoken"),
                                          (b"".join(base64.b64encode(bytes([i])) + b" %d\n" % (i + 3) for i in range(256)), "several ids are missing")])
 def test_damaged_ranks_are_refused(lines, words, tmp_path):
