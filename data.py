@@ -275,6 +275,7 @@ FIELD = re.compile(r"^([^:\s]+):[ \t]*(.*?)\s*$", re.M)
 CODED = re.compile(rb"(?im)^(?:transfer-encoding: *(chunked)|content-encoding: *(gzip|deflate)|content-length:).*\n")
 CHUNK = re.compile(rb"\s*([\da-f]{1,8})\b.*\n", re.I)
 NO_PAGE = re.compile(r"(?im)^content-type:[ \t]*((?:image|audio|video|font)/|text/css|\S*(?:javascript|json|font))")
+PLAIN = re.compile(r"(?im)^content-type:[ \t]*text/plain")
 PACKED = re.compile(rb"\x1f\x8b\x08|BZh[1-9]1AY&SY|\xfd7zXZ\0|\x28\xb5\x2f\xfd")  # how gzip, bz2, xz and zstd begin
 HEAD = 1 << 16  # bytes of the longest header of a record; as many of a file are read at a time
 
@@ -1748,7 +1749,7 @@ def read_record(record: dict, o: Options, counts: Counter) -> str:
         record["text"] = decode(raw, headers.get("http", ""))
         record["url"] = headers.get("WARC-Target-URI", "")
         plain = headers.get("WARC-Type") == "conversion" or raw.startswith(b"%PDF-")  # a "<" in it is no tag
-        if kind == "page" and not plain:
+        if kind == "page" and not plain and not PLAIN.search(headers.get("http", "")):
             record["markup"] = True
         return ""
     try:  # a row

@@ -939,6 +939,14 @@ def test_what_a_crawl_saves_beside_pages_is_dropped(tmp_path):
     assert manifest["steps"]["extract"]["kept"] == 3
 
 
+def test_plain_text_of_a_crawl_stays_as_it_is(tmp_path):
+    """A file of code, as servers give it: what stands between < and > is no tag, and lines stay lines."""
+    code, http = "#include <stdio.h>\n\nint main() {\n    return 1 < 2;\n}\n", "HTTP/1.1 200 OK\r\ncontent-type: Text/Plain; charset=utf-8\r\n"
+    data.write_warc(tmp_path / "x.warc", [({"WARC-Type": "response", "Content-Type": "application/http", "http": http}, code.encode())])
+    prepare(tmp_path / "x.warc", tmp_path / "out", steps="extract")
+    assert json.loads((tmp_path / "out/documents.jsonl").read_text())["text"] == code
+
+
 def test_pages_become_documents_and_each_is_counted(tmp_path, monkeypatch):
     documents = site(tmp_path / "in")
     monkeypatch.setattr(data, "JOB", 2000)
