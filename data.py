@@ -2215,6 +2215,12 @@ def earlier(folder: Path, wanted: dict) -> dict:
         return {}
 
 
+# Options that would be ignored without one of these steps, or at all where token files are made.
+OPTIONS_OF = dict(language="language", quality="quality", min_quality="quality", harmful="harmful", ngrams="perplexity",
+                  max_harmful="harmful", max_bits="perplexity", threshold="dedup", false_positives="urls exact lines",
+                  positive="--train_classifier", negative="--train_classifier", train="--mix", temperature="--mix")
+
+
 def check_options(o: Options) -> None:
     """Raise ValueError for options that cannot work and steps that are none or in a wrong order, before the work."""
     names = o.steps.split(",")
@@ -2227,8 +2233,9 @@ def check_options(o: Options) -> None:
         raise ValueError("--shard and --merge are for steps before tokenise, --merge without --shard, after all")
     if ("decontaminate" in names) != bool(o.eval_data):
         raise ValueError("the step decontaminate and --eval_data, the evaluation sets, need each other")
-    if o.language and "language" not in names:
-        raise ValueError("--language is for the step language")
+    for option, steps in OPTIONS_OF.items():
+        if getattr(o, option) != getattr(Options, option) and not {*steps.split()} & {*names}:
+            raise ValueError(f"--{option} does nothing here: it is for {' or '.join(steps.split())}")
     for name in ("val_fraction", "false_positives", "threshold"):
         if not 0 < getattr(o, name) <= 1:
             raise ValueError(f"--{name} must lie between 0 and 1")

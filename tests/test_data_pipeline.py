@@ -394,6 +394,13 @@ def test_steps_that_cannot_be(steps, message, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("option", [dict(min_quality=0.9), dict(max_harmful=0.1), dict(ngrams="x.npz"), dict(threshold=0.5), dict(false_positives=0.1),
+                                    dict(positive="a.txt"), dict(temperature=2.0)])
+def test_options_that_no_step_looks_at_are_refused(option, tmp_path):
+    with pytest.raises(ValueError, match=f"--{[*option][0]} does nothing here: it is for"):
+        through(tmp_path, ["a text"], "length", **option)
+
+
 @pytest.mark.parametrize("options", [dict(threshold=0.0), dict(threshold=1.5), dict(false_positives=0.0), dict(steps="tokenise", shard="0/2"), dict(steps="tokenise", merge=True), dict(shard="0/2", merge=True),
                                      dict(shard="2/2"), dict(shard="x"), dict(shard="1"), dict(eval_data="nowhere", steps="decontaminate"), dict(eval_data="data.py"),
                                      dict(language="en")])
