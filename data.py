@@ -1043,11 +1043,13 @@ def read_tokens(path: Path, vocab_size: int) -> np.ndarray:
 def ngram_bits_per_byte(folder: str | Path, order: int = 6) -> float:
     """Bits per byte of the held-out documents of a folder of token files, by the n-grams of its training tokens."""
     folder = Path(folder)
-    vocab_size = bpe.load(folder / "tokenizer.json").vocab_size
-    train, val = (read_tokens(folder / name, vocab_size) for name in ("train.npy", "val.npy"))
+    coder = bpe.load(folder / "tokenizer.json")
+    train, val = (read_tokens(folder / name, coder.vocab_size) for name in ("train.npy", "val.npy"))
+    if coder.unknown is not None and coder.unknown in val:
+        raise ValueError(f"{folder}/val.npy has {bpe.UNKNOWN}, of which nobody knows what text it hides")
     with bpe.blaming(f"{folder} holds no whole manifest.json"):
         size = json.loads((folder / "manifest.json").read_bytes())["val"]["bytes"]
-    model = train_ngrams(train, vocab_size, order)
+    model = train_ngrams(train, coder.vocab_size, order)
     return float(model.bits(val).sum() / size)
 
 

@@ -461,6 +461,10 @@ def test_bits_per_byte_of_a_folder(tmp_path, documents):
     vocab_size = data.bpe.load(tmp_path / "out" / "tokenizer.json").vocab_size
     wanted = data.train_ngrams(train, vocab_size, 3).bits(val).sum() / manifest["val"]["bytes"]
     assert data.ngram_bits_per_byte(tmp_path / "out", 3) == pytest.approx(wanted) and 0 < wanted < 4
+    (tmp_path / "b.txt").write_text("the cat sat on a mat " * 300 + "the cat sat on a rug " * 20)
+    data.prepare(str(tmp_path / "b.txt"), "word", str(tmp_path / "b"), 100)
+    with pytest.raises(ValueError, match="has <.unk.>, of which nobody knows"):  # it is cheap to tell, and stands for any text
+        data.ngram_bits_per_byte(tmp_path / "b", 3)
 
 
 # --------------------------------------------------------------------------------------------------------------- commands
