@@ -1129,7 +1129,8 @@ def show_sample(ckpt: Path, tokens: int):
     sampler = Path(__file__).parent / "sample.py"
     if tokens and sampler.exists() and ckpt.exists() and ranks()[0] == 0:
         sys.stdout.flush()
-        subprocess.run([sys.executable, sampler, f"--ckpt={ckpt}", f"--max_new_tokens={tokens}"])
+        env = {name: value for name, value in os.environ.items() if name != "LOCAL_RANK"}  # it is none of torchrun's
+        subprocess.run([sys.executable, sampler, f"--ckpt={ckpt}", f"--max_new_tokens={tokens}"], env=env)
 
 
 def table_row(record: dict, words: list[str]) -> str:

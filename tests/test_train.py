@@ -1315,6 +1315,15 @@ def test_samples_at_each_evaluation(launch, corpus, tmp_path, monkeypatch):
     assert not calls[4:]
 
 
+def test_samples_under_torchrun(world_of_one, launch, corpus, monkeypatch):
+    """sample.py, which refuses to be one of torchrun's processes, is not taken for one."""
+    world_of_one()
+    ask, answers = train.subprocess.run, []
+    monkeypatch.setattr(train.subprocess, "run", lambda *x, **more: answers.append(ask(*x, capture_output=True, text=True, **more)))
+    assert launch("--max_iters=2", "--sample_tokens=5", "--tokenizer=char", data=corpus).code == 0
+    assert [answer.returncode for answer in answers] == [0]
+
+
 def test_resume_of_a_finished_run_and_longer(launch, tmp_path):
     assert launch(*RESUME).code == 0
     before = read_log(tmp_path / "out")
