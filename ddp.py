@@ -1120,6 +1120,7 @@ class Split:
         import model
         folder.mkdir(parents=True, exist_ok=True)
         part = dict(version=model.CHECKPOINT_VERSION, world=self.every.size, config=vars(self.config))
+        part["buffers"] = dict(self.gpt.named_buffers())  # alike on all ranks, as the bias of routers
         with model.replacing(folder / f"part-{dist.get_rank()}.pt") as file:
             torch.save(part | rest | self.export(state), file)
         for old in folder.glob("part-*.pt") if dist.get_rank() == 0 else ():
@@ -1566,8 +1567,9 @@ def merge(folder: str, output: str) -> None:
         weights, states = assemble(parts, config, parts[0]["world"])
     except (TypeError, KeyError, AttributeError, IndexError) as error:  # what is no part, though it has its keys
         raise ValueError(f"--merge={folder}: a part is damaged: {error!r:.100}") from error
-    rest = {key: value for key, value in parts[0].items() if key not in ("at", "mesh", "pieces", "world")}
-    rest |= dict(weights=GPT(config).state_dict() | weights, optimizer=states)
+    rest = {key: value for key, value in parts[0].items() if key not in ("at", "buffers", "mesh", "pieces", "world")}
+    buffers = {name: x for name, x in parts[0].get("buffers", {}).items() if name in GPT(config).state_dict()}
+    rest |= dict(weights=GPT(config).state_dict() | buffers | weights, optimizer=states)
     save_checkpoint(output, GPT(config), **rest)
     print(f"{len(parts)} parts joined in {output}")
 

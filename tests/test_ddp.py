@@ -373,6 +373,21 @@ def test_a_run_goes_on_in_another_form(first, then, tokens, tmp_path, run_main, 
     assert done.returncode == 1 and "holds no part" in done.stderr
 
 
+def test_parts_keep_the_bias_of_routers(tokens, tmp_path, run_main, world_of_one):
+    """It is no parameter, so no rank owns a piece of it: --merge set it to 0."""
+    world_of_one()
+    words = [*SMALL, f"--data={tokens}", "--n_expert=4", "--balance_bias=0.01", "--parallel=ep"]
+    for name, more in (("whole", []), ("cut", ["--parts"])):
+        done = run_main("train.py", *words, *more, f"--output={tmp_path / name}", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        dist.destroy_process_group()
+    done = run_main("ddp.py", f"--merge={tmp_path / 'cut/parts'}", f"--output={tmp_path / 'cut/ckpt.pt'}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    one, two = (torch.load(tmp_path / name / "ckpt.pt", weights_only=True)["weights"] for name in ("whole", "cut"))
+    assert one["blocks.0.ffn.bias"].any() and one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
 SMALL = ["--n_layer=2", "--n_head=4", "--n_embd=32", "--block_size=32", "--ngram=0", "--vocab_size=64", "--batch_size=8", "--max_iters=4",
          "--eval_interval=2", "--dtype=float64", "--device=cpu"]
 
