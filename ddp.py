@@ -1121,8 +1121,15 @@ class Split:
         folder.mkdir(parents=True, exist_ok=True)
         part = dict(version=model.CHECKPOINT_VERSION, world=self.every.size, config=vars(self.config))
         part["buffers"] = dict(self.gpt.named_buffers())  # alike on all ranks, as the bias of routers
-        with model.replacing(folder / f"part-{dist.get_rank()}.pt") as file:
-            torch.save(part | rest | self.export(state), file)
+        path = folder / f"part-{dist.get_rank()}.pt"
+        with model.replacing(path) as file:
+            try:
+                torch.save(part | rest | self.export(state), file)
+            except RuntimeError as error:  # torch's writer turns a full disk into this
+                raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
+            os.fsync(file.fileno())
+            with talking():  # no part is replaced before all are on disk, for those of two steps cannot be joined
+                dist.barrier()
         for old in folder.glob("part-*.pt") if dist.get_rank() == 0 else ():
             number = old.stem.removeprefix("part-")
             if number.isdigit() and int(number) >= self.every.size:  # of an earlier run on more ranks

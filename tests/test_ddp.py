@@ -388,6 +388,24 @@ def test_parts_keep_the_bias_of_routers(tokens, tmp_path, run_main, world_of_one
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+@pytest.mark.parametrize("what, said", [("barrier", "another rank is gone"), ("save", "cannot write")])
+def test_parts_of_a_step_take_the_place_of_the_last_together(what, said, tokens, tmp_path, run_main, world_of_one, monkeypatch):
+    """Where a rank is lost or its disk full amid writing, the parts of the step before can still be joined."""
+    world_of_one()
+    words = ["train.py", *SMALL, f"--data={tokens}", "--parallel=zero1", "--parts", f"--output={tmp_path}"]
+    done = run_main(*words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    dist.destroy_process_group()
+    before = (tmp_path / "parts/part-0.pt").read_bytes()
+
+    def fails(*_):
+        raise RuntimeError("connection closed, or unexpected pos 64 vs 0")
+    monkeypatch.setattr(*{"barrier": (dist, "barrier"), "save": (torch, "save")}[what], fails)
+    done = run_main(*words, cwd=tmp_path)
+    assert done.returncode == 1 and said in done.stderr
+    assert [(path.name, path.read_bytes()) for path in (tmp_path / "parts").iterdir()] == [("part-0.pt", before)]
+
+
 SMALL = ["--n_layer=2", "--n_head=4", "--n_embd=32", "--block_size=32", "--ngram=0", "--vocab_size=64", "--batch_size=8", "--max_iters=4",
          "--eval_interval=2", "--dtype=float64", "--device=cpu"]
 
