@@ -1274,7 +1274,9 @@ def take_up(o: Options, words: list[str]) -> tuple[Options, dict]:
         stored = checkpoint["train"]
         if stored.get("init_from") and tokenizer.exists():
             stored["tokenizer"] = tokenizer
-        if o.ckpt and (ckpt.parent / "train.npy").exists():
+        given = stored.get("data", "")
+        text = not given or not all((Path(word) / "train.npy").exists() for word in given.split(","))
+        if o.ckpt and text and (ckpt.parent / "train.npy").exists():
             stored["data"] = str(ckpt.parent)
     fresh, ends = ["output", "ckpt"], ["minutes", "flops", "tokens", "max_iters"]  # the folder may have moved
     if any(getattr(o, name) for name in ends):  # a new end is in place of the old, of whatever kind

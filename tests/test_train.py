@@ -952,6 +952,15 @@ def test_a_branch_from_the_run_before(launch, tmp_path):
     assert read_log(tmp_path / "out")[:2] == records[:2] and [record["step"] for record in read_log(tmp_path / "out")[1:]] == [2, 4, 5]
 
 
+def test_a_branch_of_tokens_beside_those_of_an_earlier_text(launch, corpus, folder, tmp_path):
+    """OUTPUT/train.npy of a run on text stays when another trains there on a folder: it is not what a branch of this one reads."""
+    assert launch("--max_iters=2", "--tokenizer=byte", data=corpus).code == launch("--max_iters=2").code == 0
+    assert (tmp_path / "out/train.npy").exists()
+    words = ["--resume", f"--ckpt={tmp_path / 'out/ckpt.pt'}", f"--output={tmp_path / 'b'}", "--max_iters=3"]
+    own, _ = train.take_up(train.options(train.Options, words), words)
+    assert own.data == str(folder)
+
+
 def test_a_stage_with_a_longer_context_and_another_mixture(launch, folder, tmp_path):
     """Mid-training: a branch on other sources, whose positions reach further."""
     other = tmp_path / "other"
