@@ -1190,7 +1190,8 @@ def train_loop(training: Run, sources: list, val: list, mix: list, peak: float) 
         if stop:
             training.save("ckpt.pt")
             training.written()
-            print(f"\nstopped after step {p.step}; {o.output}/ckpt.pt is saved, --resume goes on from it")
+            saved = "parts is saved for ddp.py --merge; joined," if o.parts else "ckpt.pt is saved,"
+            print(f"\nstopped after step {p.step}; {o.output}/{saved} --resume goes on from it")
             raise KeyboardInterrupt
 
 

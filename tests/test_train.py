@@ -2064,6 +2064,16 @@ def test_parts_are_of_split_models(launch):
     refused(launch("--max_iters=2", "--parts"), "--parts is for --parallel")
 
 
+def test_parts_of_a_stopped_run(world_of_one, launch, tmp_path, monkeypatch):
+    """There is no ckpt.pt from which --resume could go on."""
+    world_of_one()
+    at_step(monkeypatch, 1, lambda: signal.raise_signal(signal.SIGINT))
+    stopped = launch("--max_iters=9", "--ngram=0", "--parallel=zero1", "--parts")
+    assert stopped.code == 130, stopped.message
+    assert stopped.out.splitlines()[-1].endswith(f"{tmp_path / 'out'}/parts is saved for ddp.py --merge; joined, --resume goes on from it")
+    assert not (tmp_path / "out/ckpt.pt").exists()
+
+
 @pytest.mark.parametrize("merged", (True, False))
 def test_resume_does_not_go_behind_parts(merged, launch, tmp_path):
     """What --parts has written since the last merge was trained anew from there, or from step 0, and overwritten."""
