@@ -1129,8 +1129,10 @@ def show_sample(ckpt: Path, tokens: int):
     sampler = Path(__file__).parent / "sample.py"
     if tokens and sampler.exists() and ckpt.exists() and ranks()[0] == 0:
         sys.stdout.flush()
-        env = {name: value for name, value in os.environ.items() if name != "LOCAL_RANK"}  # it is none of torchrun's
-        subprocess.run([sys.executable, sampler, f"--ckpt={ckpt}", f"--max_new_tokens={tokens}"], env=env)
+        env = dict(os.environ)
+        env.pop("LOCAL_RANK", None)  # it is none of torchrun's
+        words = [sys.executable, sampler, f"--ckpt={ckpt}", f"--max_new_tokens={tokens}"]
+        subprocess.run(words, env=env)
 
 
 def table_row(record: dict, words: list[str]) -> str:
@@ -1190,7 +1192,9 @@ def train_loop(training: Run, sources: list, val: list, mix: list, peak: float) 
         if stop:
             training.save("ckpt.pt")
             training.written()
-            saved = "parts is saved for ddp.py --merge; joined," if o.parts else "ckpt.pt is saved,"
+            saved = "ckpt.pt is saved,"
+            if o.parts:
+                saved = "parts is saved for ddp.py --merge; joined,"
             print(f"\nstopped after step {p.step}; {o.output}/{saved} --resume goes on from it")
             raise KeyboardInterrupt
 
@@ -1276,8 +1280,9 @@ def take_up(o: Options, words: list[str]) -> tuple[Options, dict]:
         if stored.get("init_from") and tokenizer.exists():
             stored["tokenizer"] = tokenizer
         given = stored.get("data", "")
-        text = not given or not all((Path(word) / "train.npy").exists() for word in given.split(","))
-        if o.ckpt and text and (ckpt.parent / "train.npy").exists():
+        folders = map(Path, given.split(","))
+        tokens = given and all((folder / "train.npy").exists() for folder in folders)
+        if o.ckpt and not tokens and (ckpt.parent / "train.npy").exists():
             stored["data"] = str(ckpt.parent)
     fresh, ends = ["output", "ckpt"], ["minutes", "flops", "tokens", "max_iters"]  # the folder may have moved
     if any(getattr(o, name) for name in ends):  # a new end is in place of the old, of whatever kind
