@@ -1954,7 +1954,7 @@ def passes(
 HEAD = """
 MB: memory that a call takes beside its inputs, and that of plain torch; last,
 how many times as fast as plain torch, as that compiled, as the library's call
-                   us  +-   GB/s    % TFLOP/s   %      MB  plain's plain  comp   lib
+                 us   +-   GB/s    % TFLOP/s    %    MB plain plain  comp   lib
 """[1:-1]
 
 
@@ -1982,10 +1982,10 @@ def show_times(
             for rival in ("eager", "compiled", "library")
         ]
         memory = [peak(calls[form], device) for form in (ours, "eager")]
-        cells = "".join(f"{size:8.0f}" for size in memory)
+        cells = "".join(f"{size:6.0f}" for size in memory)
         cells += "".join(f"{ratio:6.2f}" for ratio in versus)
         print(
-            f"  {name:8} {took * 1e6:10.1f} {spread:4.0%} {moved / took / 1e9:6.3g} {moved / took / top[0]:4.0%} "
+            f" {name:8} {took * 1e6:9.1f} {spread:4.0%} {moved / took / 1e9:6.4g} {moved / took / top[0]:4.0%} "
             f"{work / took / 1e12:7.3g} {work / took / top[1]:4.0%}{cells.replace('nan', '  -')}",
             flush=True,
         )

@@ -755,7 +755,7 @@ class Run:
         start = dict(step=0, tokens=0, seconds=0.0, loss=0.0, count=0, best=math.inf, grad_norm=0.0)
         start |= dict(pace=0.0, scale=1.0, noise=[0.0, 0.0], expert_tokens=[])
         self.progress = SimpleNamespace(**start | checkpoint.get("progress", {}))
-        if o.ckpt or checkpoint.get("train", {}).get("eval_data") != o.eval_data:  # each has its own best
+        if o.ckpt or checkpoint.get("train", {}).get("eval_data", "") != o.eval_data:  # each has its own best
             self.progress.best = math.inf
         self.roles, self.rates = self.gpt.roles(), self.gpt.rates(o.optimizer)
         self.objective = Objective(self.gpt, o.z_loss, teacher)

@@ -677,7 +677,8 @@ def test_without_a_compiler(run_main, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda twin, **_: broken)
     done = run_main("kernels.py", "--only=add", "--seconds=0.001", f"--device={DEVICE}", cwd=tmp_path)
     assert done.returncode == 0 and "torch.compile does not work here (NotImplementedError)" in done.stdout, done.stderr
-    row = next(line for line in done.stdout.splitlines() if line.startswith("  forward"))
+    row = next(line for line in done.stdout.splitlines() if line.startswith(" forward"))
+    assert max(map(len, kernels.HEAD.splitlines())) <= 80
     assert row.split()[-2] == "-", row  # as many times as fast as plain torch, as that compiled, as the library
 
 
@@ -691,7 +692,7 @@ def test_a_size_that_does_not_fit_is_told_and_the_rest_go_on(run_main, tmp_path,
     sizes = [f"add {size[0]} needs more memory than the device has" for size in KERNELS["add"].sizes[1 : 3 if CUDA else 2]]
     assert done.returncode == 0 and done.stderr == ""
     assert [line for line in done.stdout.splitlines() if line.endswith("has")] == sizes
-    assert "  backward" in done.stdout.partition("gelu")[2]
+    assert "\n backward" in done.stdout.partition("gelu")[2]
 
 
 def test_without_triton(tmp_path):
